@@ -1,0 +1,16 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="forward-backward-diffusion",
+    version="0.1.0",
+    description="Forward-backward diffusion experiments: noise an image, denoise it back, measure what survived",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["guided_diffusion", "guided_diffusion.*"]),
+    install_requires=["torch>=2.6", "torchvision", "numpy", "blobfile", "mpi4py>=4", "pillow>=10.1", "tqdm"],
+    extras_require={
+        "test": ["pytest", "ruff"],
+        "figures": ["matplotlib"],
+        "mpi": ["openmpi"],  # an MPI library and its mpiexec, for machines that have none
+    },
+)
