@@ -1,0 +1,122 @@
+"""A diffusion on fewer steps than its model was trained with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import UserError
+from .gaussian_diffusion import GaussianDiffusion, betas_from_alphas_cumprod
+
+
+def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int]) -> set[int]:
+    """Choose which of the original time steps to keep.
+
+    Args:
+        num_timesteps: steps of the original diffusion.
+        section_counts: how many to keep of each of equally long sections: one count for a single section, a list, or
+            the same as text ("250", "10,15,20"). Within a section they are evenly spaced and hold its first and last
+            step. Or "ddimN": N steps at a whole stride from step 0, as in DDIM (Song, Meng and Ermon 2021).
+
+    Returns:
+        The kept time steps, each in 0..num_timesteps - 1.
+
+    Raises:
+        UserError: the counts cannot be read, or there are not that many steps.
+    """
+    if num_timesteps < 1:
+        raise UserError(f"--diffusion_steps {num_timesteps}: expected at least 1")
+    if isinstance(section_counts, str) and section_counts.startswith("ddim"):
+        return _whole_strides(num_timesteps, section_counts)
+    counts = _read_counts(section_counts)
+    kept: list[int] = []
+    start = 0
+    for i, count in enumerate(counts):
+        size = num_timesteps // len(counts) + (i < num_timesteps % len(counts))
+        if not 1 <= count <= size:
+            raise UserError(
+                f"--timestep_respacing {_as_text(section_counts)}: found {count} for a section of {size} of the "
+                f"{num_timesteps} diffusion steps, expected 1 to {size}"
+            )
+        kept += [start + step for step in _evenly_spaced(size, count)]
+        start += size
+    return set(kept)
+
+
+class SpacedDiffusion(GaussianDiffusion):
+    """A diffusion that visits only some time steps of another, with the same noise levels there.
+
+    The model is handed the original time steps, which are those that it was trained with.
+
+    Attributes:
+        timestep_map: the original time step of each of the `num_timesteps` steps.
+        original_num_steps: number of steps of the original diffusion.
+
+    Args:
+        use_timesteps: the original time steps to keep.
+        kwargs: arguments of `GaussianDiffusion`, for the original diffusion.
+
+    Raises:
+        UserError: no time step, or one that the original diffusion lacks.
+    """
+
+    def __init__(self, use_timesteps: Iterable[int], **kwargs: Any):
+        betas = np.asarray(kwargs.pop("betas"), dtype=np.float64)
+        self.original_num_steps = len(betas)
+        self.timestep_map = sorted(set(use_timesteps))
+        if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
+            found = f"{self.timestep_map[0]}..{self.timestep_map[-1]}" if self.timestep_map else "none"
+            raise UserError(f"found time steps {found} to keep, expected some of 0..{len(betas) - 1}")
+        alphas_cumprod = np.cumprod(1 - betas)[self.timestep_map]
+        super().__init__(betas=betas_from_alphas_cumprod(alphas_cumprod), **kwargs)
+
+    def _schedule(self) -> dict[str, np.ndarray]:
+        return {**super()._schedule(), "timestep_map": np.array(self.timestep_map)}
+
+    def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        original = self._tables(t.device)["timestep_map"][t]
+        return original.float() * (1000 / self.original_num_steps) if self.rescale_timesteps else original
+
+
+def _whole_strides(num_timesteps: int, spec: str) -> set[int]:
+    """The steps 0, s, 2s, ... for the smallest stride s that keeps as many of them as "ddimN" says."""
+    number = spec.removeprefix("ddim")
+    for stride in range(1, num_timesteps + 1):
+        kept = range(0, num_timesteps, stride)
+        if str(len(kept)) == number:
+            return set(kept)
+    raise UserError(
+        f"--timestep_respacing {spec}: found no whole stride that keeps {number or 'no'} of {num_timesteps} diffusion "
+        "steps, expected ddimN with N such as the number of steps divided by 2, 4, 5 or 10"
+    )
+
+
+def _read_counts(section_counts: int | str | Sequence[int]) -> list[int]:
+    items = section_counts.split(",") if isinstance(section_counts, str) else np.atleast_1d(section_counts).tolist()
+    try:
+        counts = [int(item) for item in items]
+    except (TypeError, ValueError):
+        counts = []
+    if not counts or any(float(item) != count for item, count in zip(items, counts, strict=True)):
+        raise UserError(
+            f"--timestep_respacing {_as_text(section_counts)}: expected a whole number of steps such as 250, "
+            "a list such as 10,15,20, or ddimN such as ddim25"
+        )
+    return counts
+
+
+def _evenly_spaced(size: int, count: int) -> list[int]:
+    """Choose `count` of 0..size - 1, from first to last."""
+    stride = (size - 1) / max(count - 1, 1)
+    kept, position = [], 0.0
+    for _ in range(count):
+        kept.append(round(position))
+        position += stride  # summed, not multiplied: it decides which way ties are rounded, hence the published steps
+    return kept
+
+
+def _as_text(section_counts: int | str | Sequence[int]) -> str:
+    return ",".join(map(str, section_counts)) if isinstance(section_counts, (list, tuple)) else str(section_counts)
