@@ -1,0 +1,77 @@
+"""Files that appear whole or not at all, on a local disk or on remote storage."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from typing import Any
+
+import blobfile as bf
+
+SCRATCH = ".part"  # the end of the names of files that are being written
+
+
+def is_remote(path: str) -> bool:
+    """Whether `path` is on remote storage (gs://, az://, https://...)."""
+    return "://" in path
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file that other processes, and a run after a crash, see whole or not at all.
+
+    On a local disk the bytes are written beside the file, forced to the disk and renamed. Remote storage has this
+    property by itself. The folder is made where it is missing.
+
+    Raises OSError, with `path` as its file name and nothing left behind, where the file cannot be written.
+    """
+    if is_remote(path):
+        bf.write_bytes(path, data)
+        return
+    folder = os.path.dirname(path)
+    scratch = os.path.join(folder, f".{secrets.token_hex(8)}{SCRATCH}")
+    try:
+        os.makedirs(folder or ".", exist_ok=True)
+        with open(scratch, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(scratch, path)
+    except BaseException as error:
+        if os.path.exists(scratch):
+            os.unlink(scratch)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, path) from error
+        raise
+
+
+def write_json(path: str, content: Any) -> None:
+    """Write JSON, indented, whole or not at all. Raises OSError."""
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def read_json(path: str) -> Any:
+    """Read JSON; None where there is no such file. Raises ValueError where the file holds something else."""
+    if not bf.exists(path):
+        return None
+    with bf.BlobFile(path, "rb") as f:
+        return json.load(f)
+
+
+def walk(folder: str) -> Iterator[str]:
+    """The files below a folder, as paths relative to it with "/" between the parts; none where there is no folder."""
+    if not bf.isdir(folder):
+        return
+    for root, _, files in bf.walk(folder):
+        below = root[len(folder) :].replace(os.sep, "/").strip("/")
+        for name in files:
+            yield f"{below}/{name}" if below else name
+
+
+def remove_scratch(folder: str) -> None:
+    """Remove what a killed process had begun to write below a local folder."""
+    if not is_remote(folder):
+        for name in walk(folder):
+            if name.endswith(SCRATCH) and name.rpartition("/")[2].startswith("."):
+                os.unlink(os.path.join(folder, name))
