@@ -1,0 +1,182 @@
+"""The forward-backward experiment: noised images, noise streams, units of work.
+
+An image x_0 is noised up to step k of N, and denoised by the k steps that lead back: Sclocchi, Favero and Wyart, "A
+phase transition in diffusion models reveals the hierarchical nature of data", PNAS 122 (2025), arXiv:2402.16991.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .errors import UserError
+from .image_datasets import LabelledImage
+
+if TYPE_CHECKING:
+    from .gaussian_diffusion import GaussianDiffusion
+
+
+def noised_image(
+    diffusion: GaussianDiffusion, x_start: torch.Tensor, step_reverse: int, noise: torch.Tensor
+) -> torch.Tensor:
+    """Take k = `step_reverse` noising steps at once: x_k = sqrt(abar[k-1]) x_0 + sqrt(1 - abar[k-1]) eps.
+
+    After k steps the signal that is left is abar[k-1], since step 1 has index 0. k = 0 gives the image itself. k = N
+    gives the noise alone, as the paper does: nothing of the image is left.
+
+    Args:
+        diffusion: the (respaced) diffusion, of N steps.
+        x_start: starting images, (B, 3, H, W) in [-1, 1].
+        step_reverse: k, 0..N.
+        noise: standard normal eps, of the shape of `x_start`.
+
+    Returns:
+        x_k, of the shape of `x_start`.
+    """
+    if step_reverse == 0:
+        return x_start
+    if step_reverse == diffusion.num_timesteps:
+        return noise
+    last = torch.full((len(x_start),), step_reverse - 1, device=x_start.device)
+    return diffusion.q_sample(x_start, last, noise=noise)
+
+
+def check_times(steps: Sequence[int], num_steps: int) -> list[int]:
+    """The times k, each once. Raises UserError unless all are in 0..N = `num_steps`."""
+    for k in steps:
+        if not 0 <= k <= num_steps:
+            raise UserError(
+                f"--step_reverse {k} is out of range: expected 0 to {num_steps}, the number of steps that "
+                "--timestep_respacing (or, without it, --diffusion_steps) gives"
+            )
+    return list(dict.fromkeys(steps))
+
+
+def from_pixels(pixels: np.ndarray) -> torch.Tensor:
+    """Images in [-1, 1] of shape (B, 3, H, W), float32, from (B, H, W, 3) of uint8."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """Pixels (B, H, W, 3) of uint8, rounded and cut to 0..255, from images in [-1, 1] of shape (B, 3, H, W).
+
+    Raises UserError where an image holds what is not a number.
+    """
+    if not torch.isfinite(images).all():
+        raise UserError(
+            "the model gave NaN or infinity, which cannot be written as an image: its weights may be damaged\n"
+            "(--model_path), or too large for half precision (--use_fp16 False)"
+        )
+    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+class NoiseStreams:
+    """One stream of standard normal numbers per image of a batch.
+
+    A stream depends on the run's seed, the image's name and k alone, never on the batch that the image is in or on
+    the process that it meets. Handed to a sampling loop as its `generator`.
+
+    Args:
+        seed: the run's seed.
+        names: paths of the images relative to the data folder, one per row of the batch.
+        step_reverse: k.
+        device: where the numbers are drawn. Different kinds of device draw different numbers.
+    """
+
+    def __init__(self, seed: int, names: Sequence[str], step_reverse: int, device: torch.device | str):
+        self.generators = [torch.Generator(device).manual_seed(noise_seed(seed, name, step_reverse)) for name in names]
+
+    def randn(self, shape: Sequence[int], device=None, dtype=None) -> torch.Tensor:
+        """Draw the next numbers of every stream: a tensor of `shape` = (B, ...), row b from stream b."""
+        if shape[0] != len(self.generators):
+            raise ValueError(f"{len(self.generators)} noise streams cannot fill a batch of {shape[0]}")
+        rows = torch.empty(tuple(shape), device=self.generators[0].device, dtype=dtype)
+        for row, generator in zip(rows, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return rows.to(device)
+
+
+def noise_seed(seed: int, name: str, step_reverse: int) -> int:
+    """The 64-bit seed of one image's noise at one time: a hash, so that no two of them are related."""
+    words = b"\0".join([str(seed).encode(), os.fsencode(name), str(step_reverse).encode()])
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A batch of fixed composition, taken to one time and back.
+
+    Sums in a network may depend, in their last digit, on the size of the batch and on an image's place in it. So a
+    batch is computed as it was cut, also where some of its samples are there already: only `todo` is written.
+    """
+
+    step_reverse: int
+    images: tuple[LabelledImage, ...]
+    todo: frozenset[str]
+
+
+def unfinished_units(
+    images: Sequence[LabelledImage], batch_size: int, step_reverse: int, done: Collection[str]
+) -> Iterator[Unit]:
+    """Cut the list, in order, every `batch_size` images, and leave out the batches that are done.
+
+    Args:
+        images: the chosen images.
+        batch_size: images per unit; the last has what is left.
+        step_reverse: k.
+        done: paths of the images whose sample is there.
+    """
+    for start in range(0, len(images), batch_size):
+        batch = tuple(images[start : start + batch_size])
+        if todo := frozenset(image.path for image in batch if image.path not in done):
+            yield Unit(step_reverse, batch, todo)
+
+
+def default_output(data_dir: str) -> str:
+    """results/diffused_ILSVRC2012_validation, for datasets/ILSVRC2012/validation."""
+    if "://" not in data_dir:
+        data_dir = os.path.abspath(data_dir)
+    parts = [part for part in data_dir.replace(os.sep, "/").split("/") if part]
+    return "results/diffused_" + "_".join(parts[-2:])
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """Where the samples of one time k are, and what they are called.
+
+    Attributes:
+        output: the folder of results.
+        step_reverse: k.
+        num_steps: N.
+        diffusion_steps: steps that the model was trained with, in whose units file names give the time.
+        image_format: "jpeg" or "png".
+    """
+
+    output: str
+    step_reverse: int
+    num_steps: int
+    diffusion_steps: int
+    image_format: str = "jpeg"
+
+    @property
+    def path(self) -> str:
+        """The folder itself: OUTPUT/t_K_N_images."""
+        return f"{self.output}/t_{self.step_reverse}_{self.num_steps}_images"
+
+    @property
+    def record(self) -> str:
+        """The record of the run: OUTPUT/t_K_N_run.json."""
+        return f"{self.output}/t_{self.step_reverse}_{self.num_steps}_run.json"
+
+    def sample(self, image_path: str) -> str:
+        """The sample of an image, relative to the folder: [sub/folders/]NAME_t0500.JPEG."""
+        time = self.step_reverse * self.diffusion_steps // self.num_steps
+        ending = {"jpeg": "JPEG", "png": "png"}[self.image_format]
+        return f"{os.path.splitext(image_path)[0]}_t{time:04d}.{ending}"

@@ -1,0 +1,266 @@
+r"""The forward-backward loop against exact mathematics: off-by-one errors fail here.
+
+For Gaussian data x_0 ~ N(mu, s^2), pixel by pixel, the best noise prediction is linear in x_t. With it each denoising
+step is an affine map of the image plus Gaussian noise, so that the sample \hat x_0(k) is Gaussian given x_0, and a
+recursion in float64 gives its mean and variance. The recursion here uses nothing of the library: only the signal levels
+abar, and Bayes' rule for what they mean. Four kinds of pixels, one per channel, stand for easy and for hard data.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from guided_diffusion.forward_backward import noised_image
+from guided_diffusion.script_util import create_gaussian_diffusion
+
+ABAR = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))  # the linear schedule of 1000 steps
+
+MU = np.array([0.5, -0.3, 0.1, 2.0])  # mean of the data
+S2 = np.array([1e-4, 0.25, 1.0, 16.0])  # variance of the data
+X_START = np.array([0.51, 0.4, -1.5, -3.0])  # the starting image
+
+LEARNED = 0.4  # what the model says of the variance, from -1 (small) to 1 (large)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One way to take the steps back. `variance`: of a DDPM step; `eta`: for DDIM, else None."""
+
+    variance: str = "small"
+    eta: float | None = None
+
+    def __str__(self):
+        return f"ddpm-{self.variance}" if self.eta is None else f"ddim-{self.eta}"
+
+    def diffusion(self, num_steps):
+        flags = {"learn_sigma": self.variance == "learned", "sigma_small": self.variance == "small"}
+        return create_gaussian_diffusion(steps=1000, timestep_respacing=str(num_steps), **flags)
+
+    def sample(self, diffusion, x_k, k, generator):
+        """Run the loop under test."""
+        if self.eta is None:
+            loop, options = diffusion.p_sample_loop_forw_back, {}
+        else:
+            loop, options = diffusion.ddim_sample_loop_forw_back, {"eta": self.eta}
+        options.update(noise=x_k, clip_denoised=False, generator=generator)
+        return loop(self.best_model, tuple(x_k.shape), k, **options)
+
+    def best_model(self, x, t):
+        """E[eps | x_t], given the original time steps; and what it says of the variance where that is learned."""
+        abar = ABAR[t.numpy()].reshape(-1, 1, 1, 1)
+        mu, s2 = MU.reshape(1, -1, 1, 1), S2.reshape(1, -1, 1, 1)
+        gain = np.sqrt(1 - abar) / (abar * s2 + 1 - abar)
+        gain, offset = (torch.from_numpy(a).to(x.dtype) for a in (gain, -gain * np.sqrt(abar) * mu))
+        eps = gain * x + offset
+        return torch.cat([eps, torch.full_like(eps, LEARNED)], dim=1) if self.variance == "learned" else eps
+
+
+SAMPLERS = [Sampler("small"), Sampler("large"), Sampler("learned"), *(Sampler(eta=eta) for eta in (0.0, 0.5, 1.0))]
+LENGTHS = [10, 25]
+each_sampler = pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+
+
+@dataclass(frozen=True)
+class Affine:
+    r"""\hat x_0 = offset + gain * x_k + sum_j noise[j] * z_j, with z_j standard normal; numbers per channel (4,)."""
+
+    offset: np.ndarray
+    gain: np.ndarray
+    noise: np.ndarray  # (draws, 4)
+
+    def law(self, signal, noise):
+        """Mean and standard deviation, as (2, 4), for x_k = signal * x_0 + noise * eps."""
+        variance = (self.gain * noise) ** 2 + (self.noise**2).sum(0)
+        return np.stack([self.offset + self.gain * signal * X_START, np.sqrt(variance)])
+
+
+# The exact answer
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A mistake that one could make, as a change to the recursion, and the k in 0..n that it concerns."""
+
+    name: str
+    ks: Callable[[int], range]
+    start_shift: int = 0  # x_k is drawn with abar[k - 1 + start_shift]
+    indices: Callable[[int], Sequence[int]] = lambda k: range(k - 1, -1, -1)
+    noise_at_zero: bool = False
+    told_shift: int = 0  # the model is told the time of another index
+
+    def __str__(self):
+        return self.name.replace(" ", "-")
+
+
+NONE = Mutation("none", lambda n: range(n + 1))
+MUTATIONS = [
+    Mutation("x_k one step too noisy", lambda n: range(1, n), start_shift=1),
+    Mutation("x_k one step too clean", lambda n: range(1, n), start_shift=-1),
+    Mutation("loop starts at k", lambda n: range(n), indices=lambda k: range(k, -1, -1)),
+    Mutation("loop starts at k minus 2", lambda n: range(1, n + 1), indices=lambda k: range(k - 2, -1, -1)),
+    Mutation("loop stops at 1", lambda n: range(1, n + 1), indices=lambda k: range(k - 1, 0, -1)),
+    Mutation(
+        "a step skipped", lambda n: range(1, n + 1), indices=lambda k: [*range(k - 1, k // 2, -1), *range(k // 2)[::-1]]
+    ),
+    Mutation(
+        "a step repeated",
+        lambda n: range(1, n + 1),
+        indices=lambda k: [*range(k - 1, k // 2 - 1, -1), *range(k // 2 + 1)[::-1]],
+    ),
+    Mutation("noise at index 0", lambda n: range(1, n + 1), noise_at_zero=True),
+    Mutation("model told the next time", lambda n: range(1, n), told_shift=1),
+]
+
+
+def signal_levels(num_steps):
+    """abar of `num_steps` evenly spaced of the 1000 steps, the first and the last among them."""
+    return ABAR[[round(i * 999 / (num_steps - 1)) for i in range(num_steps)]]
+
+
+def exact_start(abar, k, shift=0):
+    """Factors (signal, noise) of x_k = signal * x_0 + noise * eps."""
+    if k == len(abar):
+        return 0.0, 1.0  # pure noise
+    level = 1.0 if k + shift == 0 else abar[k - 1 + shift]
+    return np.sqrt(level), np.sqrt(1 - level)
+
+
+def exact_step(sampler, abar, i, mutation):
+    """One denoising step, x_{i-1} = offset + gain * x_i + noise * z, from what abar means and Bayes' rule."""
+    a, a_prev = abar[i], abar[i - 1] if i > 0 else 1.0
+    r = a / a_prev  # x_i = sqrt(r) x_{i-1} + sqrt(1 - r) z
+    told = abar[i + mutation.told_shift]
+    # The noise that the model sees in x_i, and the clean image that goes with it, as (offset, gain).
+    slope = np.sqrt(1 - told) / (told * S2 + 1 - told)
+    eps = np.array([-slope * np.sqrt(told) * MU, slope])
+    start = (np.array([np.zeros(4), np.ones(4)]) - np.sqrt(1 - a) * eps) / np.sqrt(a)
+    if i == 0:
+        # Nothing is left to draw: x_{-1} is the clean image. A mistaken draw would have the variance of the next step.
+        offset, gain = start
+        noise = exact_step(sampler, abar, 1, NONE)[2] if mutation.noise_at_zero else 0.0
+        return offset, gain, noise
+    # q(x_{i-1} | x_i, x_0): the precisions of its two sources add up.
+    small = 1 / (1 / (1 - a_prev) + r / (1 - r))
+    if sampler.eta is not None:
+        variance = sampler.eta**2 * small
+        offset, gain = np.sqrt(a_prev) * start + np.sqrt(1 - a_prev - variance) * eps
+    else:
+        fraction = {"small": 0.0, "large": 1.0, "learned": (LEARNED + 1) / 2}[sampler.variance]
+        variance = (1 - r) ** fraction * small ** (1 - fraction)
+        offset, gain = small * np.sqrt(a_prev) / (1 - a_prev) * start
+        gain = gain + small * np.sqrt(r) / (1 - r)
+    return offset, gain, np.sqrt(variance)
+
+
+def exact_loop(sampler, abar, k, mutation=NONE):
+    """The whole way back from x_k."""
+    total = Affine(np.zeros(4), np.ones(4), np.zeros((0, 4)))
+    for i in mutation.indices(k):
+        offset, gain, noise = exact_step(sampler, abar, i, mutation)
+        total = Affine(
+            offset + gain * total.offset, gain * total.gain, np.vstack([gain * total.noise, noise * np.ones((1, 4))])
+        )
+    return total
+
+
+# The loop, measured
+
+
+class OneImpulsePerRow:
+    """Noise that is 0, except for the draw j of row 2 + j, which is 1."""
+
+    def __init__(self):
+        self.draw = 0
+
+    def randn(self, shape, device=None, dtype=None):
+        noise = torch.zeros(tuple(shape), device=device, dtype=dtype)
+        noise[2 + self.draw] = 1
+        self.draw += 1
+        return noise
+
+
+def measured_loop(sampler, diffusion, k):
+    """What the loop does, without sampling error: from x_k = 0, x_k = 1, and x_k = 0 with each one of its draws 1."""
+    x_k = torch.zeros(2 + k, 4, 1, 1)
+    x_k[1] = 1
+    out = sampler.sample(diffusion, x_k, k, OneImpulsePerRow()).double().numpy()[:, :, 0, 0]
+    return Affine(out[0], out[1] - out[0], out[2:] - out[0])
+
+
+def measured_start(diffusion, k):
+    """Factors (signal, noise) of x_k."""
+    zero, one = torch.zeros(1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    return noised_image(diffusion, one, k, zero).item(), noised_image(diffusion, zero, k, one).item()
+
+
+TOLERANCE = 1e-5  # of numbers of order 1; the loop computes in float32
+
+
+@pytest.mark.parametrize("num_steps", LENGTHS)
+@each_sampler
+def test_the_loop_is_the_exact_affine_map(sampler, num_steps):
+    """For every k: offset, gain, and what every draw of every step does to the result."""
+    diffusion, abar = sampler.diffusion(num_steps), signal_levels(num_steps)
+    for k in range(num_steps + 1):
+        np.testing.assert_allclose(measured_start(diffusion, k), exact_start(abar, k), atol=1e-6, err_msg=f"k = {k}")
+        measured, exact = measured_loop(sampler, diffusion, k), exact_loop(sampler, abar, k)
+        for part in ("offset", "gain", "noise"):
+            np.testing.assert_allclose(
+                getattr(measured, part), getattr(exact, part), rtol=0, atol=TOLERANCE, err_msg=f"{part}, k = {k}"
+            )
+
+
+@pytest.mark.parametrize(
+    ("sampler", "mutation"),
+    # DDIM has no noise that could be added at index 0.
+    [(s, m) for s in SAMPLERS for m in MUTATIONS if s.eta is None or not m.noise_at_zero],
+    ids=str,
+)
+def test_every_mistake_would_be_seen(sampler, mutation):
+    """For every k, each mistake changes the mean or the deviation of the result far beyond the tolerance."""
+    num_steps = 10
+    diffusion, abar = sampler.diffusion(num_steps), signal_levels(num_steps)
+    for k in mutation.ks(num_steps):
+        law = measured_loop(sampler, diffusion, k).law(*measured_start(diffusion, k))
+        mistaken = exact_loop(sampler, abar, k, mutation).law(*exact_start(abar, k, mutation.start_shift))
+        right = exact_loop(sampler, abar, k).law(*exact_start(abar, k))
+        assert np.abs(law - right).max() < 4 * TOLERANCE
+        assert np.abs(law - mistaken).max() > 100 * TOLERANCE, f"k = {k}"
+
+
+@pytest.mark.parametrize("num_steps", LENGTHS)
+@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s.eta != 0.5], ids=str)
+def test_samples_have_the_exact_mean_and_variance(sampler, num_steps):
+    """For every k, with real noise: within 5 standard errors of either."""
+    diffusion, abar = sampler.diffusion(num_steps), signal_levels(num_steps)
+    generator = torch.Generator().manual_seed(num_steps)
+    pixels = 2_000_000 // num_steps  # of each kind
+    x_start = torch.from_numpy(X_START).float().view(1, 4, 1, 1).expand(50, 4, 50, pixels // 2500)
+    for k in range(num_steps + 1):
+        x_k = noised_image(diffusion, x_start, k, torch.randn(x_start.shape, generator=generator))
+        sample = sampler.sample(diffusion, x_k, k, generator).double()
+        mean, deviation = exact_loop(sampler, abar, k).law(*exact_start(abar, k))
+        mean_error = sample.mean((0, 2, 3)).numpy() - mean
+        variance_error = sample.var((0, 2, 3)).numpy() - deviation**2
+        assert np.all(np.abs(mean_error) < 5 * deviation / pixels**0.5 + TOLERANCE), f"k = {k}"
+        assert np.all(np.abs(variance_error) < 5 * deviation**2 * (2 / pixels) ** 0.5 + TOLERANCE), f"k = {k}"
+
+
+@pytest.mark.parametrize("k", [200, 500, 800, 1000])
+@pytest.mark.parametrize("sampler", SAMPLERS[:3], ids=str)
+def test_many_small_steps_draw_from_the_posterior(sampler, k):
+    r"""With all 1000 steps the way back is that of the data: \hat x_0(k) is a draw from p(x_0 | x_k), in closed form.
+
+    To 1% of its deviation: what is left is the size of the steps. (Data with s = 0.01 would need smaller ones.)
+    """
+    diffusion, kinds = sampler.diffusion(1000), slice(1, 4)
+    mean, deviation = measured_loop(sampler, diffusion, k).law(*measured_start(diffusion, k))
+    signal, noise = exact_start(ABAR, k)
+    weight = signal * S2 / (signal**2 * S2 + noise**2)  # E[x_0 | x_k] = mu + weight (x_k - signal mu)
+    exact_mean = MU + weight * signal * (X_START - MU)
+    exact_deviation = np.sqrt(S2 * (1 - weight * signal) + (weight * noise) ** 2)
+    np.testing.assert_array_less(np.abs(mean - exact_mean)[kinds], 0.01 * exact_deviation[kinds])
+    np.testing.assert_allclose(deviation[kinds], exact_deviation[kinds], rtol=0.01)
