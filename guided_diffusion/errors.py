@@ -7,3 +7,8 @@ class UserError(ValueError):
     Its message is one or two lines that say what was found, what was expected and which flag to change. The scripts
     print it without a traceback and end with status 2.
     """
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its kind where it has none, for use in another message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

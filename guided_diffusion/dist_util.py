@@ -1,0 +1,281 @@
+"""Processes: which rank is this, which GPU is its own, what the ranks tell each other, and checkpoints for all of them.
+
+Everything here works in one process too, with or without `setup_dist()`; then nothing is sent anywhere.
+"""
+
+import atexit
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .checkpoint_file import read_checkpoint
+from .errors import UserError, first_line
+from .files import is_remote
+from .launchers import World, find_world, meet
+
+TIMEOUT = timedelta(days=14)  # of a collective: ranks may finish hours apart (Gloo counts milliseconds in 31 bits)
+CHUNK_SIZE = 2**28  # bytes per broadcast
+
+
+_world = World()
+
+
+def setup_dist() -> None:
+    """Find this process's rank, join the others in `torch.distributed`, and choose its GPU. A second call does nothing.
+
+    The ranks come from the first of these that applies:
+
+    1. `torchrun` (or any launcher that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT).
+    2. A Slurm step (`srun`), by its SLURM_ variables, unless an `mpiexec` inside the step started this process. srun's
+       PMI variables describe the same ranks, so MPI is not asked; a library built without Slurm support would abort.
+       A batch script is no step: it is one process.
+    3. MPI, by mpi4py: whenever an `mpiexec` left its variables, and also when no launcher left any, since it may be one
+       not known here. The library's start takes about a second.
+    4. One process: mpi4py or its MPI library is missing, or MPI counts one rank.
+
+    The GPU of a rank is the one of its local rank (its number on its node); or its first, if every rank is shown
+    another GPU as its first (as with Slurm's --gpus-per-task). CPU tensors travel by Gloo, CUDA tensors by NCCL.
+
+    Raises UserError where launchers disagree (one that counts more ranks than MPI belongs to another MPI library: every
+    rank would do all of the work), where the ranks do not meet, and where a node has more ranks than GPUs.
+    """
+    global _world
+    if dist.is_initialized():
+        return
+    world = find_world()
+    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
+    if world.one_node and loopback:  # the host name may not resolve, or resolve to where nothing listens
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store = meet(world)
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+    except RuntimeError as error:
+        if world.size > 1:
+            raise UserError(f"the {world.size} ranks of {world.launcher} did not meet: {first_line(error)}") from error
+        # One process without even a loopback interface: it has nobody to talk to.
+    _world = world
+    atexit.register(cleanup)  # closes the connections, so that no rank waits for one that failed alone
+    _world = _with_gpu(world)
+
+
+def cleanup() -> None:
+    """Leave `torch.distributed`. Done at exit in any case."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def dev() -> torch.device:
+    """The device of this rank: its own GPU where there is one, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device() if _world.gpu is None else _world.gpu)
+
+
+def get_rank() -> int:
+    """Number of this process, 0 .. world size - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def get_local_rank() -> int:
+    """Number of this process among those of its node."""
+    return _world.local_rank
+
+
+def num_local_ranks() -> int:
+    """Number of processes on this node."""
+    return _world.num_local_ranks
+
+
+def cores_per_rank() -> int:
+    """Number of CPU cores that this process may use, shared with the ranks of its node that may use the same ones."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS
+        return max(1, (os.cpu_count() or 1) // num_local_ranks())
+    mine = (socket.gethostname(), frozenset(os.sched_getaffinity(0)))
+    return max(1, len(mine[1]) // gather_objects(mine).count(mine))
+
+
+def is_main() -> bool:
+    """Whether this is rank 0."""
+    return get_rank() == 0
+
+
+# What the ranks tell each other
+
+
+def barrier() -> None:
+    """Wait, on the CPU, until every rank is here."""
+    if get_world_size() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's `value`, on every rank. It must pickle."""
+    if get_world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+    return box[0]
+
+
+def gather_objects(value: Any) -> list:
+    """The `value` of every rank, in the order of ranks, on every rank. They must pickle."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(function: Callable, *args: Any) -> Any:
+    """Call `function(*args)` on rank 0; every rank returns its result, or raises its UserError or OSError."""
+    if get_world_size() == 1:
+        return function(*args)
+    result = error = None
+    if is_main():
+        result, error = _attempt(function, *args)
+    result, error = broadcast_object((result, error))
+    _raise_together(error)
+    return result
+
+
+def on_every_rank(function: Callable, *args: Any) -> Any:
+    """Call `function(*args)` on every rank; where a rank raises a UserError or OSError, all raise the first such."""
+    if get_world_size() == 1:
+        return function(*args)
+    result, error = _attempt(function, *args)
+    for rank, found in enumerate(gather_objects(error)):
+        # Rank 0 prints it, whose node may have nothing wrong.
+        _raise_together(UserError(f"rank {rank}: {found}") if rank and isinstance(found, UserError) else found)
+    return result
+
+
+def should_report(error: BaseException) -> bool:
+    """Whether this rank should print `error`: rank 0 speaks for all where all raised it together."""
+    return is_main() or not getattr(error, "on_all_ranks", False)
+
+
+def sync_params(params: Iterable[torch.Tensor], chunk_size: int = CHUNK_SIZE) -> None:
+    """Give every rank rank 0's values of `params`, in place, at most `chunk_size` bytes per message."""
+    if get_world_size() == 1:
+        return
+    with torch.no_grad():
+        for bucket in _buckets(params, chunk_size):
+            flat = torch.cat([p.reshape(-1) for p in bucket]) if len(bucket) > 1 else bucket[0].reshape(-1)
+            for chunk in flat.view(torch.uint8).split(chunk_size):  # bytes: not every backend knows every dtype
+                dist.broadcast(chunk, src=0)
+            if not is_main():
+                for p, values in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                    p.copy_(values.view_as(p))
+
+
+# Checkpoints
+
+
+def load_state_dict(
+    path: str | os.PathLike,
+    map_location: str | torch.device = "cpu",
+    *,
+    flag: str = "--model_path",
+    chunk_size: int = CHUNK_SIZE,
+    **kwargs: Any,
+) -> dict[str, torch.Tensor]:
+    """The state dict saved in `path`, on the CPU unless `map_location` says otherwise. All ranks must call this.
+
+    A local file is memory-mapped by each rank (if it is in torch.save's zip format), so that it is in memory once per
+    node. A remote one (gs://, az://, https://, ...) is read by rank 0 and sent to the others. Nothing but tensors and
+    plain containers is unpickled; `kwargs` go to torch.load. Raises UserError, on all ranks, where the file is missing,
+    no complete checkpoint, or holds anything but a dict of tensors; `flag` is the flag that the message names.
+    """
+    kwargs = {"map_location": "cpu", "weights_only": True, **kwargs}
+    if not is_remote(os.fspath(path)):
+        state = on_every_rank(read_checkpoint, path, flag, kwargs)
+    else:
+        state = {}
+
+        def read() -> dict:
+            state.update(read_checkpoint(path, flag, kwargs))
+            return {name: (w.shape, w.dtype) for name, w in state.items()}
+
+        layout = on_main(read)
+        if not is_main():
+            state = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
+        sync_params(state.values(), chunk_size)
+    return {name: w.to(map_location) for name, w in state.items()}
+
+
+def _with_gpu(world: World) -> World:
+    """`world` with its GPU, and with the number of ranks on its node."""
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    first = None
+    if visible:  # the UUID, since a container or cgroup may number each rank's own GPU 0
+        first = f"{torch.cuda.get_device_properties(0).uuid} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
+    ranks = gather_objects((socket.gethostname(), world.local_rank, visible, first))
+    try:
+        gpu = _gpu_of(world.rank, ranks)
+    except UserError as error:
+        _raise_together(error)
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    return replace(world, gpu=gpu, num_local_ranks=sum(host == socket.gethostname() for host, *_ in ranks))
+
+
+def _gpu_of(rank: int, ranks: list[tuple[str, int, int, str | None]]) -> int | None:
+    """Index of a rank's GPU, from every rank's (host, local rank, number of GPUs visible, identity of the first)."""
+    if not any(visible for _, _, visible, _ in ranks):
+        return None
+    firsts = {first for _, _, _, first in ranks if first}
+    if len(firsts) == len(ranks):
+        return 0
+    for host, local_rank, visible, _ in ranks:
+        if local_rank >= visible:
+            here = sum(other == host for other, *_ in ranks)
+            raise UserError(
+                f"{here} rank(s) on node {host}, but {visible} GPU(s) visible there (CUDA_VISIBLE_DEVICES).\n"
+                "Start at most one rank per GPU (mpiexec -n, torchrun --nproc_per_node, srun --ntasks-per-node)."
+            )
+    return ranks[rank][1]
+
+
+# Failing together
+
+
+def _attempt(function: Callable, *args: Any) -> tuple[Any, Exception | None]:
+    """Result and error of a call; the error is one that pickles."""
+    try:
+        return function(*args), None
+    except UserError as error:
+        return None, error
+    except OSError as error:  # subclasses may not unpickle; from errno Python makes the right one again
+        plain = OSError(str(error)) if error.errno is None else OSError(error.errno, error.strerror, error.filename)
+        return None, plain.with_traceback(error.__traceback__)
+
+
+def _raise_together(error: Exception | None) -> None:
+    if error is not None:
+        error.on_all_ranks = True
+        raise error
+
+
+def _buckets(tensors: Iterable[torch.Tensor], size: int) -> Iterator[list[torch.Tensor]]:
+    """Neighbours of one dtype and device, gathered until they hold `size` bytes."""
+    bucket: list[torch.Tensor] = []
+    for tensor in tensors:
+        held = sum(t.nbytes for t in bucket)
+        if bucket and (held >= size or (tensor.dtype, tensor.device) != (bucket[0].dtype, bucket[0].device)):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

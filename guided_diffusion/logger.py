@@ -1,0 +1,196 @@
+"""What a run says and records: messages on stderr by `logging`, metrics in progress.csv and progress.json.
+
+Rank 0 speaks; the other ranks only report errors. Messages do not break a tqdm progress bar.
+"""
+
+import csv
+import json
+import logging
+import math
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from .errors import UserError
+
+DEBUG, INFO, WARN, ERROR, DISABLED = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, 50
+FORMATS = ("stdout", "csv", "json")
+
+_dir: Path | None = None
+_formats: tuple[str, ...] = FORMATS
+_suffix = ""
+_values: dict[str, Any] = {}
+_counts: dict[str, int] = defaultdict(int)
+
+
+class _Handler(logging.Handler):
+    """Writes to stderr, above a progress bar if there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno < ERROR and _rank() != 0:
+            return
+        prefix = "error: " if record.levelno >= ERROR else "warning: " if record.levelno >= WARN else ""
+        try:
+            tqdm.write(prefix + self.format(record), file=sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _rank() -> int:
+    """This process's rank, without importing torch where nothing else has."""
+    dist_util = sys.modules.get(f"{__package__}.dist_util")
+    return dist_util.get_rank() if dist_util else 0
+
+
+_logger = logging.getLogger("guided_diffusion")
+_logger.setLevel(INFO)
+_logger.propagate = False
+if not _logger.handlers:
+    _logger.addHandler(_Handler())
+
+
+def configure(
+    dir: str | os.PathLike | None = None,
+    format_strs: Iterable[str] | None = None,
+    comm: Any = None,
+    log_suffix: str = "",
+) -> None:
+    """Choose where metrics go: the folder `dir`, else the one that OPENAI_LOGDIR names, else no files.
+
+    `format_strs` are some of "stdout" (a line of metrics among the messages), "csv" and "json"; by default, or if the
+    environment's OPENAI_LOG_FORMAT (comma-separated) names none, all. `log_suffix` ends the files' names. `comm` is
+    accepted for the sake of old callers and not used. Files that exist are continued. Call `setup_dist()` before.
+    Raises UserError for an unknown format, or a folder that cannot be made.
+    """
+    global _dir, _formats, _suffix
+    wanted = format_strs or [name for name in os.environ.get("OPENAI_LOG_FORMAT", "").split(",") if name] or FORMATS
+    unknown = sorted(set(wanted) - set(FORMATS))
+    if unknown:
+        raise UserError(f"unknown log format {', '.join(unknown)}: expected some of {', '.join(FORMATS)}")
+    folder = dir or os.environ.get("OPENAI_LOGDIR")
+    _dir, _formats, _suffix = (Path(folder).expanduser() if folder else None), tuple(wanted), log_suffix
+    if _dir and _rank() == 0:
+        try:
+            _dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"log folder {_dir} cannot be made: {error.strerror}") from error
+        if not os.access(_dir, os.W_OK):
+            raise UserError(f"log folder {_dir} cannot be written to")
+
+
+def get_dir() -> str | None:
+    """The folder of the metrics, None where there is none."""
+    return None if _dir is None else str(_dir)
+
+
+def set_level(level: int) -> None:
+    """Say only messages of this level (DEBUG, INFO, WARN, ERROR) and above; DISABLED: none."""
+    _logger.setLevel(level)
+
+
+def log(*args: Any, level: int = INFO) -> None:
+    """Say `args`, separated by spaces."""
+    _logger.log(level, "%s", " ".join(map(str, args)))
+
+
+def debug(*args: Any) -> None:
+    """Say something that only a developer wants to know."""
+    log(*args, level=DEBUG)
+
+
+def info(*args: Any) -> None:
+    """Say what is going on."""
+    log(*args, level=INFO)
+
+
+def warn(*args: Any) -> None:
+    """Say what may not be as intended; the line begins with "warning: "."""
+    log(*args, level=WARN)
+
+
+def error(*args: Any) -> None:
+    """Say what went wrong, on whatever rank; the line begins with "error: "."""
+    log(*args, level=ERROR)
+
+
+def logkv(key: str, val: Any) -> None:
+    """Record one metric for the next `dumpkvs`; the last value counts."""
+    _values[key] = _plain(val)
+    _counts.pop(key, None)
+
+
+def logkv_mean(key: str, val: float) -> None:
+    """Record one metric for the next `dumpkvs`; the mean of the values since the last one counts."""
+    _counts[key] += 1
+    old = _values.get(key, 0.0) if _counts[key] > 1 else 0.0
+    _values[key] = old + (_plain(val) - old) / _counts[key]
+
+
+def logkvs(d: Mapping[str, Any]) -> None:
+    """`logkv` for each entry."""
+    for key, val in d.items():
+        logkv(key, val)
+
+
+def getkvs() -> dict[str, Any]:
+    """The metrics recorded since the last `dumpkvs`."""
+    return dict(_values)
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Write the metrics recorded so far, as rank 0, and forget them; returns them."""
+    values = getkvs()
+    _values.clear()
+    _counts.clear()
+    if values and _rank() == 0:
+        if "stdout" in _formats:
+            info(
+                "  ".join(
+                    f"{key} {val:.5g}" if isinstance(val, float) else f"{key} {val}" for key, val in values.items()
+                )
+            )
+        if _dir and "csv" in _formats:
+            _append_csv(_dir / f"progress{_suffix}.csv", values)
+        if _dir and "json" in _formats:
+            with open(_dir / f"progress{_suffix}.json", "a") as file:
+                file.write(json.dumps({key: _json_value(val) for key, val in values.items()}) + "\n")
+    return values
+
+
+def _plain(value: Any) -> Any:
+    """A Python number out of a 0-d tensor or a NumPy scalar; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _json_value(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity, nor objects."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
+
+
+def _append_csv(path: Path, row: Mapping[str, Any]) -> None:
+    """Add `row`; where it brings new columns, the whole file is written anew beside the old one, then renamed."""
+    header, old_rows = [], []
+    if path.exists():
+        with open(path, newline="") as file:
+            header = next(csv.reader(file), [])
+    columns = header + [key for key in row if key not in header]
+    if columns == header:
+        with open(path, "a", newline="") as file:
+            csv.DictWriter(file, columns).writerow(row)
+        return
+    if header:
+        with open(path, newline="") as file:
+            old_rows = list(csv.DictReader(file))
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows([*old_rows, row])
+    os.replace(aside, path)

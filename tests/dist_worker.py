@@ -1,0 +1,127 @@
+"""What each rank runs in test_dist_util.py: `python dist_worker.py TASK FOLDER [ARGUMENT...]`, results as JSON."""
+
+import json
+import sys
+import time
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+
+from guided_diffusion import dist_util, launchers, logger
+from guided_diffusion.errors import UserError
+
+
+def tell(folder):
+    """Everything that ranks tell each other, as seen from this one."""
+    rank = dist_util.get_rank()
+    dist_util.barrier()
+    params = [torch.full((3, 2), rank + 1.0), torch.full((), rank, dtype=torch.int64), torch.empty(0)]
+    params += [torch.full((1001,), rank + 0.5, dtype=torch.bfloat16), torch.nn.Parameter(torch.full((7,), rank + 2.0))]
+    dist_util.sync_params(params, chunk_size=100)
+    try:
+        dist_util.on_main(open, folder / "missing")
+    except OSError as error:
+        missing = [type(error).__name__, error.filename == str(folder / "missing"), dist_util.should_report(error)]
+    initialized = torch.distributed.is_initialized()
+    return {
+        "torch": (torch.distributed.get_rank(), torch.distributed.get_world_size()) if initialized else None,
+        "place": (rank, dist_util.get_world_size(), dist_util.get_local_rank(), dist_util.num_local_ranks()),
+        "is_main": dist_util.is_main(),
+        "device": str(dist_util.dev()),
+        "broadcast": dist_util.broadcast_object({"from": rank}),
+        "gather": dist_util.gather_objects(rank * 10),
+        "on_main": dist_util.on_main(lambda: f"by {dist_util.get_rank()}"),
+        "params": [p.double().mean().item() if p.numel() else 0 for p in params],
+        "missing": missing,
+        "mpi_imported": "mpi4py.MPI" in sys.modules,
+    }
+
+
+def load(folder, chunk_size, *paths):
+    """For each path, a summary of the checkpoint that all ranks load, or the error."""
+    summaries = []
+    for path in paths:
+        try:
+            state = dist_util.load_state_dict(path, chunk_size=int(chunk_size))
+        except UserError as error:
+            summaries.append(str(error))
+        else:
+            summaries.append(
+                {name: (str(w.dtype), list(w.shape), w.double().sum().item()) for name, w in state.items()}
+            )
+    return summaries
+
+
+def fail_together(folder):
+    """Rank 0 finds a mistake; the message is said once."""
+
+    def find_mistake():
+        raise UserError("no such flag: --speed")
+
+    try:
+        dist_util.on_main(find_mistake)
+    except UserError as error:
+        if dist_util.should_report(error):
+            print(error, file=sys.stderr, flush=True)
+        dist_util.barrier()
+        sys.exit(2)
+
+
+def fail_on_last(folder):
+    """The last rank finds a mistake in what every rank looks at."""
+
+    def look():
+        if dist_util.get_rank() == dist_util.get_world_size() - 1:
+            raise UserError("the node has no such file")
+        return "fine"
+
+    try:
+        return dist_util.on_every_rank(look)
+    except UserError as error:
+        return str(error)
+
+
+def fail_alone(folder):
+    """Rank 1 dies of a bug while the others wait for it."""
+    if dist_util.get_rank() == 1:
+        raise RuntimeError("a bug")
+    dist_util.barrier()
+
+
+def speak(folder):
+    """Every rank says and records something."""
+    logger.configure(dir=folder / "log")
+    logger.info("information of", dist_util.get_rank())
+    logger.warn("warning of", dist_util.get_rank())
+    logger.error("error of", dist_util.get_rank())
+    logger.logkv("rank", dist_util.get_rank())
+    return logger.dumpkvs()
+
+
+TASKS = {f.__name__: f for f in (tell, load, fail_together, fail_on_last, fail_alone, speak)}
+
+
+def main():
+    tasks, folder, *arguments = sys.argv[1:]
+    folder = Path(folder)
+    if "short_meeting" in tasks:
+        launchers.MEETING_TIMEOUT = timedelta(seconds=3)
+    if "other_nodes" in tasks:  # as if MPI's ranks were not on one node
+        meet = launchers._meet_by_mpi
+        launchers._meet_by_mpi = lambda world: meet(replace(world, one_node=False))
+    try:
+        dist_util.setup_dist()
+    except UserError as error:
+        time.sleep(0.5)  # the launcher ends all as soon as one ends: let every rank speak
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(2)
+    dist_util.setup_dist()
+    results = {name: TASKS[name](folder, *arguments) for name in tasks.split(",") if name in TASKS}
+    (folder / f"rank{dist_util.get_rank()}.json").write_text(json.dumps(results))
+    dist_util.barrier()
+
+
+if __name__ == "__main__":
+    main()

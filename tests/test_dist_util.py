@@ -1,0 +1,430 @@
+"""Ranks, rendezvous and checkpoints, with real processes: plain, mpiexec, torchrun, and the environment of srun."""
+
+import argparse
+import functools
+import http.server
+import json
+import os
+import pickle
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from guided_diffusion import dist_util, launchers
+from guided_diffusion.errors import UserError
+
+HERE = Path(__file__).parent
+PYTHON = [sys.executable, str(HERE / "dist_worker.py")]
+MPIEXEC = [str(Path(sys.executable).with_name("mpiexec")), "--oversubscribe", "-n"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local_addr=127.0.0.1", "--no-python"]
+TORCHRUN += ["--nproc_per_node"]
+LAUNCHERS = ("OMPI_", "PMI", "PRTE_", "MPI_", "MV2_", "SLURM_", "TORCHELASTIC_", "GROUP_", "LOCAL_", "ROLE_", "MASTER_")
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """The environment as a shell has it, whatever started pytest."""
+    for name in list(os.environ):
+        if name.startswith(LAUNCHERS) or name in ("RANK", "WORLD_SIZE", "GLOO_SOCKET_IFNAME"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT", "1")
+    monkeypatch.setenv("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    monkeypatch.setenv("PYTHONPATH", str(HERE.parent))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+
+
+def start(command, **environment):
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+
+
+def finish(process, status=0):
+    """stderr of a process that must end with `status` ("bad": any but 0) before long."""
+    try:
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    good = process.returncode != 0 if status == "bad" else process.returncode == status
+    assert good, f"status {process.returncode}\n{stderr}"
+    return stderr
+
+
+def results(folder, ranks):
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+
+
+def assert_told(folder, ranks, *, launcher_is_mpi=False, torch_works=True):
+    for rank, told in enumerate(result["tell"] for result in results(folder, ranks)):
+        assert told["torch"] == ([rank, ranks] if torch_works else None)
+        assert told["place"] == [rank, ranks, rank, ranks]
+        assert told["is_main"] == (rank == 0)
+        assert told["device"] == ("cpu" if not torch.cuda.is_available() else f"cuda:{rank}")
+        assert told["broadcast"] == {"from": 0}
+        assert told["gather"] == [10 * r for r in range(ranks)]
+        assert told["on_main"] == "by 0"
+        assert told["params"] == [1.0, 0.0, 0, 0.5, 2.0]
+        assert told["missing"] == ["FileNotFoundError", True, rank == 0 or ranks == 1]
+        assert told["mpi_imported"] == launcher_is_mpi
+
+
+def fake_mpi4py(folder, code):
+    """An mpi4py that does `code` when imported; returns the environment in which it is found first."""
+    (folder / "mpi4py").mkdir()
+    (folder / "mpi4py" / "__init__.py").write_text(code)
+    return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
+
+
+# ------------------------------------------------------------------------------------------------ launchers
+
+
+def test_one_process(tmp_path):
+    finish(start([*PYTHON, "tell", tmp_path]))
+    assert_told(tmp_path, 1, launcher_is_mpi=True)
+
+
+def test_one_process_without_an_mpi_library(tmp_path):
+    problem = "raise RuntimeError('cannot load MPI library')"
+    finish(start([*PYTHON, "tell", tmp_path], **fake_mpi4py(tmp_path, problem)))
+    assert_told(tmp_path, 1)
+
+
+def in_namespace(*commands):
+    """A shell line that runs `commands` where the host name resolves to nothing and there is no network."""
+    unshare = ["unshare", "--uts", "--net"]
+    if os.geteuid() != 0:
+        unshare += ["--user", "--map-root-user"]
+    if shutil.which("unshare") is None or subprocess.run([*unshare, "true"], capture_output=True).returncode:
+        pytest.skip("this system does not let us make network namespaces")
+    return [*unshare, "sh", "-c", " && ".join(["hostname nowhere.invalid", *commands]), "sh"]
+
+
+def test_one_process_without_any_network(tmp_path):
+    finish(start([*in_namespace('exec "$@"'), *PYTHON, "tell", tmp_path]))
+    assert_told(tmp_path, 1, launcher_is_mpi=True, torch_works=False)
+
+
+@pytest.mark.parametrize("launcher", [[], [*MPIEXEC, "2"]], ids=["plain", "mpiexec"])
+def test_host_name_that_does_not_resolve(tmp_path, launcher):
+    finish(start([*in_namespace("ip link set lo up", 'exec "$@"'), *launcher, *PYTHON, "tell", tmp_path]))
+    assert_told(tmp_path, 2 if launcher else 1, launcher_is_mpi=True)
+
+
+def test_mpiexec(tmp_path):
+    finish(start([*MPIEXEC, "3", *PYTHON, "tell,speak,fail_on_last", tmp_path]))
+    assert_told(tmp_path, 3, launcher_is_mpi=True)
+    for rank, result in enumerate(results(tmp_path, 3)):
+        assert result["speak"] == {"rank": rank}
+        assert result["fail_on_last"] == "rank 2: the node has no such file"
+    assert [f.read_text() for f in (tmp_path / "log").glob("*.json")] == ['{"rank": 0}\n']
+
+
+def test_mpi_ranks_on_several_nodes_try_the_addresses_of_rank_0(tmp_path):
+    finish(start([*MPIEXEC, "2", *PYTHON, "other_nodes,tell", tmp_path]))
+    assert_told(tmp_path, 2, launcher_is_mpi=True)
+
+
+def test_only_rank_0_speaks(tmp_path):
+    stderr = finish(start([*TORCHRUN, "2", *PYTHON, "tell,speak", tmp_path]))
+    assert_told(tmp_path, 2)
+    said = sorted(line for line in stderr.splitlines() if " of " in line)
+    assert said == ["error: error of 0", "error: error of 1", "information of 0", "warning: warning of 0"]
+
+
+def srun(count, command, **environment):
+    """`count` processes with the variables that srun gives to the tasks of a step on one node."""
+    common = {
+        "SLURM_JOB_ID": str(random.randrange(10**6)),
+        "SLURM_STEP_ID": "0",
+        "SLURM_STEP_NUM_TASKS": str(count),
+        "SLURM_STEP_NODELIST": "nowhere",
+        **environment,
+    }
+    return [start(command, **common, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)) for i in range(count)]
+
+
+def test_srun_does_without_mpi(tmp_path):
+    environment = fake_mpi4py(tmp_path, "import os; os._exit(77)")  # as a library built without Slurm support may
+    for process in srun(2, [*PYTHON, "tell", tmp_path], PMI_SIZE="2", PMIX_RANK="0", **environment):
+        finish(process)
+    assert_told(tmp_path, 2)
+
+
+def test_a_rank_that_does_not_come_is_missed(tmp_path):
+    (first,) = srun(1, [*PYTHON, "short_meeting", tmp_path], SLURM_STEP_NUM_TASKS="2")
+    assert "the 2 ranks of srun did not meet" in finish(first, 2)
+
+
+def test_mpiexec_of_another_mpi():
+    process = start([*PYTHON, "tell", "unused"], PMI_SIZE="2", PMI_RANK="0")
+    stderr = finish(process, 2)
+    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1 (" in stderr
+    assert "mpi4py.get_config()" in stderr and "torchrun --nproc_per_node 2" in stderr
+
+
+def test_mpiexec_without_mpi4py(tmp_path):
+    environment = fake_mpi4py(tmp_path, "raise ImportError('no such module')")
+    stderr = finish(start([*MPIEXEC, "2", *PYTHON, "tell", tmp_path], **environment), 2)
+    assert "started 2 ranks (OMPI_COMM_WORLD_SIZE=2), but mpi4py cannot be imported (no such module)" in stderr
+
+
+def test_mpiexec_and_torchrun_disagree(tmp_path):
+    stderr = finish(start([*MPIEXEC, "2", *TORCHRUN, "1", *PYTHON, "tell", tmp_path]), "bad")
+    assert "two launchers disagree: torchrun's environment says 1 rank(s) in all (GROUP_WORLD_SIZE=1)" in stderr
+    assert "another launcher's says 2 (OMPI_COMM_WORLD_SIZE=2)" in stderr
+
+
+TORCHRUN_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+STEP_2 = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_LOCALID": "0"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        (TORCHRUN_2, (1, 2, 1, "torchrun")),
+        ({**TORCHRUN_2, "OMPI_COMM_WORLD_SIZE": "2"}, (1, 2, 1, "torchrun")),  # a script that translates
+        ({**TORCHRUN_2, "GROUP_WORLD_SIZE": "1", "OMPI_COMM_WORLD_SIZE": "1"}, (1, 2, 1, "torchrun")),
+        ({**TORCHRUN_2, **STEP_2, "GROUP_WORLD_SIZE": "2"}, (1, 2, 1, "torchrun")),  # srun starts one per node
+        (STEP_2, (1, 2, 0, "srun")),
+        ({**STEP_2, "PMI_SIZE": "2", "PMIX_RANK": "1"}, (1, 2, 0, "srun")),
+        ({**STEP_2, "SLURM_STEP_NUM_TASKS": "1"}, (0, 1, 0, "srun")),
+        ({"SLURM_STEP_ID": "3", "SLURM_NTASKS": "1"}, (0, 1, 0, "srun")),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, (0, 1, 0, "one process")),  # batch script
+    ],
+)
+def test_place(monkeypatch, environment, place):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    world = launchers.find_world()
+    assert (world.rank, world.size, world.local_rank, world.launcher) == place
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({**TORCHRUN_2, "PMI_SIZE": "3"}, r"torchrun's environment says 2 rank.*says 3 \(PMI_SIZE=3\)"),
+        ({**TORCHRUN_2, **STEP_2, "GROUP_WORLD_SIZE": "1"}, "disagree.*SLURM_STEP_NUM_TASKS=2"),
+        ({"WORLD_SIZE": "4", "RANK": "1"}, "WORLD_SIZE is 4.* LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ({**STEP_2, "PMI_SIZE": "4"}, r"says 4 ranks \(PMI_SIZE=4\)"),  # a mpiexec within a step
+        ({"PMIX_RANK": "1"}, r"says 2 ranks \(PMIX_RANK=1\), mpi4py's MPI says 1"),
+        ({**STEP_2, "OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE should be a whole number, but is 'two'"),
+        ({"SLURM_STEP_ID": "0"}, "SLURM_NTASKS should be a whole number, but is None"),
+    ],
+)
+def test_place_in_doubt(monkeypatch, environment, words):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        launchers.find_world()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9],x", "gpu03"), ("r[1-2]n[01,04]-ib,x[1-2]", "r1n01-ib")],
+)
+def test_first_host_of_a_slurm_node_list(nodes, first):
+    assert launchers._first_host(nodes) == first
+
+
+def test_each_rank_has_its_own_gpu():
+    node = [("a", i, 4, "GPU-0 0,1,2,3") for i in range(4)]
+    assert [dist_util._gpu_of(i, node) for i in range(4)] == [0, 1, 2, 3]
+    two_nodes = [(host, i, 2, f"GPU-{host}") for host in "ab" for i in range(2)]
+    assert [dist_util._gpu_of(i, two_nodes) for i in range(4)] == [0, 1, 0, 1]
+    one_each = [("a", i, 1, f"GPU-{i} 0") for i in range(4)]
+    assert [dist_util._gpu_of(i, one_each) for i in range(4)] == [0, 0, 0, 0]
+    assert dist_util._gpu_of(1, [("a", i, 0, None) for i in range(2)]) is None
+    with pytest.raises(UserError, match=r"3 rank\(s\) on node a, but 2 GPU\(s\)"):
+        dist_util._gpu_of(0, [("a", i, 2, "GPU-0") for i in range(3)])
+    with pytest.raises(UserError, match=r"1 rank\(s\) on node b, but 0 GPU\(s\)"):
+        dist_util._gpu_of(0, [("a", 0, 1, "GPU-0"), ("b", 0, 0, None)])
+
+
+def test_an_error_on_rank_0_ends_all_and_is_said_once(tmp_path):
+    stderr = finish(start([*MPIEXEC, "2", *PYTHON, "fail_together", tmp_path]), 2)
+    assert stderr.count("no such flag: --speed") == 1 and "Traceback" not in stderr
+
+
+def test_a_rank_that_dies_alone_leaves_no_one_waiting(tmp_path):
+    assert "a bug" in finish(start([*MPIEXEC, "2", *PYTHON, "fail_alone", tmp_path]), "bad")
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def state():
+    weights = {f"block.{i}.weight": torch.randn(50, 40, generator=torch.Generator().manual_seed(i)) for i in range(5)}
+    return {**weights, "half": torch.ones(3, dtype=torch.float16), "scalar": torch.tensor(7), "none": torch.empty(0)}
+
+
+@pytest.fixture
+def checkpoint(tmp_path, state):
+    torch.save(state, tmp_path / "model.pt")
+    return tmp_path / "model.pt"
+
+
+@pytest.fixture
+def url(tmp_path):
+    """Address at which the files of `tmp_path` are served."""
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            requests.append(self.path)
+
+        def send_header(self, keyword, value):
+            if keyword == "Content-Length" and "cut" in self.path:
+                value = str(int(value) + 1000)
+            super().send_header(keyword, value)
+
+    requests = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.requests = requests
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def address(server, name):
+    return f"http://127.0.0.1:{server.server_address[1]}/{name}"
+
+
+def assert_same(loaded, state):
+    assert list(loaded) == list(state)
+    for name, w in state.items():
+        assert loaded[name].dtype == w.dtype and loaded[name].device.type == "cpu" and torch.equal(loaded[name], w)
+
+
+def mapped_files():
+    return Path("/proc/self/maps").read_text()
+
+
+def test_local_checkpoint_is_mapped(checkpoint, state):
+    loaded = dist_util.load_state_dict(checkpoint, map_location="cpu")
+    assert_same(loaded, state)
+    assert str(checkpoint) in mapped_files()
+
+
+def test_legacy_format_is_read(tmp_path, state):
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert_same(dist_util.load_state_dict(str(tmp_path / "old.pt")), state)
+    assert "old.pt" not in mapped_files()
+
+
+def test_remote_checkpoint(checkpoint, state, url):
+    assert_same(dist_util.load_state_dict(address(url, "model.pt")), state)
+
+
+def test_ranks_load_together_or_fail_together(tmp_path, checkpoint, state, url):
+    paths = [address(url, "model.pt"), checkpoint, address(url, "gone.pt"), tmp_path / "gone.pt"]
+    finish(start([*MPIEXEC, "3", *PYTHON, "load", tmp_path, "1000", *paths]))
+    expected = {name: [str(w.dtype), list(w.shape), w.double().sum().item()] for name, w in state.items()}
+    for result in results(tmp_path, 3):
+        assert result["load"][:2] == [expected, expected]
+        for path, error in zip(paths[2:], result["load"][2:], strict=True):
+            assert error.startswith(f"--model_path {path} cannot be read: ")
+    assert url.requests.count("/model.pt") == 1  # by rank 0 alone
+
+
+def test_connection_that_closes_early(tmp_path, checkpoint, url):
+    checkpoint.rename(tmp_path / "cut.pt")
+    with pytest.raises(UserError, match=r"cut.pt cannot be read: the connection closed 1000 bytes early"):
+        dist_util.load_state_dict(address(url, "cut.pt"))
+
+
+def test_unknown_kind_of_remote_path():
+    with pytest.raises(UserError, match=r"--model_path ftp://host/model.pt cannot be read: Unrecognized path"):
+        dist_util.load_state_dict("ftp://host/model.pt")
+
+
+def write_bad(path, kind, good):
+    """A file that is no checkpoint, of the given kind."""
+    legacy = path.with_name("legacy")
+    torch.save(torch.load(good), legacy, _use_new_zipfile_serialization=False)
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "empty":
+            path.touch()
+        case "web page":
+            path.write_text("\n<!DOCTYPE html><title>Sign in</title>")
+        case "text":
+            path.write_text("version https://git-lfs.github.com/spec/v1\n")
+        case "archive":
+            with zipfile.ZipFile(path, "w") as archive:
+                archive.writestr("readme.txt", "nothing here")
+        case "half":
+            path.write_bytes(good.read_bytes()[: good.stat().st_size // 2])
+        case "last byte missing":
+            path.write_bytes(good.read_bytes()[:-1])
+        case "end never written":
+            path.write_bytes(good.read_bytes()[:-5000] + bytes(5000))
+        case "legacy half":
+            path.write_bytes(legacy.read_bytes()[: legacy.stat().st_size // 2])
+        case "legacy start":
+            path.write_bytes(legacy.read_bytes()[:40])
+        case "other pickle":
+            path.write_bytes(pickle.dumps({"a": 1}))
+        case "objects":
+            torch.save({"args": argparse.Namespace(lr=1)}, path)
+        case "trainer":
+            torch.save({"model": torch.load(good), "step": 3, "lr": 0.1, "epoch": 2}, path)
+        case "list":
+            torch.save([torch.zeros(1)], path)
+        case "no tensors":
+            torch.save({}, path)
+
+
+BAD = {
+    "missing": "cannot be read: No such file",
+    "folder": "cannot be read: Is a directory",
+    "empty": r"\(0 bytes\) is empty",
+    "web page": r"\(38 bytes\) is a web page, not a checkpoint: the download failed. It begins with '\\n<!DOCTYPE html",
+    "text": "is not a checkpoint of torch.save: it begins with 'version https://git-'$",
+    "archive": "is not a checkpoint of torch.save: it begins with 'PK",
+    "half": "is truncated",
+    "last byte missing": "is truncated",
+    "end never written": "is truncated",
+    "legacy half": "is truncated",
+    "legacy start": r"\(40 bytes\) is truncated",
+    "other pickle": "is not a checkpoint of torch.save",
+    "objects": r"holds a Python object besides tensors \(argparse.Namespace\)",
+    "trainer": r"holds entries that are no tensors \('model': dict, 'step': int, 'lr': float, ...\)",
+    "list": "holds a list; expected a dict of tensors",
+    "no tensors": "holds an empty dict; expected a dict of tensors",
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_checkpoint(tmp_path, checkpoint, kind):
+    path = tmp_path / "bad.pt"
+    write_bad(path, kind, checkpoint)
+    with pytest.raises(UserError, match=BAD[kind]) as caught:
+        dist_util.load_state_dict(path)
+    message = str(caught.value)
+    assert message.startswith(f"--model_path {path} ") and len(message.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("kind", ["half", "web page", "objects"])
+def test_bad_remote_checkpoint(tmp_path, checkpoint, url, kind):
+    write_bad(tmp_path / "bad.pt", kind, checkpoint)
+    with pytest.raises(UserError, match=BAD[kind]):
+        dist_util.load_state_dict(address(url, "bad.pt"))
+
+
+def test_nobody_answers():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+        with pytest.raises(UserError, match="Connection refused"):
+            dist_util.load_state_dict(f"http://127.0.0.1:{port}/model.pt")
+        assert not launchers._answers("127.0.0.1", port)

@@ -1,0 +1,138 @@
+"""Messages and metrics. That only rank 0 speaks is tested with real ranks in test_dist_util.py."""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tqdm import tqdm
+
+from guided_diffusion import logger
+from guided_diffusion.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """A logger without folder and metrics, before and after."""
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    monkeypatch.delenv("OPENAI_LOG_FORMAT", raising=False)
+    logger.configure()
+    yield
+    logger.configure()
+    logger.set_level(logger.INFO)
+    logger._values.clear()
+    logger._counts.clear()
+
+
+def rows(folder, name="progress.csv"):
+    with open(folder / name, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_messages(capsys):
+    logger.debug("hidden")
+    logger.log("a", 1, None)
+    logger.info("100%", "of {x}")
+    logger.warn("careful")
+    logger.error("broken")
+    logger.set_level(logger.ERROR)
+    logger.warn("hidden")
+    logger.set_level(logger.DISABLED)
+    logger.error("hidden")
+    logger.set_level(logger.DEBUG)
+    logger.debug("seen")
+    captured = capsys.readouterr()
+    assert captured.err.splitlines() == ["a 1 None", "100% of {x}", "warning: careful", "error: broken", "seen"]
+    assert captured.out == ""
+
+
+def test_messages_do_not_break_a_progress_bar(capsys):
+    with tqdm(total=2, file=sys.stderr, mininterval=0, ncols=40) as bar:
+        bar.update(1)
+        time.sleep(0.01)
+        logger.info("said")
+    lines = capsys.readouterr().err.replace("\r", "\n").split("\n")
+    assert "said" in lines  # on a line of its own
+
+
+def test_metrics(tmp_path, capsys):
+    logger.configure(dir=tmp_path / "a" / "b")
+    assert logger.get_dir() == str(tmp_path / "a" / "b")
+    logger.logkv("step", 1)
+    logger.logkv("step", 2)
+    for loss in torch.tensor(1.0), np.float32(2.0), 6:
+        logger.logkv_mean("loss", loss)
+    logger.logkvs({"lr": 0.5, "note": "x, y"})
+    expected = {"step": 2, "loss": 3.0, "lr": 0.5, "note": "x, y"}
+    assert logger.getkvs() == expected
+    assert logger.dumpkvs() == expected
+    assert logger.getkvs() == {} and logger.dumpkvs() == {}
+    logger.logkv_mean("loss", 10)  # the mean starts anew
+    logger.logkv("step", 3)
+    logger.dumpkvs()
+    assert rows(tmp_path / "a" / "b") == [
+        {"step": "2", "loss": "3.0", "lr": "0.5", "note": "x, y"},
+        {"step": "3", "loss": "10.0", "lr": "", "note": ""},
+    ]
+    lines = (tmp_path / "a" / "b" / "progress.json").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [expected, {"loss": 10.0, "step": 3}]
+    assert capsys.readouterr().err.splitlines()[0] == "step 2  loss 3  lr 0.5  note x, y"
+
+
+def test_columns_that_come_later_and_a_second_run(tmp_path):
+    for values in {"a": 1}, {"a": 2, "b": 3}, {"c": "line\nbreak", "a": 4}, {"b": 5}:
+        logger.configure(dir=tmp_path)  # as a run that is started again does
+        logger.logkvs(values)
+        logger.dumpkvs()
+    assert rows(tmp_path) == [
+        {"a": "1", "b": "", "c": ""},
+        {"a": "2", "b": "3", "c": ""},
+        {"a": "4", "b": "", "c": "line\nbreak"},
+        {"a": "", "b": "5", "c": ""},
+    ]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["progress.csv", "progress.json"]
+
+
+def test_numbers_that_json_lacks(tmp_path):
+    logger.configure(dir=tmp_path, format_strs=["json"], log_suffix="_x")
+    logger.logkvs({"loss": float("nan"), "grad": torch.tensor(float("inf")), "where": Path("a")})
+    logger.dumpkvs()
+    assert [f.name for f in tmp_path.iterdir()] == ["progress_x.json"]
+    assert json.loads((tmp_path / "progress_x.json").read_text()) == {"loss": None, "grad": None, "where": "a"}
+
+
+def test_folder_and_formats_from_the_environment(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_LOGDIR", str(tmp_path))
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "csv")
+    logger.configure()
+    logger.logkv("a", 1)
+    logger.dumpkvs()
+    assert rows(tmp_path) == [{"a": "1"}] and capsys.readouterr().err == ""
+
+
+def test_no_folder_no_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert logger.get_dir() is None
+    logger.logkv("a", 1)
+    assert logger.dumpkvs() == {"a": 1}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"log folder .*file/sub cannot be made: Not a directory"):
+        logger.configure(dir=tmp_path / "file" / "sub")
+    with pytest.raises(UserError, match="unknown log format tensorboard: expected some of stdout, csv, json"):
+        logger.configure(format_strs=["csv", "tensorboard"])
+
+
+def test_logging_needs_no_torch():
+    code = "import sys; from guided_diffusion import logger; logger.info('hello'); sys.exit('torch' in sys.modules)"
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stderr == "hello\n"
