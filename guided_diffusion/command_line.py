@@ -1,0 +1,96 @@
+"""What a script owes its user: short answers to mistakes, and a tidy end."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from .errors import UserError
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake in one line, and proposes the flag that was meant."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(self._explain(unknown[0]))
+        return parsed
+
+    def error(self, message):
+        self.exit(2, f"error: {message}. See --help.\n")
+
+    def _explain(self, word: str) -> str:
+        flag = word.split("=")[0]
+        close = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+        return f"there is no flag {flag}" + (f": did you mean {close[0]}?" if close else "")
+
+
+def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
+    """The type of a flag that is a whole number in a range."""
+
+    def read(text: str) -> int:
+        expected = f"a whole number from {low}" + (" on" if high is None else f" to {high}")
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
+        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {number}")
+        return number
+
+    return read
+
+
+class Stopped(BaseException):
+    """Raised in the main thread when the process is asked to end (SIGTERM, or Ctrl-C)."""
+
+    on_all_ranks = True  # a launcher that is stopped hands the signal to every rank
+
+    def __init__(self, signum: int):
+        super().__init__(signum)
+        self.signum = signum
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and end the process with its status.
+
+    A UserError is printed without a traceback and ends with status 2; an error of the operating system (disk full, no
+    permission) likewise, with status 1; SIGTERM and Ctrl-C end with 143 and 130. What all ranks meet is said once. A
+    rank that fails alone leaves without waiting for the others, so that the launcher ends them all.
+    """
+
+    def stop(signum, frame):
+        signal.signal(signum, signal.SIG_DFL)  # a second signal ends the process at once
+        raise Stopped(signum)
+
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(signum, stop)
+    try:
+        sys.exit(main() or 0)
+    except UserError as error:
+        status, words = 2, f"error: {error}"
+        reason = error
+    except OSError as error:
+        status, words = 1, f"error: {error}"
+        reason = error
+    except Stopped as stopped:
+        name = signal.Signals(stopped.signum).name
+        status, words = 128 + stopped.signum, f"stopped by {name}: what is written is whole. To go on, start it again"
+        reason = stopped
+    dist_util = sys.modules.get("guided_diffusion.dist_util")
+    if dist_util is None or dist_util.should_report(reason):
+        print(f"\n{words}" if sys.stderr.isatty() else words, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if dist_util is not None and isinstance(reason, UserError) and getattr(reason, "on_all_ranks", False):
+        dist_util.barrier()  # or the launcher might end rank 0 before it has spoken
+    os._exit(status)

@@ -1,0 +1,166 @@
+"""The record of a run: t_K_N_run.json beside the folder of samples.
+
+It is written when a folder is begun, so that a later run with other settings stops instead of mixing two experiments,
+and again at the end, with what was done, where and how fast.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import PIL
+import torch
+
+from .errors import UserError
+from .files import read_json, walk, write_json
+
+if TYPE_CHECKING:
+    import argparse
+
+    from .forward_backward import SampleFolder
+    from .image_datasets import LabelledImage
+
+# The flags that decide, with the weights, the images and the precision, what is written.
+DECISIVE_FLAGS = ("seed", "batch_size", "clip_denoised", "use_ddim", "image_format", "jpeg_quality")
+# Model flags that change how the numbers are computed in training alone.
+WITHOUT_EFFECT = ("use_checkpoint", "dropout")
+
+
+def settings_of(
+    args: argparse.Namespace, flags: Mapping[str, Any], images: Sequence[LabelledImage], weights: str, precision: str
+) -> dict[str, Any]:
+    """What decides the bytes that a run writes, by the names that the user knows.
+
+    Args:
+        args: the script's flags.
+        flags: those of them that describe model and diffusion.
+        images: the chosen images.
+        weights: digest of the model's weights.
+        precision: number format of the U-Net's torso.
+    """
+    settings = {f"--{name}": getattr(args, name) for name in DECISIVE_FLAGS}
+    settings |= {f"--{name}": value for name, value in flags.items() if name not in WITHOUT_EFFECT}
+    labels = args.class_cond  # they reach the network of a class-conditional model alone
+    listed = "\n".join(f"{image.path}\t{image.label if labels else ''}" for image in images)
+    settings["the number of images (--num_classes, --num_per_class, --num_samples)"] = len(images)
+    settings["the list of images (--data_dir)"] = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
+    settings["the checkpoint (--model_path)"] = weights
+    settings["the precision (--use_fp16)"] = precision
+    return settings
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights: names, shapes and values, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name, w in sorted(model.state_dict().items()):
+        digest.update(f"{name} {w.dtype} {list(w.shape)}\n".encode())
+        digest.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def begin_record(folder: SampleFolder, settings: Mapping[str, Any], circumstances: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a folder's record, or read it and see that the folder was begun with the same settings.
+
+    Args:
+        folder: whose record it is.
+        settings: of `settings_of`.
+        circumstances: hardware, threads and versions, which decide the last digits; not compared here.
+
+    Returns:
+        the record, for `end_record`.
+
+    Raises:
+        UserError: the folder holds another experiment, or cannot be written.
+    """
+    try:
+        record = read_json(folder.record)
+    except ValueError:
+        record = "damaged"
+    if record is None:
+        if next(walk(folder.path), None) is not None:
+            raise UserError(
+                f"{folder.path} holds files, but {folder.record} is missing: their settings are not known.\n"
+                "Choose another --output, or move the folder away"
+            )
+        record = {"finished": False, "settings": dict(settings), "begun_with": dict(circumstances), "runs": []}
+        _write(folder.record, record)
+    elif not isinstance(record, dict) or not record.keys() >= {"settings", "begun_with", "runs"}:
+        raise UserError(
+            f"{folder.record} is damaged: it is no record of a run. Choose another --output, or remove it and "
+            f"{folder.path}"
+        )
+    elif changes := differences(record["settings"], settings):
+        raise UserError(
+            f"{folder.path} was begun with other settings: {'; '.join(changes)}.\n"
+            "Go on with the settings on record, choose another --output, or move the folder away"
+        )
+    return record
+
+
+def end_record(
+    folder: SampleFolder,
+    record: Mapping[str, Any],
+    run: Mapping[str, Any],
+    chosen: int,
+    unreadable: Mapping[str, str],
+) -> None:
+    """Close a folder's record.
+
+    Args:
+        folder: whose record it is.
+        record: what `begin_record` returned.
+        run: what there is to say of the run that ends; a run that had nothing to do leaves no trace.
+        chosen: number of images that were to have a sample.
+        unreadable: path of each image that could not be read, and why.
+
+    Raises:
+        UserError: the record cannot be written.
+    """
+    runs = [*record["runs"], run] if run["samples_written"] or not record["runs"] else record["runs"]
+    counts = {"chosen": chosen, "with_sample": chosen - len(unreadable), "unreadable": dict(unreadable)}
+    _write(folder.record, {**record, "finished": not unreadable, "images": counts, "runs": runs})
+
+
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Say, a phrase each, which entries differ from those on record."""
+    return [
+        f"{name} was {_short(recorded.get(name))} and is now {_short(current.get(name))}"
+        for name in dict.fromkeys([*recorded, *current])
+        if recorded.get(name) != current.get(name)
+    ]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide the bytes."""
+    packages = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    return {"python": platform.python_version(), **packages}
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU's name, or the CPU's kind of instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def now() -> str:
+    """The time, in ISO 8601 with the time zone."""
+    return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
+
+
+def _short(value: Any) -> str:
+    """A value for a message: a digest is recognised by its beginning."""
+    text = "empty" if value == "" else str(value)
+    return text[:12] + "..." if len(text) == 64 else text
+
+
+def _write(path: str, record: Mapping[str, Any]) -> None:
+    try:
+        write_json(path, record)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error

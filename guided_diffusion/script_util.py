@@ -1,0 +1,391 @@
+"""Command-line flags, and the factories that turn them into models and diffusions.
+
+The module imports no torch: a script answers `--help` or a misspelt flag at once. The factories import what they build.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    from .respace import SpacedDiffusion
+    from .unet import EncoderUNetModel, SuperResModel, UNetModel
+
+NUM_CLASSES = 1000
+
+# Channel multipliers, one per resolution level, of the published models.
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+}
+
+HELP = {
+    "image_size": "side of the square images, in pixels",
+    "large_size": "side of the images that the upsampler makes, in pixels",
+    "small_size": "side of the images that the upsampler is given, in pixels",
+    "num_channels": "channels of the U-Net at its first level, before channel_mult",
+    "num_res_blocks": "residual blocks per resolution level",
+    "num_heads": "attention heads; not used where num_head_channels is given",
+    "num_heads_upsample": "attention heads in the decoder; -1: as num_heads",
+    "num_head_channels": "channels per attention head; -1: num_heads decides",
+    "attention_resolutions": "image sides in pixels at which the U-Net has attention, separated by commas",
+    "channel_mult": "channel multiplier of each resolution level, separated by commas; empty: chosen by image_size",
+    "dropout": "probability of dropout in the residual blocks; no effect when sampling",
+    "class_cond": "whether the model is conditioned on the class of the image",
+    "use_checkpoint": "recompute activations in the backward pass, to save memory in training",
+    "use_scale_shift_norm": "whether the time embedding scales and shifts the activations (else it is added)",
+    "resblock_updown": "whether residual blocks change the resolution (else plain convolutions do)",
+    "use_fp16": "half precision inside the U-Net: float16 on a GPU, bfloat16 on a CPU that has instructions for it",
+    "use_new_attention_order": "whether attention weights are stored as q, k, v first and heads second",
+    "learn_sigma": "whether the model predicts the variance too (6 output channels instead of 3)",
+    "diffusion_steps": "number of diffusion steps that the model was trained with",
+    "noise_schedule": "schedule of the noise variances: linear or cosine",
+    "timestep_respacing": "number of steps N that replace diffusion_steps; also ddimN, or a list such as 10,15,20 of "
+    "steps in equal sections; empty: all steps",
+    "use_kl": "train on the variational bound instead of the mean squared error",
+    "predict_xstart": "whether the model predicts the image instead of the noise",
+    "rescale_timesteps": "whether the model is given time steps scaled to 0..1000",
+    "rescale_learned_sigmas": "scale the variational term when training with learned variances",
+    "classifier_use_fp16": "half precision inside the classifier",
+    "classifier_width": "channels of the classifier at its first level",
+    "classifier_depth": "residual blocks per resolution level of the classifier",
+    "classifier_attention_resolutions": "image sides in pixels at which the classifier has attention",
+    "classifier_use_scale_shift_norm": "whether the time embedding scales and shifts the classifier's activations",
+    "classifier_resblock_updown": "whether the classifier's residual blocks change the resolution",
+    "classifier_pool": "how the classifier pools its features: adaptive, attention, spatial or spatial_v2",
+}
+
+
+def diffusion_defaults() -> dict[str, Any]:
+    """Flags of a diffusion, with the published defaults."""
+    return {
+        "learn_sigma": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+        "predict_xstart": False,
+        "rescale_timesteps": False,
+        "rescale_learned_sigmas": False,
+    }
+
+
+def model_defaults() -> dict[str, Any]:
+    """Flags of a U-Net, with the published defaults."""
+    return {
+        "image_size": 64,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "num_head_channels": -1,
+        "attention_resolutions": "16,8",
+        "channel_mult": "",
+        "dropout": 0.0,
+        "class_cond": False,
+        "use_checkpoint": False,
+        "use_scale_shift_norm": True,
+        "resblock_updown": False,
+        "use_fp16": False,
+        "use_new_attention_order": False,
+    }
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of an image diffusion model."""
+    return {**model_defaults(), **diffusion_defaults()}
+
+
+def classifier_defaults() -> dict[str, Any]:
+    """Flags of a classifier of noisy images."""
+    return {
+        "image_size": 64,
+        "classifier_use_fp16": False,
+        "classifier_width": 128,
+        "classifier_depth": 2,
+        "classifier_attention_resolutions": "32,16,8",
+        "classifier_use_scale_shift_norm": True,
+        "classifier_resblock_updown": True,
+        "classifier_pool": "attention",
+    }
+
+
+def classifier_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of a classifier and of the diffusion whose images it reads."""
+    return {**classifier_defaults(), **diffusion_defaults()}
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of an upsampler: those of a diffusion model, with two image sizes instead of one."""
+    flags = model_and_diffusion_defaults()
+    for absent in ("image_size", "channel_mult", "use_new_attention_order"):
+        del flags[absent]
+    return {"large_size": 256, "small_size": 64, **flags}
+
+
+def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
+    """Build the model and the diffusion that `model_and_diffusion_defaults` describes."""
+    model = create_model(**{name: flags[name] for name in model_defaults() | {"learn_sigma": False}})
+    return model, diffusion_from_flags(flags)
+
+
+def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:
+    """Build the upsampler and the diffusion that `sr_model_and_diffusion_defaults` describes."""
+    of_model = sr_model_and_diffusion_defaults().keys() - diffusion_defaults().keys() | {"learn_sigma"}
+    return sr_create_model(**{name: flags[name] for name in of_model}), diffusion_from_flags(flags)
+
+
+def create_classifier_and_diffusion(**flags: Any) -> tuple[EncoderUNetModel, SpacedDiffusion]:
+    """Build the classifier and the diffusion that `classifier_and_diffusion_defaults` describes."""
+    return create_classifier(**{name: flags[name] for name in classifier_defaults()}), diffusion_from_flags(flags)
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str = "",
+    learn_sigma: bool = False,
+    class_cond: bool = False,
+    use_checkpoint: bool = False,
+    attention_resolutions: str = "16",
+    num_heads: int = 1,
+    num_head_channels: int = -1,
+    num_heads_upsample: int = -1,
+    use_scale_shift_norm: bool = False,
+    dropout: float = 0,
+    resblock_updown: bool = False,
+    use_fp16: bool = False,
+    use_new_attention_order: bool = False,
+) -> UNetModel:
+    """Build the U-Net of a diffusion model; see `HELP` for the flags.
+
+    Raises UserError where the flags describe no network.
+    """
+    from .unet import UNetModel
+
+    multipliers = numbers(channel_mult, "channel_mult") if channel_mult else default_channel_mult(image_size)
+    check_sizes(image_size, num_channels, multipliers)
+    return UNetModel(
+        image_size=image_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=downsampling_factors(image_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=multipliers,
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+        use_new_attention_order=use_new_attention_order,
+    )
+
+
+def sr_create_model(
+    large_size: int,
+    small_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    resblock_updown: bool,
+    use_fp16: bool,
+) -> SuperResModel:
+    """Build an upsampler from `small_size` to `large_size`; the former is the size of the images that it is given.
+
+    Raises UserError where the flags describe no network.
+    """
+    from .unet import SuperResModel
+
+    # The published upsamplers to 512 pixels have as many levels as those to 256.
+    multipliers = default_channel_mult(256 if large_size == 512 else large_size, "large_size")
+    check_sizes(large_size, num_channels, multipliers)
+    return SuperResModel(
+        image_size=large_size,
+        in_channels=3,
+        model_channels=num_channels,
+        out_channels=6 if learn_sigma else 3,
+        num_res_blocks=num_res_blocks,
+        attention_resolutions=downsampling_factors(large_size, attention_resolutions),
+        dropout=dropout,
+        channel_mult=multipliers,
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        use_fp16=use_fp16,
+        num_heads=num_heads,
+        num_head_channels=num_head_channels,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        resblock_updown=resblock_updown,
+    )
+
+
+def create_classifier(
+    image_size: int,
+    classifier_use_fp16: bool,
+    classifier_width: int,
+    classifier_depth: int,
+    classifier_attention_resolutions: str,
+    classifier_use_scale_shift_norm: bool,
+    classifier_resblock_updown: bool,
+    classifier_pool: str,
+) -> EncoderUNetModel:
+    """Build a classifier of noisy images: the encoder half of the U-Net, with a pooled output of 1000 logits.
+
+    Raises UserError where the flags describe no network.
+    """
+    from .unet import EncoderUNetModel
+
+    multipliers = default_channel_mult(image_size)
+    check_sizes(image_size, classifier_width, multipliers)
+    return EncoderUNetModel(
+        image_size=image_size,
+        in_channels=3,
+        model_channels=classifier_width,
+        out_channels=NUM_CLASSES,
+        num_res_blocks=classifier_depth,
+        attention_resolutions=downsampling_factors(image_size, classifier_attention_resolutions),
+        channel_mult=multipliers,
+        use_fp16=classifier_use_fp16,
+        num_head_channels=64,
+        use_scale_shift_norm=classifier_use_scale_shift_norm,
+        resblock_updown=classifier_resblock_updown,
+        pool=classifier_pool,
+    )
+
+
+def diffusion_from_flags(flags: dict[str, Any]) -> SpacedDiffusion:
+    """Build the diffusion that the flags of `diffusion_defaults` describe."""
+    chosen = {name: flags[name] for name in diffusion_defaults()}
+    return create_gaussian_diffusion(steps=chosen.pop("diffusion_steps"), **chosen)
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str = "",
+) -> SpacedDiffusion:
+    """Build a diffusion of `steps` steps, respaced to fewer where `timestep_respacing` is not empty.
+
+    Raises UserError for a schedule or a respacing that there is not.
+    """
+    from . import gaussian_diffusion as gd
+    from .respace import SpacedDiffusion, space_timesteps
+
+    if use_kl:
+        loss_type = gd.LossType.RESCALED_KL
+    elif rescale_learned_sigmas:
+        loss_type = gd.LossType.RESCALED_MSE
+    else:
+        loss_type = gd.LossType.MSE
+
+    if learn_sigma:
+        variance = gd.ModelVarType.LEARNED_RANGE
+    elif sigma_small:
+        variance = gd.ModelVarType.FIXED_SMALL
+    else:
+        variance = gd.ModelVarType.FIXED_LARGE
+
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=variance,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def default_channel_mult(image_size: int, flag: str = "image_size") -> tuple[float, ...]:
+    """Channel multipliers of the published models by image size.
+
+    Raises UserError for a size that has none.
+    """
+    if image_size not in CHANNEL_MULT:
+        sizes = ", ".join(map(str, sorted(CHANNEL_MULT)))
+        remedy = " Give --channel_mult, for instance 1,2,2." if flag == "image_size" else ""
+        raise UserError(f"--{flag} {image_size} has no default channel multipliers (those that have: {sizes}).{remedy}")
+    return CHANNEL_MULT[image_size]
+
+
+def downsampling_factors(image_size: int, resolutions: str) -> tuple[int, ...]:
+    """Turn image sides at which there is attention ("32,16,8") into factors of downsampling."""
+    sides = numbers(resolutions, "attention_resolutions")
+    return tuple(int(image_size // side) for side in sides if side > 0)
+
+
+def numbers(text: str, flag: str) -> tuple[float, ...]:
+    """Read numbers separated by commas; an empty text has none. Raises UserError."""
+    try:
+        return tuple(float(n) if "." in n else int(n) for n in str(text).split(",") if n.strip())
+    except ValueError:
+        raise UserError(f"--{flag} {text}: expected numbers separated by commas, such as 32,16,8") from None
+
+
+def check_sizes(image_size: int, num_channels: int, channel_mult: tuple[float, ...]) -> None:
+    """Raise UserError unless the image can be halved at every level and group norm can split the channels."""
+    halvings = 2 ** (len(channel_mult) - 1)
+    if image_size % halvings:
+        raise UserError(
+            f"--image_size {image_size} is not a multiple of {halvings}, as {len(channel_mult)} levels need"
+        )
+    for multiplier in channel_mult:
+        if int(multiplier * num_channels) % 32 or int(multiplier * num_channels) == 0:
+            raise UserError(
+                f"--num_channels {num_channels} times the multiplier {multiplier} is not a multiple of 32, "
+                "as group normalisation needs"
+            )
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
+    """Add a flag for every entry, with its default's type and, where `HELP` knows it, an explanation."""
+    for name, default in default_dict.items():
+        kind = str2bool if isinstance(default, bool) else str if default is None else type(default)
+        shown = "%(default)s" if str(default) else "empty"
+        parser.add_argument(
+            f"--{name}",
+            default=default,
+            type=kind,
+            metavar="True|False" if kind is str2bool else kind.__name__.upper().replace("STR", "TEXT"),
+            help=f"{HELP.get(name, '')} (default: {shown})".strip(),
+        )
+
+
+def args_to_dict(args: argparse.Namespace, keys) -> dict[str, Any]:
+    """The given attributes of `args` as a dictionary."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(text: str | bool) -> bool:
+    """Read a truth value. Raises argparse.ArgumentTypeError."""
+    known = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+    known |= {"false": False, "f": False, "no": False, "n": False, "0": False}
+    try:
+        return known[str(text).lower()]
+    except KeyError:
+        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}") from None

@@ -1,0 +1,115 @@
+"""What several tests use: a small checkpoint, real photographs of all kinds, and ways to launch a script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from reference import fill_weights
+
+from guided_diffusion.script_util import create_model, model_defaults
+
+REPOSITORY = Path(__file__).parents[1]
+PHOTOGRAPHS = Path(__file__).with_name("photographs")
+
+# A network of the published architecture, small enough for many forward passes.
+SMALL_MODEL = {
+    "image_size": 32,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,2",
+    "attention_resolutions": "16",
+    "num_head_channels": 16,
+    "learn_sigma": True,
+    "resblock_updown": True,
+    "class_cond": False,
+}
+
+
+def as_flags(settings: dict) -> list[str]:
+    """{"num_heads": 4} -> ["--num_heads", "4"]."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+
+
+def save_checkpoint(path: Path, settings: dict) -> Path:
+    """Save a checkpoint in the published layout, of the U-Net that the flags describe, with the reference weights."""
+    known = {**model_defaults(), "learn_sigma": False, **settings}
+    model = fill_weights(create_model(**{name: known[name] for name in [*model_defaults(), "learn_sigma"]}))
+    torch.save(model.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint(tmp_path_factory) -> Path:
+    """A checkpoint that fits `SMALL_MODEL`."""
+    return save_checkpoint(tmp_path_factory.mktemp("models") / "small.pt", SMALL_MODEL)
+
+
+def lay_out_photographs(folder: Path) -> Path:
+    """Real photographs, in the kinds and sizes that people have, laid out as ImageNet: a folder per class."""
+    cat, rocket, tripod, coffee = (Image.open(path) for path in sorted(PHOTOGRAPHS.glob("*/*.JPEG")))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright: to be turned by 90 degrees
+    alpha = coffee.convert("RGBA")
+    alpha.putalpha(coffee.convert("L"))
+    kinds = {
+        "n02123045/n02123045_1.JPEG": (cat, {"quality": 90}),
+        "n02123045/n02123045_2.JPEG": (cat.resize((500, 375)).convert("L"), {"quality": 90}),
+        "n04008634/n04008634_1.JPEG": (rocket.rotate(90, expand=True), {"quality": 90, "exif": turned}),
+        "n04008634/n04008634_2.JPEG": (rocket.resize((300, 420)).convert("CMYK"), {"quality": 90}),
+        "n04485082/n04485082_1.jpg": (tripod.resize((40, 90)), {"quality": 90}),
+        "n07920052/n07920052_1.png": (alpha.resize((257, 256)), {}),
+        "n07920052/n07920052_2.JPEG": (coffee, {"quality": 50}),
+    }
+    for name, (image, options) in kinds.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path, **options)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory) -> Path:
+    """The folder that `lay_out_photographs` makes; not to be changed."""
+    return lay_out_photographs(tmp_path_factory.mktemp("datasets") / "ILSVRC2012" / "validation")
+
+
+def launcher(kind: str, processes: int) -> list[str]:
+    """The words of a command line before the script's name."""
+    if kind == "mpiexec":
+        return [str(Path(sys.executable).with_name("mpiexec")), "--oversubscribe", "-n", str(processes), sys.executable]
+    if kind == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    return [sys.executable]
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """The environment of a process that is started: the repository importable, and root may use mpiexec."""
+    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **allowed, **changes}
+
+
+def start_script(*flags: str, kind: str = "python", processes: int = 1, cwd=None, **options) -> subprocess.Popen:
+    """Start the main script in a process group of its own; its output is text."""
+    script = str(REPOSITORY / "forward_backward_dataset_sample.py")
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(
+        [*launcher(kind, processes), script, *map(str, flags)],
+        cwd=cwd,
+        env=options.pop("env", environment()),
+        text=True,
+        start_new_session=True,
+        **options,
+    )
+
+
+def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
+    """Run the main script to its end."""
+    process = start_script(*flags, **options)
+    stdout, stderr = process.communicate(timeout=1200)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

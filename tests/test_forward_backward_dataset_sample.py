@@ -1,0 +1,400 @@
+"""The main script as its users run it: real processes, real photographs, real checkpoints, really killed."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    REPOSITORY,
+    SMALL_MODEL,
+    as_flags,
+    environment,
+    lay_out_photographs,
+    run_script,
+    save_checkpoint,
+    start_script,
+)
+from PIL import Image
+
+from guided_diffusion.image_datasets import read_image
+
+TIMES = ["3", "10", "20"]
+
+
+@pytest.fixture(scope="module")
+def flags(small_checkpoint, photographs):
+    """A run of three units of work at each of three times, the last of which is pure noise."""
+    model = [*as_flags(SMALL_MODEL), "--model_path", str(small_checkpoint), "--timestep_respacing", "20"]
+    return [*model, "--data_dir", str(photographs), "--batch_size", "3", "--num_threads", "1", "--step_reverse", *TIMES]
+
+
+@pytest.fixture(scope="module")
+def reference_run(flags, tmp_path_factory):
+    """What one process writes without interruption: name -> bytes."""
+    output = tmp_path_factory.mktemp("reference")
+    done = run_script(*flags, "--output", output)
+    assert done.returncode == 0, done.stderr
+    return samples(output)
+
+
+def samples(output: Path) -> dict[str, bytes]:
+    """Every file but the records, hidden ones too."""
+    files = (path for path in output.rglob("*") if path.is_file() and not path.name.endswith("_run.json"))
+    return {str(path.relative_to(output)): path.read_bytes() for path in files}
+
+
+def scratch_files(output: Path) -> list[Path]:
+    return [path for path in output.rglob(".*") if path.is_file()]
+
+
+def assert_plain_words(done: subprocess.CompletedProcess, *words: str, status: int = 2) -> None:
+    """The run ended with `status` and at most three short lines, in which all of `words` stand."""
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    message = done.stderr[done.stderr.index("error: ") :]
+    assert len(message.strip().splitlines()) <= 2, message
+    for word in words:
+        assert word in message
+
+
+def test_every_image_gets_its_sample_under_its_own_name(reference_run, photographs):
+    names = [path.relative_to(photographs).with_suffix("") for path in photographs.rglob("*.*")]
+    assert len(names) == 7
+    expected = {f"t_{k}_20_images/{name}_t{int(k) * 50:04d}.JPEG" for k in TIMES for name in names}
+    assert reference_run.keys() == expected
+    for data in reference_run.values():
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (32, 32))
+    assert len(set(reference_run.values())) == len(expected)  # no two images are alike
+
+
+@pytest.mark.parametrize(("kind", "processes"), [("mpiexec", 2), ("mpiexec", 3), ("torchrun", 2)])
+def test_same_bytes_from_several_processes(kind, processes, flags, reference_run, tmp_path):
+    done = run_script(*flags, "--output", tmp_path, kind=kind, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert samples(tmp_path) == reference_run
+    record = json.loads((tmp_path / "t_10_20_run.json").read_text())
+    assert record["runs"][0]["processes"] == processes
+    assert record["runs"][0]["samples_written"] == 7
+    assert done.stderr.count("samples to make") == 1  # one process speaks
+
+
+def test_same_bytes_after_being_killed_again_and_again(flags, reference_run, tmp_path):
+    """SIGKILL at random moments: some before the work, some in it, until a run is left to finish."""
+    chance = random.Random(time.time_ns())
+    halfway = 0
+    for attempt in range(60):
+        process = start_script(*flags, "--output", tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = len(samples(tmp_path))
+        patience = time.monotonic() + 120
+        if attempt % 4:  # wait until this run has got further, then strike
+            while process.poll() is None and len(samples(tmp_path)) <= before and time.monotonic() < patience:
+                time.sleep(0.002)
+            time.sleep(chance.uniform(0, 0.3))
+        else:
+            time.sleep(chance.uniform(0.2, 3))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        if process.wait() == 0:
+            break
+        shown = {name: data for name, data in samples(tmp_path).items() if not Path(name).name.startswith(".")}
+        assert shown.items() <= reference_run.items()  # what is there is whole, and right
+        halfway += 0 < len(shown) < len(reference_run)
+    assert process.returncode == 0
+    assert halfway >= 2
+    assert samples(tmp_path) == reference_run  # nothing else is left either
+    assert json.loads((tmp_path / "t_3_20_run.json").read_text())["finished"]
+
+
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_tidy_state(signum, status, flags, reference_run, tmp_path):
+    process = start_script(*flags, "--output", tmp_path)
+    while not samples(tmp_path) and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, stderr = process.communicate()
+    assert process.returncode == status, stderr
+    assert "Traceback" not in stderr
+    assert "start it again" in stderr
+    assert not scratch_files(tmp_path)
+    there = samples(tmp_path)
+    assert 0 < len(there) < len(reference_run)
+    assert there.items() <= reference_run.items()
+    assert run_script(*flags, "--output", tmp_path).returncode == 0
+    assert samples(tmp_path) == reference_run
+
+
+def test_a_restart_does_only_what_is_missing(flags, reference_run, tmp_path):
+    for name, data in reference_run.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    other = tmp_path / "other"
+    run_script(*flags, "--output", other)
+    for record in other.glob("*.json"):
+        shutil.copy(record, tmp_path)
+    shutil.rmtree(other)
+    lost = tmp_path / "t_10_20_images/n02123045/n02123045_2_t0500.JPEG"
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.JPEG") if path != lost}
+    lost.unlink()
+    done = run_script(*flags, "--output", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 samples to make, 20 are there" in done.stderr
+    assert samples(tmp_path) == reference_run
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    again = run_script(*flags, "--output", tmp_path)
+    assert "0 samples to make" in again.stderr
+    assert again.returncode == 0
+    assert len(json.loads((tmp_path / "t_10_20_run.json").read_text())["runs"]) == 2
+
+
+def test_noise_depends_on_seed_name_and_time_alone(flags, reference_run, photographs, tmp_path):
+    """Fewer images in other batches: to float rounding the same samples (bytes may differ); another seed: others."""
+    few = [*flags, "--num_classes", "2", "--batch_size", "2", "--image_format", "png"]
+    run_script(*few, "--output", tmp_path / "a")
+    run_script(*flags, "--image_format", "png", "--output", tmp_path / "b")
+    run_script(*few, "--seed", "1", "--output", tmp_path / "c")
+    a, b, c = (samples(tmp_path / run) for run in "abc")
+    assert len(a) == 12 and a.keys() < b.keys() and a.keys() == c.keys()
+    pixels = [{name: np.asarray(Image.open(io.BytesIO(run[name]))).astype(int) for name in a} for run in (a, b, c)]
+    assert max(abs(pixels[0][name] - pixels[1][name]).max() for name in a) <= 1
+    assert all((pixels[0][name] != pixels[2][name]).mean() > 0.5 for name in a)
+
+
+def test_at_time_zero_the_image_comes_back(small_checkpoint, photographs, tmp_path):
+    model = [*as_flags(SMALL_MODEL), "--model_path", small_checkpoint]
+    run_script(*model, "--data_dir", photographs, "--step_reverse", 0, "--image_format", "png", "--output", tmp_path)
+    starts = sorted(path for path in photographs.rglob("*") if path.is_file())
+    ends = sorted((tmp_path / "t_0_1000_images").rglob("*.png"))
+    assert len(starts) == len(ends) == 7
+    for start, end in zip(starts, ends, strict=True):
+        assert (np.asarray(Image.open(end)) == read_image(str(start), 32)).all()
+
+
+def test_default_output_and_ddim(flags, tmp_path):
+    done = run_script(*flags, "--step_reverse", 4, "--use_ddim", "True", "--timestep_respacing", "ddim20", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    output = tmp_path / "results" / "diffused_ILSVRC2012_validation"
+    assert len(list(output.glob("t_4_20_images/*/*_t0200.JPEG"))) == 7
+
+
+def test_labels_reach_a_class_conditional_model(photographs, tmp_path):
+    model = {**SMALL_MODEL, "class_cond": True}
+    checkpoint = save_checkpoint(tmp_path / "cond.pt", model)
+    flat = tmp_path / "validation"
+    flat.mkdir()
+    for i in range(1, 4):
+        shutil.copy(photographs / "n02123045/n02123045_1.JPEG", flat / f"ILSVRC2012_val_{i:08d}.JPEG")
+    labels = tmp_path / "labels.txt"
+    flags = [*as_flags(model), "--model_path", checkpoint, "--data_dir", flat, "--timestep_respacing", 4]
+    flags += ["--step_reverse", 4, "--labels_file", labels, "--batch_size", 3]
+    seen = []
+    for wnids in (["n01440764", "n02123045", "n07920052"], ["n01440764", "n02123159", "n07920052"]):
+        labels.write_text("\n".join(wnids) + "\n")
+        output = tmp_path / f"out{len(seen)}"
+        done = run_script(*flags, "--output", output)
+        assert done.returncode == 0, done.stderr
+        seen.append(samples(output))
+    first, second = seen
+    assert [first[name] == second[name] for name in sorted(first)] == [True, False, True]
+    record = json.loads((output / "t_4_4_run.json").read_text())
+    assert record["settings"]["--class_cond"] is True
+    assert_plain_words(run_script(*flags[:-4], "--batch_size", 3, "--output", output), "--labels_file")
+
+
+def test_an_unreadable_image_costs_only_itself(flags, reference_run, tmp_path):
+    data = lay_out_photographs(tmp_path / "data" / "ILSVRC2012" / "validation")
+    victim = data / "n02123045/n02123045_2.JPEG"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[:1000])
+    mine = [*flags, "--data_dir", data, "--output", tmp_path / "out"]
+    done = run_script(*mine, kind="mpiexec", processes=2)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert "n02123045_2.JPEG" in done.stderr
+    assert "1 of 7 images could not be read" in done.stderr
+    expected = {name: data for name, data in reference_run.items() if "n02123045_2_" not in name}
+    assert samples(tmp_path / "out") == expected
+    record = json.loads((tmp_path / "out/t_3_20_run.json").read_text())
+    assert not record["finished"]
+    assert list(record["images"]["unreadable"]) == ["n02123045/n02123045_2.JPEG"]
+    again = run_script(*mine)
+    assert again.returncode == 1
+    assert "n02123045_2.JPEG" in again.stderr
+    victim.write_bytes(whole)
+    assert run_script(*mine).returncode == 0
+    assert samples(tmp_path / "out") == reference_run
+
+
+def test_a_folder_belongs_to_one_experiment(flags, photographs, small_checkpoint, tmp_path):
+    output = tmp_path / "out"
+    mine = [*flags, "--step_reverse", "3", "--output", output]
+    assert run_script(*mine).returncode == 0
+    before = samples(output), (output / "t_3_20_run.json").read_bytes()
+    other = tmp_path / "other.pt"
+    weights = torch.load(small_checkpoint)
+    weights["out.2.bias"] += 1
+    torch.save(weights, other)
+    for change, words in (
+        (["--seed", 1], ["--seed was 0 and is now 1"]),
+        (["--batch_size", 4], ["--batch_size was 3 and is now 4"]),
+        (["--model_path", other], ["--model_path"]),
+        (["--num_head_channels", 8], ["--num_head_channels was 16 and is now 8"]),
+        (["--num_per_class", 1], ["--num_per_class"]),
+        (["--image_format", "png", "--seed", 2], ["--image_format was jpeg", "--seed was 0"]),
+    ):
+        assert_plain_words(run_script(*mine, *change), *words)
+        assert (samples(output), (output / "t_3_20_run.json").read_bytes()) == before
+    (output / "t_3_20_run.json").unlink()
+    assert_plain_words(run_script(*mine), "t_3_20_run.json is missing")
+    (output / "t_3_20_run.json").write_text("{")
+    assert_plain_words(run_script(*mine), "damaged")
+    assert samples(output) == before[0]
+
+
+def test_plain_mistakes_get_plain_words(flags, photographs, small_checkpoint, tmp_path):
+    output = tmp_path / "out"
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.pt").write_text("not a checkpoint\n" * 100)
+    (tmp_path / "half.pt").write_bytes(small_checkpoint.read_bytes()[:500_000])
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    (tmp_path / "file").write_text("")
+    mistakes = [
+        (["--step_revers", 3], ["--step_revers", "did you mean --step_reverse?"]),
+        (["--step_reverse", "21"], ["--step_reverse 21", "0 to 20"]),
+        (["--step_reverse", "-1"], ["--step_reverse", "-1"]),
+        (["--step_reverse", "soon"], ["--step_reverse", "soon", "whole number"]),
+        (["--batch_size", "0"], ["--batch_size", "0"]),
+        (["--clip_denoised", "maybe"], ["--clip_denoised", "True or False", "maybe"]),
+        (["--noise_schedule", "sigmoid"], ["--noise_schedule", "linear", "cosine"]),
+        (["--timestep_respacing", "2000"], ["--timestep_respacing", "2000"]),
+        (["--model_path", tmp_path / "none.pt"], ["--model_path", "none.pt"]),
+        (["--model_path", tmp_path / "text.pt"], ["text.pt", "not a checkpoint"]),
+        (["--model_path", tmp_path / "half.pt"], ["half.pt", "truncated"]),
+        (["--num_channels", "64"], ["num_channels is 32 in the checkpoint, 64 in your flags", "--num_channels 32"]),
+        (["--learn_sigma", "False"], ["6 output channels", "--learn_sigma True"]),
+        (["--class_cond", "True"], ["--class_cond False"]),
+        (["--num_channels", "33"], ["--num_channels 33", "32"]),
+        (["--num_head_channels", "7"], ["--num_head_channels 7"]),
+        (["--data_dir", tmp_path / "nowhere"], ["--data_dir", "nowhere"]),
+        (["--data_dir", tmp_path / "empty"], ["--data_dir", "no files"]),
+        (["--labels_file", tmp_path / "labels.txt"], ["--labels_file", "cat"]),
+        (["--output", tmp_path / "file" / "out"], ["--output", "Not a directory"]),
+    ]
+    for change, words in mistakes:
+        assert_plain_words(run_script(*flags, "--output", output, *change), *words)
+        assert not output.exists() or not samples(output), change
+
+
+def test_a_mistake_is_told_once_under_mpiexec(flags, tmp_path):
+    done = run_script(*flags, "--num_channels", 64, "--output", tmp_path, kind="mpiexec", processes=2)
+    assert done.returncode == 2
+    assert done.stderr.count("num_channels is 32 in the checkpoint") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_two_launchers_that_disagree(flags, tmp_path):
+    """An mpiexec of another MPI: it counts two processes, mpi4py's MPI one."""
+    done = run_script(*flags, "--output", tmp_path, env=environment(PMI_SIZE="2", PMI_RANK="1"))
+    assert_plain_words(done, "PMI_SIZE=2")
+    assert not samples(tmp_path)
+
+
+def test_disk_full(flags, tmp_path):
+    """No file can grow beyond a limit, as on a full disk: nothing half-written is left, and a restart goes on."""
+    mine = [*flags, "--image_format", "png", "--output", tmp_path / "out"]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2600, resource.RLIM_INFINITY))
+
+    done = run_script(*mine, preexec_fn=limit)
+    assert_plain_words(done, "cannot write", "t_3_20_images", "File too large", "--output")
+    assert not scratch_files(tmp_path)
+    there = samples(tmp_path / "out")
+    assert all(len(data) <= 2600 for data in there.values())
+    assert run_script(*mine).returncode == 0
+    complete = samples(tmp_path / "out")
+    assert len(complete) == 21
+    assert there.items() <= complete.items()
+
+
+def test_a_folder_that_cannot_be_written(flags, tmp_path):
+    if os.geteuid() == 0:  # root may write anywhere but where there is no place for files
+        target = Path("/proc/nowhere")
+    else:
+        target = tmp_path / "locked"
+        target.mkdir(mode=0o500)
+    assert_plain_words(run_script(*flags, "--output", target), "--output", str(target))
+
+
+def test_help_comes_without_torch():
+    code = """
+import runpy, sys
+sys.argv = ["forward_backward_dataset_sample.py", "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as end:
+    assert end.code == 0
+assert "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--data_dir", "--step_reverse", "--num_threads", "--attention_resolutions", "--timestep_respacing"):
+        assert flag in done.stdout
+
+
+def test_readme_command_at_full_size(tmp_path):
+    """The README's command as it stands there, with the published 552,814,086 parameters, on a few steps."""
+    readme = (REPOSITORY / "README.md").read_text()
+    lines = [line for line in readme.splitlines() if line.startswith(("MODEL_FLAGS=", "python forward_backward_"))]
+    assert len(lines) == 2
+    lay_out_photographs(tmp_path / "datasets/ILSVRC2012/validation")
+    for extra in ("n02123045/n02123045_2.JPEG", "n07920052/n07920052_2.JPEG", "n04485082/n04485082_1.jpg"):
+        (tmp_path / "datasets/ILSVRC2012/validation" / extra).unlink()
+    (tmp_path / "models").mkdir()
+    save_checkpoint(tmp_path / "models/256x256_diffusion_uncond.pt", PUBLISHED_MODEL)
+    shutil.copy(REPOSITORY / "forward_backward_dataset_sample.py", tmp_path)
+    python = f'export PATH="{Path(sys.executable).parent}:$PATH"'
+    done = subprocess.run(
+        ["bash", "-c", "\n".join([python, lines[0], f"{lines[1]} --timestep_respacing 8 --step_reverse 4"])],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stderr)
+    written = sorted((tmp_path / "results/diffused_ILSVRC2012_validation/t_4_8_images").rglob("*.JPEG"))
+    assert [path.name for path in written] == [
+        "n02123045_1_t0500.JPEG",
+        "n04008634_1_t0500.JPEG",
+        "n04008634_2_t0500.JPEG",
+        "n07920052_1_t0500.JPEG",
+    ]
+    for path in written:
+        assert Image.open(path).size == (256, 256)
+
+
+PUBLISHED_MODEL = {
+    "image_size": 256,
+    "num_channels": 256,
+    "num_head_channels": 64,
+    "attention_resolutions": "32,16,8",
+    "resblock_updown": True,
+    "learn_sigma": True,
+}
