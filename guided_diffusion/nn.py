@@ -26,7 +26,7 @@ class GroupNorm32(nn.GroupNorm):
     """Group normalisation with float32 parameters, computed in float32 and returned in the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # For channels-last input, the CPU's kernel takes the variance as E[x^2] - E[x]^2: wrong where the mean is large.
+        # Given channels-last input, the CPU's kernel takes E[x^2] - E[x]^2 for the variance: wrong for a large mean.
         x = x.contiguous()
         if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
             return super().forward(x)  # this kernel computes in float32 of itself; no copies are needed
