@@ -20,13 +20,15 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            self.error(self._explain(unknown[0]))
-        return parsed
+        words = sys.argv[1:] if args is None else args
+        # Looked for first: a misspelt flag is the reason where a required one is missing.
+        for word in words:
+            if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
+                self.error(self._explain(word))
+        return super().parse_args(args, namespace)
 
     def error(self, message):
-        self.exit(2, f"error: {message}. See --help.\n")
+        self.exit(2, f"error: {message}{'' if message.endswith('?') else '.'} See --help.\n")
 
     def _explain(self, word: str) -> str:
         flag = word.split("=")[0]

@@ -342,6 +342,12 @@ def test_a_folder_that_cannot_be_written(flags, tmp_path):
     assert_plain_words(run_script(*flags, "--output", target), "--output", str(target))
 
 
+def test_a_misspelt_flag_is_told_before_a_missing_one():
+    assert_plain_words(run_script("--step_revers", 3), "there is no flag --step_revers: did you mean --step_reverse?")
+    assert_plain_words(run_script("--step_reverse", 3), "--data_dir", "--model_path")
+    assert_plain_words(run_script("--step_reverse", 3, "stray", "--data_dir", "x", "--model_path", "y"), "stray")
+
+
 def test_help_comes_without_torch():
     code = """
 import runpy, sys
