@@ -27,6 +27,7 @@ import numpy as np
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
+    NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
     diffusion_defaults,
@@ -111,6 +112,10 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
     images = choose_images(found, args.num_classes, args.num_per_class, args.num_samples)
     if args.class_cond and any(image.label is None for image in images):
         raise UserError(f"--class_cond True needs the classes of the images, and nothing in {args.data_dir} tells them")
+    if args.class_cond and (most := max(image.label for image in images)) >= NUM_CLASSES:
+        raise UserError(
+            f"--class_cond True is for {NUM_CLASSES} classes, and {args.data_dir} has {most + 1} (--data_dir)"
+        )
     if warning := shortage(images, args.num_classes, args.num_per_class, args.num_samples):
         logger.warn(warning)
     stems = Counter(os.path.splitext(image.path)[0] for image in images)

@@ -90,7 +90,7 @@ def run(main: Callable[[], int | None]) -> None:
         reason = stopped
     dist_util = sys.modules.get("guided_diffusion.dist_util")
     if dist_util is None or dist_util.should_report(reason):
-        print(f"\n{words}" if sys.stderr.isatty() else words, file=sys.stderr)
+        sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
     sys.stdout.flush()
     sys.stderr.flush()
     if dist_util is not None and isinstance(reason, UserError) and getattr(reason, "on_all_ranks", False):

@@ -36,7 +36,8 @@ class _Handler(logging.Handler):
             return
         prefix = "error: " if record.levelno >= ERROR else "warning: " if record.levelno >= WARN else ""
         try:
-            tqdm.write(prefix + self.format(record), file=sys.stderr)
+            # The line and its end in one piece: other ranks write to the same stream.
+            tqdm.write(f"{prefix}{self.format(record)}\n", file=sys.stderr, end="")
         except Exception:
             self.handleError(record)
 
