@@ -289,7 +289,7 @@ def progress_bar(units: list[Unit]) -> tqdm:
         total=sum(unit.step_reverse for unit in units),
         desc="denoising" if processes == 1 else f"denoising (process 1 of {processes})",
         unit="step",
-        disable=not dist_util.is_main(),
+        disable=not (units and dist_util.is_main()),
         mininterval=0.2 if sys.stderr.isatty() else 60,
         dynamic_ncols=True,
     )
