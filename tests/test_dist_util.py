@@ -390,7 +390,7 @@ BAD = {
     "empty": r"\(0 bytes\) is empty",
     "web page": r"\(38 bytes\) is a web page, not a checkpoint: the download failed. It begins with '\\n<!DOCTYPE html",
     "text": "is not a checkpoint of torch.save: it begins with 'version https://git-'$",
-    "archive": "is not a checkpoint of torch.save: it begins with 'PK",
+    "archive": "is not a checkpoint of torch.save: it begins with ['\"]PK",
     "half": "is truncated",
     "last byte missing": "is truncated",
     "end never written": "is truncated",
