@@ -164,7 +164,7 @@ def begin(
 ) -> tuple[dict[int, dict[str, Any]], list[Unit]]:
     """Open the record of every folder and see what is left to do in it. Returns (records by k, units of work)."""
     from guided_diffusion import logger
-    from guided_diffusion.files import remove_scratch, walk
+    from guided_diffusion.files import remove_scratch, remove_scratch_of, walk
     from guided_diffusion.forward_backward import unfinished_units
     from guided_diffusion.run_record import begin_record, differences
 
@@ -172,6 +172,7 @@ def begin(
     units = []
     for k, folder in folders.items():
         remove_scratch(folder.path)
+        remove_scratch_of(folder.record)
         present = set(walk(folder.path))
         done = {image.path for image in images if folder.sample(image.path) in present}
         left = list(unfinished_units(images, batch_size, k, done))

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .script_util import CHANNEL_MULT, create_model, model_defaults
+from .script_util import CHANNEL_MULT, model_from_flags
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +35,14 @@ def load_model(model_path: str, flags: Mapping[str, Any], seed: int = 0) -> UNet
 
     from .dist_util import load_state_dict
 
-    model_flags = {name: flags[name] for name in [*model_defaults(), "learn_sigma"]}
     if model_path == UNTRAINED:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return create_model(**model_flags)
+            return model_from_flags(flags)
 
     weights = load_state_dict(model_path)
     with torch.device("meta"):
-        model = create_model(**model_flags)
+        model = model_from_flags(flags)
     check_fit(model_path, shapes_of(weights), shapes_of(model.state_dict()), flags)
     model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, assign=True)
     return model

@@ -29,8 +29,8 @@ def write_whole(path: str, data: bytes) -> None:
     if is_remote(path):
         bf.write_bytes(path, data)
         return
-    folder = os.path.dirname(path)
-    scratch = os.path.join(folder, f".{secrets.token_hex(8)}{SCRATCH}")
+    folder, name = os.path.split(path)
+    scratch = os.path.join(folder, f"{_scratch_prefix(name)}{secrets.token_hex(8)}{SCRATCH}")
     try:
         os.makedirs(folder or ".", exist_ok=True)
         with open(scratch, "wb") as f:
@@ -75,3 +75,17 @@ def remove_scratch(folder: str) -> None:
         for name in walk(folder):
             if name.endswith(SCRATCH) and name.rpartition("/")[2].startswith("."):
                 os.unlink(os.path.join(folder, name))
+
+
+def remove_scratch_of(path: str) -> None:
+    """Remove what a killed process had begun to write of one local file; its neighbours may be other processes'."""
+    folder, name = os.path.split(path)
+    if not is_remote(path) and os.path.isdir(folder or "."):
+        for other in os.listdir(folder or "."):
+            if other.startswith(_scratch_prefix(name)) and other.endswith(SCRATCH):
+                os.unlink(os.path.join(folder, other))
+
+
+def _scratch_prefix(name: str) -> str:
+    """How the scratch files of a file begin; cut short, since a file's name may be as long as names can be."""
+    return f".{name[:40]}."

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .image_datasets import LabelledImage
+from .image_datasets import LabelledImage, to_float
 
 if TYPE_CHECKING:
     from .gaussian_diffusion import GaussianDiffusion
@@ -60,7 +60,7 @@ def check_times(steps: Sequence[int], num_steps: int) -> list[int]:
 
 def from_pixels(pixels: np.ndarray) -> torch.Tensor:
     """Images in [-1, 1] of shape (B, 3, H, W), float32, from (B, H, W, 3) of uint8."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+    return torch.from_numpy(to_float(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:

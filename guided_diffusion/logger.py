@@ -4,6 +4,7 @@ Rank 0 speaks; the other ranks only report errors. Messages do not break a tqdm 
 """
 
 import csv
+import io
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .errors import UserError
+from .files import write_whole
 
 DEBUG, INFO, WARN, ERROR, DISABLED = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, 50
 FORMATS = ("stdout", "csv", "json")
@@ -189,9 +191,8 @@ def _append_csv(path: Path, row: Mapping[str, Any]) -> None:
     if header:
         with open(path, newline="") as file:
             old_rows = list(csv.DictReader(file))
-    aside = path.with_name(path.name + ".tmp")
-    with open(aside, "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows([*old_rows, row])
-    os.replace(aside, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows([*old_rows, row])
+    write_whole(str(path), text.getvalue().encode())

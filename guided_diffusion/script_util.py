@@ -6,6 +6,7 @@ The module imports no torch: a script answers `--help` or a misspelt flag at onc
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
@@ -130,8 +131,7 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
 
 def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
     """Build the model and the diffusion that `model_and_diffusion_defaults` describes."""
-    model = create_model(**{name: flags[name] for name in model_defaults() | {"learn_sigma": False}})
-    return model, diffusion_from_flags(flags)
+    return model_from_flags(flags), diffusion_from_flags(flags)
 
 
 def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:
@@ -272,7 +272,12 @@ def create_classifier(
     )
 
 
-def diffusion_from_flags(flags: dict[str, Any]) -> SpacedDiffusion:
+def model_from_flags(flags: Mapping[str, Any]) -> UNetModel:
+    """Build the U-Net that the flags of `model_defaults`, and learn_sigma, describe."""
+    return create_model(**{name: flags[name] for name in [*model_defaults(), "learn_sigma"]})
+
+
+def diffusion_from_flags(flags: Mapping[str, Any]) -> SpacedDiffusion:
     """Build the diffusion that the flags of `diffusion_defaults` describe."""
     chosen = {name: flags[name] for name in diffusion_defaults()}
     return create_gaussian_diffusion(steps=chosen.pop("diffusion_steps"), **chosen)

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from reference import fill_weights
 
-from guided_diffusion.script_util import create_model, model_defaults
+from guided_diffusion.script_util import model_defaults, model_from_flags
 
 REPOSITORY = Path(__file__).parents[1]
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
@@ -39,7 +39,7 @@ def as_flags(settings: dict) -> list[str]:
 def save_checkpoint(path: Path, settings: dict) -> Path:
     """Save a checkpoint in the published layout, of the U-Net that the flags describe, with the reference weights."""
     known = {**model_defaults(), "learn_sigma": False, **settings}
-    model = fill_weights(create_model(**{name: known[name] for name in [*model_defaults(), "learn_sigma"]}))
+    model = fill_weights(model_from_flags(known))
     torch.save(model.state_dict(), path)
     return path
 

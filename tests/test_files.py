@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import threading
 import time
 
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import read_json, remove_scratch, walk, write_json, write_whole
+from guided_diffusion.files import read_json, remove_scratch, remove_scratch_of, walk, write_json, write_whole
 from guided_diffusion.pipeline import ImageWriter, encode, read_ahead
 
 
@@ -67,6 +68,22 @@ def test_json_and_folders(tmp_path):
     (tmp_path / "x" / "mine.part").touch()
     remove_scratch(str(tmp_path))
     assert sorted(walk(str(tmp_path))) == ["a.json", "x/2.png", "x/mine.part", "x/y/1.png"]
+
+
+def test_the_scratch_of_one_file_is_removed_alone(tmp_path):
+    """A process killed while it wrote a file leaves its scratch; a neighbour's scratch may be in use."""
+    target, neighbour = tmp_path / ("a" * 250), tmp_path / "b.json"
+    for path in (target, neighbour):
+        child = os.fork()
+        if child == 0:
+            os.fsync = lambda _: os.kill(os.getpid(), signal.SIGKILL)
+            write_whole(str(path), b"data")
+        os.waitpid(child, 0)
+    assert len(os.listdir(tmp_path)) == 2
+    remove_scratch_of(str(target))
+    (left,) = os.listdir(tmp_path)
+    assert left.startswith(".b.json.")
+    remove_scratch_of(str(tmp_path / "nowhere" / "file"))
 
 
 @pytest.mark.parametrize("num_workers", [0, 1, 4])
