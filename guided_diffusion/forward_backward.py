@@ -10,16 +10,13 @@ import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .errors import UserError
+from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
 from .image_datasets import LabelledImage, to_float
-
-if TYPE_CHECKING:
-    from .gaussian_diffusion import GaussianDiffusion
 
 
 def noised_image(
@@ -49,13 +46,7 @@ def noised_image(
 
 def check_times(steps: Sequence[int], num_steps: int) -> list[int]:
     """The times k, each once. Raises UserError unless all are in 0..N = `num_steps`."""
-    for k in steps:
-        if not 0 <= k <= num_steps:
-            raise UserError(
-                f"--step_reverse {k} is out of range: expected 0 to {num_steps}, the number of steps that "
-                "--timestep_respacing (or, without it, --diffusion_steps) gives"
-            )
-    return list(dict.fromkeys(steps))
+    return list(dict.fromkeys(check_step_reverse(k, num_steps) for k in steps))
 
 
 def from_pixels(pixels: np.ndarray) -> torch.Tensor:

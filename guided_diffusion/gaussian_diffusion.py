@@ -479,7 +479,7 @@ class GaussianDiffusion:
             model_kwargs=model_kwargs,
             generator=generator,
         )
-        k = self._check_step_reverse(step_reverse)
+        k = check_step_reverse(step_reverse, self.num_timesteps)
         return self._denoise(step, _starting_point(model, shape, noise, device, generator), k, progress)
 
     def p_sample_loop_forw_back(
@@ -564,7 +564,7 @@ class GaussianDiffusion:
             eta=eta,
             generator=generator,
         )
-        k = self._check_step_reverse(step_reverse)
+        k = check_step_reverse(step_reverse, self.num_timesteps)
         return self._denoise(step, _starting_point(model, shape, noise, device, generator), k, progress)
 
     def ddim_sample_loop_forw_back(
@@ -622,18 +622,6 @@ class GaussianDiffusion:
         """Sample by all N steps of DDIM: `ddim_sample_loop_forw_back` with k = N."""
         options = (noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, generator)
         return self.ddim_sample_loop_forw_back(model, shape, self.num_timesteps, *options)
-
-    def _check_step_reverse(self, step_reverse: int) -> int:
-        try:
-            k = operator.index(step_reverse)
-        except TypeError:
-            k = -1
-        if not 0 <= k <= self.num_timesteps:
-            raise UserError(
-                f"--step_reverse {step_reverse}: expected a whole number from 0 to {self.num_timesteps}, the number of "
-                "steps of --timestep_respacing"
-            )
-        return k
 
     def _denoise(
         self, step: Callable[[torch.Tensor, torch.Tensor], Output], x: torch.Tensor, k: int, progress: bool
@@ -753,6 +741,20 @@ class GaussianDiffusion:
         terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
         prior_bpd = self._prior_bpd(x_start)
         return {"total_bpd": terms["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **terms}
+
+
+def check_step_reverse(step_reverse: int, num_steps: int) -> int:
+    """k = `step_reverse`. Raises UserError unless it is a whole number in 0..N = `num_steps`."""
+    try:
+        k = operator.index(step_reverse)
+    except TypeError:
+        k = -1
+    if not 0 <= k <= num_steps:
+        raise UserError(
+            f"--step_reverse {step_reverse} is out of range: expected a whole number from 0 to {num_steps}, the number "
+            "of steps that --timestep_respacing (or, without it, --diffusion_steps) gives"
+        )
+    return k
 
 
 def _starting_point(
