@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -53,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion import dist_util, logger
     from guided_diffusion.checkpoints import load_model
     from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
+    from guided_diffusion.inference import prepare
     from guided_diffusion.run_record import end_record, now, settings_of, weights_digest
 
     dist_util.setup_dist()
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     weights = dist_util.on_main(weights_digest, model)
-    circumstances = prepare(model, args)
+    circumstances = prepare(model, args.use_fp16, args.num_threads)
 
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
@@ -126,35 +126,6 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
     return images
 
 
-def prepare(model: UNetModel, args: argparse.Namespace) -> dict[str, Any]:
-    """Move the model to where it will run, in the precision asked for. Returns what decides the last digits."""
-    import torch
-
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.fp16_util import half_precision_dtype
-    from guided_diffusion.run_record import hardware, versions
-
-    device = dist_util.dev()
-    # The same bytes every time: no choice of algorithm by measured speed; and float32 means float32.
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    threads = args.num_threads or dist_util.cores_per_rank()
-    torch.set_num_threads(threads)
-
-    model.to(device).eval()
-    dtype = half_precision_dtype(device) if args.use_fp16 else torch.float32
-    if dtype == torch.float32:
-        model.convert_to_fp32()
-    else:
-        model.convert_to_fp16(dtype)
-    precision = str(dtype).removeprefix("torch.")
-    if args.use_fp16 and dtype != torch.float16:
-        logger.info(f"--use_fp16 True: this CPU has no fast float16, the U-Net computes in {precision}")
-    return {"hardware": hardware(device), "precision": precision, "threads": threads, **versions()}
-
-
 def begin(
     folders: dict[int, SampleFolder],
     images: list[LabelledImage],
@@ -194,12 +165,17 @@ def sample(
     Returns:
         by k, the number of samples written, and the images that could not be read: path -> why.
     """
+    from guided_diffusion import dist_util, logger
     from guided_diffusion.image_datasets import UnreadableImage
     from guided_diffusion.pipeline import ImageWriter, read_ahead
 
     written, unreadable = Counter(), {k: {} for k in folders}
     to_do = sum(len(unit.todo) for unit in units)
-    with ImageWriter(args.image_format, args.jpeg_quality) as writer, progress_bar(units) as bar:
+    processes = dist_util.get_world_size()
+    steps = sum(unit.step_reverse for unit in units)
+    described = "denoising" if processes == 1 else f"denoising (process 1 of {processes})"
+    bar = logger.progress_bar(steps, described, "step")
+    with ImageWriter(args.image_format, args.jpeg_quality) as writer, bar:
         for unit, pictures in read_ahead(units, lambda unit: readers(unit, args), args.num_workers):
             k, folder = unit.step_reverse, folders[unit.step_reverse]
             bad = {
@@ -277,23 +253,6 @@ def readers(unit: Unit, args: argparse.Namespace) -> list[Callable[[], np.ndarra
             return error
 
     return [partial(read, image.path) for image in unit.images]
-
-
-def progress_bar(units: list[Unit]) -> tqdm:
-    """A bar on the main process that counts the denoising steps of its own units; a line a minute in a log file."""
-    from tqdm import tqdm
-
-    from guided_diffusion import dist_util
-
-    processes = dist_util.get_world_size()
-    return tqdm(
-        total=sum(unit.step_reverse for unit in units),
-        desc="denoising" if processes == 1 else f"denoising (process 1 of {processes})",
-        unit="step",
-        disable=not (units and dist_util.is_main()),
-        mininterval=0.2 if sys.stderr.isatty() else 60,
-        dynamic_ncols=True,
-    )
 
 
 def create_argparser() -> argparse.ArgumentParser:

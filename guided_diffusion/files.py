@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from contextlib import contextmanager
+from typing import Any, BinaryIO
 
 import blobfile as bf
 
@@ -19,22 +22,33 @@ def is_remote(path: str) -> bool:
 
 
 def write_whole(path: str, data: bytes) -> None:
-    """Write a file that other processes, and a run after a crash, see whole or not at all.
+    """Write a file that appears whole or not at all; see `whole_file`."""
+    with whole_file(path) as f:
+        f.write(data)
 
-    On a local disk the bytes are written beside the file, forced to the disk and renamed. Remote storage has this
-    property by itself. The folder is made where it is missing.
+
+@contextmanager
+def whole_file(path: str) -> Iterator[BinaryIO]:
+    """A file, open for writing, that other processes, and a run after a crash, see whole or not at all.
+
+    On a local disk the bytes are written beside the file, forced to the disk and renamed at the end of the `with`
+    block. Remote storage has this property by itself. The folder is made where it is missing.
 
     Raises OSError, with `path` as its file name and nothing left behind, where the file cannot be written.
     """
     if is_remote(path):
-        bf.write_bytes(path, data)
+        with tempfile.TemporaryFile() as held:  # sent when it is complete, since a file that fails is sent as it is
+            yield held
+            held.seek(0)
+            with bf.BlobFile(path, "wb") as f:
+                shutil.copyfileobj(held, f, 2**24)
         return
     folder, name = os.path.split(path)
     scratch = os.path.join(folder, f"{_scratch_prefix(name)}{secrets.token_hex(8)}{SCRATCH}")
     try:
         os.makedirs(folder or ".", exist_ok=True)
         with open(scratch, "wb") as f:
-            f.write(data)
+            yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(scratch, path)

@@ -86,6 +86,11 @@ def configure(
             raise UserError(f"log folder {_dir} cannot be written to")
 
 
+def choose_dir(output: str, otherwise: str) -> str:
+    """The folder of a run's results: `output`, else the one that OPENAI_LOGDIR names, else `otherwise`."""
+    return output or os.environ.get("OPENAI_LOGDIR") or otherwise
+
+
 def get_dir() -> str | None:
     """The folder of the metrics, None where there is none."""
     return None if _dir is None else str(_dir)
@@ -163,6 +168,19 @@ def dumpkvs() -> dict[str, Any]:
             with open(_dir / f"progress{_suffix}.json", "a") as file:
                 file.write(json.dumps({key: _json_value(val) for key, val in values.items()}) + "\n")
     return values
+
+
+def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
+    """A bar on rank 0, above which messages are written; in a log file, a line a minute. No bar if nothing is left."""
+    return tqdm(
+        total=total,
+        initial=initial,
+        desc=desc,
+        unit=unit,
+        disable=_rank() != 0 or total == initial,
+        mininterval=0.2 if sys.stderr.isatty() else 60,
+        dynamic_ncols=True,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from .command_line import whole_number
 from .errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +60,56 @@ HELP = {
     "classifier_use_scale_shift_norm": "whether the time embedding scales and shifts the classifier's activations",
     "classifier_resblock_updown": "whether the classifier's residual blocks change the resolution",
     "classifier_pool": "how the classifier pools its features: adaptive, attention, spatial or spatial_v2",
+    "data_dir": "folder of images; its subfolders are looked through",
+    "labels_file": "classes of the images where names do not tell: LOC_val_solution.csv, a wnid per line, or an "
+    "ILSVRC2012_ID per line",
+    "output": "folder of results; empty: the one that OPENAI_LOGDIR names, else a folder in results/",
+    "seed": "seed of all random numbers",
+    "num_workers": "worker processes, for each process, that read images ahead; 0: none",
+    "num_threads": "CPU threads per process that compute; 0: the cores, shared out among the processes",
+    "batch_size": "images per process and step",
+    "microbatch": "images per forward and backward pass, to save memory; -1: all of batch_size",
+    "schedule_sampler": "how training chooses time steps: uniform or loss-second-moment",
+    "lr": "learning rate of AdamW",
+    "weight_decay": "weight decay of AdamW",
+    "lr_anneal_steps": "steps in which the learning rate falls linearly to 0, where training ends; 0: constant",
+    "anneal_lr": "whether the learning rate falls linearly to 0 over the iterations",
+    "iterations": "number of steps after which training ends; 0: no end",
+    "ema_rate": "decay of the moving averages of the weights, one number or several separated by commas",
+    "log_interval": "steps between two lines of progress.csv, of which each is the mean since the last",
+    "save_interval": "steps between two checkpoints",
+    "resume_checkpoint": "modelNNNNNN.pt to go on from, with what lies beside it; empty: the newest one in output",
+    "fp16_scale_growth": "growth of the binary logarithm of float16's loss scale per step",
+    "random_crop": "whether training sees random squares of the images (else the middle square)",
+    "random_flip": "whether training sees half of the images mirrored",
+    "sample_grid": "number of images in the sample grid that is drawn with every checkpoint; 0: none",
+    "sample_steps": "DDIM steps of the sample grid's images",
+    "clip_denoised": "keep the predicted image within the range of pixels at every step",
+    "num_samples": "number of images",
+    "use_ddim": "sample with DDIM, without noise on the way",
+    "model_path": "the model's checkpoint; the word untrained gives a network with random weights, to try things out",
+    "classifier_path": "the classifier's checkpoint",
+    "classifier_scale": "factor of the classifier's gradient",
+    "base_samples": "the small images, as .npz: arr_0 (N, H, W, 3) of uint8, and arr_1, the classes, for class_cond",
+    "val_data_dir": "folder of validation images; empty: none",
+    "noised": "whether the classifier is trained on noised images",
+    "eval_interval": "steps between two batches of validation",
+}
+
+# The least value of a flag, where there is one.
+LEAST = {
+    "batch_size": 1,
+    "diffusion_steps": 1,
+    "eval_interval": 1,
+    "iterations": 0,
+    "log_interval": 1,
+    "lr_anneal_steps": 0,
+    "num_samples": 1,
+    "num_threads": 0,
+    "num_workers": 0,
+    "sample_grid": 0,
+    "sample_steps": 1,
+    "save_interval": 1,
 }
 
 
@@ -100,6 +151,48 @@ def model_defaults() -> dict[str, Any]:
 def model_and_diffusion_defaults() -> dict[str, Any]:
     """Flags of an image diffusion model."""
     return {**model_defaults(), **diffusion_defaults()}
+
+
+def training_defaults() -> dict[str, Any]:
+    """Flags of training a diffusion model: the published ones with their defaults, then our own."""
+    return {
+        "data_dir": "",
+        "schedule_sampler": "uniform",
+        "lr": 1e-4,
+        "weight_decay": 0.0,
+        "lr_anneal_steps": 0,
+        "batch_size": 1,
+        "microbatch": -1,
+        "ema_rate": "0.9999",
+        "log_interval": 10,
+        "save_interval": 10000,
+        "resume_checkpoint": "",
+        "fp16_scale_growth": 1e-3,
+        "iterations": 0,
+        "output": "",
+        "seed": 0,
+        "labels_file": "",
+        "random_crop": False,
+        "random_flip": True,
+        "num_workers": 2,
+        "num_threads": 0,
+        "sample_grid": 16,
+        "sample_steps": 50,
+    }
+
+
+def sampling_defaults() -> dict[str, Any]:
+    """Flags of sampling from a diffusion model: the published ones with their defaults, then our own."""
+    return {
+        "model_path": "",
+        "num_samples": 10000,
+        "batch_size": 16,
+        "clip_denoised": True,
+        "use_ddim": False,
+        "output": "",
+        "seed": 0,
+        "num_threads": 0,
+    }
 
 
 def classifier_defaults() -> dict[str, Any]:
@@ -375,7 +468,7 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[st
         parser.add_argument(
             f"--{name}",
             default=default,
-            type=kind,
+            type=whole_number(LEAST[name]) if name in LEAST else kind,
             metavar="True|False" if kind is str2bool else kind.__name__.upper().replace("STR", "TEXT"),
             help=f"{HELP.get(name, '')} (default: {shown})".strip(),
         )

@@ -94,9 +94,14 @@ def environment(**changes: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **allowed, **changes}
 
 
-def start_script(*flags: str, kind: str = "python", processes: int = 1, cwd=None, **options) -> subprocess.Popen:
-    """Start the main script in a process group of its own; its output is text."""
-    script = str(REPOSITORY / "forward_backward_dataset_sample.py")
+MAIN_SCRIPT = "forward_backward_dataset_sample.py"
+
+
+def start_script(
+    *flags: str, script: str = MAIN_SCRIPT, kind: str = "python", processes: int = 1, cwd=None, **options
+) -> subprocess.Popen:
+    """Start a script, named by its path in the repository, in a process group of its own; its output is text."""
+    script = str(REPOSITORY / script)
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     return subprocess.Popen(
         [*launcher(kind, processes), script, *map(str, flags)],
@@ -109,7 +114,7 @@ def start_script(*flags: str, kind: str = "python", processes: int = 1, cwd=None
 
 
 def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
-    """Run the main script to its end."""
+    """Run a script to its end; arguments as those of `start_script`."""
     process = start_script(*flags, **options)
     stdout, stderr = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -1,0 +1,46 @@
+"""Getting a trained network ready to be used."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import dist_util, logger
+from .fp16_util import half_precision_dtype
+from .run_record import hardware, versions
+
+if TYPE_CHECKING:
+    from .unet import EncoderUNetModel, UNetModel
+
+
+def prepare(model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: int = 0) -> dict[str, Any]:
+    """Move a network to this rank's device, in the precision asked for, so that it gives the same bytes every time.
+
+    Args:
+        model: the network, in float32.
+        use_fp16: compute its torso in half precision.
+        num_threads: CPU threads of this process; 0: the cores, shared out among the processes.
+
+    Returns:
+        What decides the last digits: hardware, precision, threads and versions, by name.
+    """
+    device = dist_util.dev()
+    # The same bytes every time: no choice of algorithm by measured speed; and float32 means float32.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    threads = num_threads or dist_util.cores_per_rank()
+    torch.set_num_threads(threads)
+
+    model.to(device).eval()
+    dtype = half_precision_dtype(device) if use_fp16 else torch.float32
+    if dtype == torch.float32:
+        model.convert_to_fp32()
+    else:
+        model.convert_to_fp16(dtype)
+    precision = str(dtype).removeprefix("torch.")
+    if use_fp16 and dtype != torch.float16:
+        logger.info(f"--use_fp16 True: this CPU has no fast float16, the U-Net computes in {precision}")
+    return {"hardware": hardware(device), "precision": precision, "threads": threads, **versions()}
