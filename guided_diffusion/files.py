@@ -21,6 +21,13 @@ def is_remote(path: str) -> bool:
     return "://" in path
 
 
+def folder_name(path: str) -> str:
+    """A name for results by the last two parts of a folder's path: ILSVRC2012_validation."""
+    if not is_remote(path):
+        path = os.path.abspath(path)
+    return "_".join([part for part in path.replace(os.sep, "/").split("/") if part][-2:])
+
+
 def write_whole(path: str, data: bytes) -> None:
     """Write a file that appears whole or not at all; see `whole_file`."""
     with whole_file(path) as f:

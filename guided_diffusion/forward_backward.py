@@ -6,7 +6,6 @@ phase transition in diffusion models reveals the hierarchical nature of data", P
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ import numpy as np
 import torch
 
 from .errors import UserError
+from .files import folder_name
 from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
 from .image_datasets import LabelledImage, to_float
+from .noise import NoiseStreams as NoiseStreams
+from .noise import noise_seed as noise_seed
 
 
 def noised_image(
@@ -68,38 +70,6 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-class NoiseStreams:
-    """One stream of standard normal numbers per image of a batch.
-
-    A stream depends on the run's seed, the image's name and k alone, never on the batch that the image is in or on
-    the process that it meets. Handed to a sampling loop as its `generator`.
-
-    Args:
-        seed: the run's seed.
-        names: paths of the images relative to the data folder, one per row of the batch.
-        step_reverse: k.
-        device: where the numbers are drawn. Different kinds of device draw different numbers.
-    """
-
-    def __init__(self, seed: int, names: Sequence[str], step_reverse: int, device: torch.device | str):
-        self.generators = [torch.Generator(device).manual_seed(noise_seed(seed, name, step_reverse)) for name in names]
-
-    def randn(self, shape: Sequence[int], device=None, dtype=None) -> torch.Tensor:
-        """Draw the next numbers of every stream: a tensor of `shape` = (B, ...), row b from stream b."""
-        if shape[0] != len(self.generators):
-            raise ValueError(f"{len(self.generators)} noise streams cannot fill a batch of {shape[0]}")
-        rows = torch.empty(tuple(shape), device=self.generators[0].device, dtype=dtype)
-        for row, generator in zip(rows, self.generators, strict=True):
-            row.normal_(generator=generator)
-        return rows.to(device)
-
-
-def noise_seed(seed: int, name: str, step_reverse: int) -> int:
-    """The 64-bit seed of one image's noise at one time: a hash, so that no two of them are related."""
-    words = b"\0".join([str(seed).encode(), os.fsencode(name), str(step_reverse).encode()])
-    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
-
-
 @dataclass(frozen=True)
 class Unit:
     """A batch of fixed composition, taken to one time and back.
@@ -132,10 +102,7 @@ def unfinished_units(
 
 def default_output(data_dir: str) -> str:
     """results/diffused_ILSVRC2012_validation, for datasets/ILSVRC2012/validation."""
-    if "://" not in data_dir:
-        data_dir = os.path.abspath(data_dir)
-    parts = [part for part in data_dir.replace(os.sep, "/").split("/") if part]
-    return "results/diffused_" + "_".join(parts[-2:])
+    return f"results/diffused_{folder_name(data_dir)}"
 
 
 @dataclass(frozen=True)
