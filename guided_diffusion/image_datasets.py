@@ -1,7 +1,7 @@
 """Finding, labelling, choosing and reading images.
 
-A path of an image is relative to `data_dir`, with "/" between its parts on every machine. Torch is imported only where
-it is needed, by `load_data`: a mistake in a folder is reported at once.
+A path of an image is relative to `data_dir`, with "/" between its parts on every machine. The module imports no
+torch: a mistake in a folder is reported at once.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import blobfile as bf
 import numpy as np
@@ -27,8 +27,8 @@ from .files import is_remote
 from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
 
 if TYPE_CHECKING:
-    import torch
-    from torch.utils.data import DataLoader
+    from .training_data import ImageDataset as ImageDataset
+    from .training_data import load_data as load_data
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what the bytes may be, whichever extension the name has
@@ -408,95 +408,10 @@ def to_float(image: np.ndarray) -> np.ndarray:
 # Training
 
 
-class ImageDataset:
-    """A map-style dataset for torch: item i is (image, extra), the image float32 (3, resolution, resolution) in
-    [-1, 1], and extra {"y": class index} where there are `classes`, else {}.
+def __getattr__(name: str) -> Any:
+    """`ImageDataset` and `load_data`, by which name people know them; their module imports torch."""
+    if name in ("ImageDataset", "load_data"):
+        from . import training_data
 
-    Holds every `num_shards`-th of the images, from number `shard` on. Its items raise UnreadableImage. Random crops
-    and flips draw from Python's `random`, which a DataLoader seeds from torch in each of its workers.
-    """
-
-    def __init__(
-        self,
-        resolution: int,
-        image_paths: Sequence[str],
-        classes: Sequence[int] | None = None,
-        shard: int = 0,
-        num_shards: int = 1,
-        random_crop: bool = False,
-        random_flip: bool = True,
-    ) -> None:
-        self.resolution = resolution
-        self.local_images = image_paths[shard::num_shards]
-        self.local_classes = None if classes is None else classes[shard::num_shards]
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-
-    def __len__(self) -> int:
-        return len(self.local_images)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        crop = random_crop_arr if self.random_crop else center_crop_arr
-        image = crop(open_image(self.local_images[index]), self.resolution)
-        if self.random_flip and random.random() < 0.5:
-            image = image[:, ::-1]
-        extra = {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
-        return to_float(image).transpose(2, 0, 1), extra
-
-
-def load_data(
-    *,
-    data_dir: str,
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    deterministic: bool = False,
-    random_crop: bool = False,
-    random_flip: bool = True,
-) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    """Batches of images, for ever: (float32 (batch_size, 3, image_size, image_size) in [-1, 1], extra).
-
-    `extra` is {"y": int64 (batch_size,)} with `class_cond`, by `label_images`; else {}. Each process has its own part
-    of the images, in the order of their paths if `deterministic`, else shuffled anew each time round.
-
-    Raises UserError where `data_dir` has no images, fewer than one batch per process, or no classes to condition on.
-    """
-    from torch.utils.data import DataLoader
-
-    from .dist_util import get_rank, get_world_size
-
-    paths = list_images(data_dir)
-    classes = None
-    if class_cond:
-        labels = [image.label for image in label_images(data_dir, paths)]
-        if None in labels:
-            raise UserError(f"nothing in {data_dir!r} (--data_dir) names the images' classes; --class_cond needs them")
-        classes = labels
-    dataset = ImageDataset(
-        image_size,
-        [os.path.join(data_dir, path) for path in paths],
-        classes,
-        shard=get_rank(),
-        num_shards=get_world_size(),
-        random_crop=random_crop,
-        random_flip=random_flip,
-    )
-    if len(dataset) < batch_size:
-        raise UserError(
-            f"{_count(len(paths), 'image')} in {data_dir!r} (--data_dir) are not a batch of "
-            f"{batch_size} (--batch_size) for each of {_count(get_world_size(), 'process')}"
-        )
-    loader = DataLoader(
-        dataset,
-        batch_size=batch_size,
-        shuffle=not deterministic,
-        num_workers=1,
-        drop_last=True,
-        persistent_workers=True,
-    )
-    return _cycle(loader)
-
-
-def _cycle(loader: DataLoader) -> Iterator:
-    while True:
-        yield from loader
+        return getattr(training_data, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

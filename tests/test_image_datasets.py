@@ -1,7 +1,6 @@
 """Finding, labelling, choosing and reading images, on real files."""
 
 import io
-import itertools
 import os
 import random
 import subprocess
@@ -10,22 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from reference import golden
-from torch.utils.data import DataLoader
 
-from guided_diffusion import image_datasets
+from guided_diffusion import image_datasets, training_data
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import (
-    ImageDataset,
     LabelledImage,
     UnreadableImage,
     center_crop_arr,
     choose_images,
     label_images,
     list_images,
-    load_data,
     open_image,
     random_crop_arr,
     read_image,
@@ -590,118 +585,14 @@ def test_random_crop_stays_within_its_bounds():
     np.testing.assert_array_equal(again, crops[0])
 
 
-# Training
+# Training: see test_training_data.py
 
 
-@pytest.fixture
-def coloured(tmp_path):
-    """Ten images in two class folders; image i is filled with the grey 20 i."""
-    for i in range(10):
-        folder = tmp_path / ("even" if i % 2 == 0 else "odd")
-        folder.mkdir(exist_ok=True)
-        Image.new("RGB", (20, 16), (20 * i,) * 3).save(folder / f"{i}.png")
-    return tmp_path
-
-
-def greys(batch):
-    return ((batch[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()
-
-
-def test_load_data_goes_round_for_ever_in_order(coloured):
-    batches = list(
-        itertools.islice(
-            load_data(data_dir=str(coloured), batch_size=4, image_size=8, class_cond=True, deterministic=True), 4
-        )
-    )
-    for batch, extra in batches:
-        assert batch.shape == (4, 3, 8, 8) and batch.dtype == torch.float32
-        assert extra["y"].dtype == torch.int64
-    assert [greys(batch) for batch, _ in batches] == [[0, 40, 80, 120], [160, 20, 60, 100]] * 2
-    assert [extra["y"].tolist() for _, extra in batches] == [[0, 0, 0, 0], [0, 1, 1, 1]] * 2
-
-
-def test_load_data_is_shuffled_by_the_seed_of_torch(coloured):
-    def first_round(seed):
-        torch.manual_seed(seed)
-        data = load_data(data_dir=str(coloured), batch_size=5, image_size=8, random_crop=True)
-        return [next(data) for _ in range(2)]
-
-    first, again, other = first_round(0), first_round(0), first_round(1)
-    assert all(extra == {} for _, extra in first)
-    order = [grey for batch, _ in first for grey in greys(batch)]
-    assert sorted(order) == list(range(0, 200, 20)) and order != sorted(order)
-    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
-    assert order != [grey for batch, _ in other for grey in greys(batch)]
-
-
-def test_load_data_refuses_what_would_never_give_a_batch(coloured, tmp_path):
-    with pytest.raises(
-        UserError, match=r"10 images in .*--data_dir.* not a batch of 11 \(--batch_size\) for each of 1 "
-    ):
-        load_data(data_dir=str(coloured), batch_size=11, image_size=8)
-    touch(tmp_path / "flat", "a.jpg", "b.jpg")
-    with pytest.raises(UserError, match=r"--class_cond"):
-        load_data(data_dir=str(tmp_path / "flat"), batch_size=1, image_size=8, class_cond=True)
-
-
-def test_unreadable_image_is_named_through_the_workers(coloured):
-    (coloured / "even" / "0.png").write_bytes(b"")
-    data = load_data(data_dir=str(coloured), batch_size=2, image_size=8, deterministic=True)
-    with pytest.raises(UnreadableImage, match=r"even/0\.png"):
-        next(data)
-
-
-def test_shards_are_disjoint_and_complete():
-    paths, classes = [f"{i}.jpg" for i in range(10)], list(range(10))
-    shards = [ImageDataset(8, paths, classes, shard=i, num_shards=3) for i in range(3)]
-    assert [len(shard) for shard in shards] == [4, 3, 3]
-    assert sorted(path for shard in shards for path in shard.local_images) == paths
-    assert sorted(label for shard in shards for label in shard.local_classes) == classes
-    for shard in shards:
-        assert [f"{label}.jpg" for label in shard.local_classes] == shard.local_images
-
-
-def test_load_data_shares_the_images_out_among_processes(coloured, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys\n"
-        "from guided_diffusion import dist_util\n"
-        "from guided_diffusion.image_datasets import load_data\n"
-        "dist_util.setup_dist()\n"
-        "batch, extra = next(load_data(data_dir=sys.argv[1], batch_size=5, image_size=8, class_cond=True))\n"
-        "greys = ((batch[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()\n"
-        "with open(f'{sys.argv[2]}/rank{dist_util.get_rank()}', 'w') as f:\n"
-        "    f.writelines(f'{grey} {label}\\n' for grey, label in zip(greys, extra['y'].tolist()))\n"
-    )
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"),
-            *(script, coloured, tmp_path),
-        ],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    shares = [(tmp_path / f"rank{rank}").read_text().splitlines() for rank in (0, 1)]
-    assert [len(share) for share in shares] == [5, 5]
-    assert sorted(shares[0] + shares[1]) == sorted(f"{20 * i} {i % 2}" for i in range(10))
-
-
-def test_flip_mirrors_about_half_of_the_time(tmp_path):
-    Image.fromarray(np.repeat(np.array([[[0], [255]]], dtype=np.uint8), 3, axis=-1)).resize((16, 16)).save(
-        tmp_path / "x.png"
-    )
-    random.seed(0)
-    flipping = ImageDataset(8, [str(tmp_path / "x.png")], random_flip=True)
-    straight = ImageDataset(8, [str(tmp_path / "x.png")], random_flip=False)
-    upright = straight[0][0]
-    assert upright.shape == (3, 8, 8) and upright.dtype == np.float32 and straight[0][1] == {}
-    seen = [flipping[0][0] for _ in range(100)]
-    flips = sum(np.array_equal(image, upright[:, :, ::-1]) for image in seen)
-    assert 30 < flips < 70
-    assert flips + sum(np.array_equal(image, upright) for image in seen) == 100
-    batch, _ = next(iter(DataLoader(flipping, batch_size=1)))
-    assert batch.shape == (1, 3, 8, 8)
+def test_the_data_of_training_are_offered_here_too():
+    assert image_datasets.load_data is training_data.load_data
+    assert image_datasets.ImageDataset is training_data.ImageDataset
+    with pytest.raises(AttributeError, match="no attribute 'load_daat'"):
+        _ = image_datasets.load_daat
+    code = "from guided_diffusion.image_datasets import load_data; load_data(data_dir='', batch_size=1, image_size=8)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.endswith("UserError: no folder of images was given: --data_dir\n")

@@ -1,0 +1,275 @@
+"""The stream of training images, which depends on the run's seed alone.
+
+Position p = 0, 1, 2, ... of the stream is image order[p % n] of epoch p // n, where n images are shuffled anew for each
+epoch. Step s of a run takes the next batch of positions, and each process its own rows of it. So a run that was killed
+and goes on from position p, or one on any number of processes, meets the images, crops and flips of a run that was not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from . import dist_util, logger
+from .errors import UserError
+from .image_datasets import (
+    LabelledImage,
+    UnreadableImage,
+    center_crop_arr,
+    label_images,
+    list_images,
+    open_image,
+    random_crop_arr,
+    to_float,
+)
+from .script_util import NUM_CLASSES
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    labels_file: str | None = None,
+    seed: int = 0,
+    num_workers: int = 2,
+    flag: str = "--data_dir",
+) -> DataStream:
+    """The images below a folder, local or remote, as an endless stream of batches; see `DataStream`.
+
+    Args:
+        data_dir: the folder; every process lists it by itself.
+        batch_size: images per batch of each process.
+        image_size: side of the square images, in pixels.
+        class_cond: give each image its class, by `label_images`.
+        deterministic: take the images in the order of their paths, instead of shuffled anew in each epoch.
+        random_crop: cut a random square out of the image, instead of its middle one.
+        random_flip: mirror half of the images.
+        labels_file: classes of the images where names do not tell; see `read_labels_file`.
+        seed: of the order, the crops and the flips; 0 or more.
+        num_workers: worker processes, for each process, that read images ahead; 0: none.
+        flag: the flag that gave `data_dir`, for the messages.
+
+    Raises UserError where `data_dir` has no images, or, with `class_cond`, no classes or too many.
+    """
+    if seed < 0:
+        raise UserError(f"--seed is {seed}; expected 0 or more")
+    try:
+        paths = list_images(data_dir)
+        labelled = _find_classes(data_dir, paths, labels_file) if class_cond else None
+    except UserError as error:
+        raise UserError(str(error).replace("--data_dir", flag)) from error
+    classes = None if labelled is None else [image.label for image in labelled]
+    names = None if labelled is None else {image.label: image.class_name for image in labelled}
+    images = _Batches(data_dir, paths, classes, image_size, seed, deterministic, random_crop, random_flip)
+    return DataStream(images, batch_size, num_workers, flag, names)
+
+
+def _find_classes(data_dir: str, paths: Sequence[str], labels_file: str | None) -> list[LabelledImage]:
+    labelled = label_images(data_dir, paths, labels_file)
+    classes = [image.label for image in labelled]
+    if None in classes:
+        raise UserError(f"nothing in {data_dir!r} (--data_dir) names the images' classes; --class_cond needs them")
+    if max(classes) >= NUM_CLASSES:
+        raise UserError(
+            f"{max(classes) + 1} classes in {data_dir!r} (--data_dir); expected at most {NUM_CLASSES}, one for each "
+            "class that a model knows"
+        )
+    return labelled
+
+
+class DataStream:
+    """Batches of training images, for ever: (images, extra).
+
+    The images are float32 (batch_size, 3, image_size, image_size) in [-1, 1], on the CPU. `extra` is {"y": int64
+    (batch_size,)}, the class indices, where the images have classes; else {}.
+
+    An image that cannot be read is named, and the next one of its epoch takes its place. The next batch raises
+    UserError where no image can be read.
+
+    Attributes:
+        position: how many images all processes together have been handed.
+        num_images: n, the images of an epoch.
+        class_names: class index -> name, of the classes that they have; None where they have none.
+        digest: SHA-256, in hexadecimal, of their paths and classes, by which the data set is recognised.
+        unreadable: of the images that this process could not read so far, path -> why.
+    """
+
+    def __init__(
+        self, images: _Batches, batch_size: int, num_workers: int, flag: str, class_names: dict[int, str] | None
+    ) -> None:
+        self.position = 0
+        self.num_images = len(images.paths)
+        self.class_names = class_names
+        self.digest = hashlib.sha256(json.dumps([images.paths, images.classes]).encode()).hexdigest()
+        self.unreadable: dict[str, str] = {}
+        self._images, self._batch_size, self._num_workers, self._flag = images, batch_size, num_workers, flag
+        self._rank, self._world_size = dist_util.get_rank(), dist_util.get_world_size()
+        self._batches: Iterator | None = None  # what the workers have begun to read
+
+    def seek(self, position: int) -> None:
+        """Let the next batch begin at `position`."""
+        self.position, self._batches = position, None
+
+    def __iter__(self) -> DataStream:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self._batches is None:
+            self._batches = self._read_ahead()
+        images, extra, unreadable = next(self._batches)
+        new = {path: why for path, why in unreadable.items() if path not in self.unreadable}
+        self.unreadable |= new
+        if images is None:
+            self._batches = None  # ends the workers; the stream stays where it is
+            raise UserError(
+                f"none of the images in {self._images.data_dir!r} ({self._flag}) can be read; "
+                f"the first: {next(iter(unreadable.values()))}"
+            )
+        for why in new.values():
+            logger.warn(f"{why}; the next one takes its place")
+        self.position += self._batch_size * self._world_size
+        return images, extra
+
+    def _read_ahead(self) -> Iterator:
+        size, of_all = self._batch_size, self._batch_size * self._world_size
+        starts = itertools.count(self.position + self._rank * size, of_all)
+        loader = DataLoader(
+            self._images,
+            batch_size=None,  # an item is a batch
+            sampler=(range(start, start + size) for start in starts),  # without `self`, lest it keep itself alive
+            num_workers=self._num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_group,
+            generator=torch.Generator(),  # else it draws from torch's own, which may be the training's
+        )
+        return iter(loader)
+
+
+def _leave_group(worker: int) -> None:
+    """Ctrl-C and launchers signal a whole group of processes; when a worker ends is up to the one it reads for."""
+    os.setpgrp()
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """A map-style dataset for torch: positions of the stream -> their batch.
+
+    Attributes:
+        data_dir: what `paths` are relative to.
+        paths: the n images.
+        classes: their class indices, or None.
+        resolution: side of the square images, in pixels.
+        seed, deterministic, random_crop, random_flip: see `load_data`.
+    """
+
+    data_dir: str
+    paths: Sequence[str]
+    classes: Sequence[int] | None
+    resolution: int
+    seed: int
+    deterministic: bool
+    random_crop: bool
+    random_flip: bool
+
+    def __getitem__(
+        self, positions: Sequence[int]
+    ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], dict[str, str]]:
+        """Images (B, 3, resolution, resolution), None where no image can be read; extra; and path -> why of the images
+        that could not be. Only data, since an exception would lose its words on the way from a worker.
+        """
+        pixels, labels, unreadable = [], [], {}
+        for position in positions:
+            for index in self._candidates(position):
+                path = self.paths[index]
+                try:
+                    pixels.append(self._read(path, position))
+                except UnreadableImage as error:
+                    unreadable[path] = str(error)
+                    continue
+                labels.append(None if self.classes is None else self.classes[index])
+                break
+            else:
+                return None, {}, unreadable
+        images = np.ascontiguousarray(np.stack(pixels).transpose(0, 3, 1, 2))
+        extra = {} if self.classes is None else {"y": torch.tensor(labels)}
+        return torch.from_numpy(to_float(images)), extra, unreadable
+
+    def _candidates(self, position: int) -> Iterator[int]:
+        """The image at a position, then those that may take its place."""
+        n = len(self.paths)
+        epoch, place = divmod(position, n)
+        order = range(n) if self.deterministic else epoch_order(n, self.seed, epoch)
+        return (order[(place + i) % n] for i in range(n))
+
+    def _read(self, path: str, position: int) -> np.ndarray:
+        rng = random.Random(f"{self.seed} {position}")
+        return read_augmented(
+            os.path.join(self.data_dir, path), self.resolution, self.random_crop, self.random_flip, rng
+        )
+
+
+@lru_cache(maxsize=4)  # a batch may begin in one epoch and end in the next, and there may be two streams
+def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of the images in one epoch: a permutation of 0 .. num_images - 1."""
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_images)
+
+
+class ImageDataset:
+    """A map-style dataset for torch: item i is (image, extra), the image float32 (3, resolution, resolution) in
+    [-1, 1], and extra {"y": class index} where there are `classes`, else {}.
+
+    Holds every `num_shards`-th of the images, from number `shard` on. Its items raise UnreadableImage. Random crops
+    and flips draw from Python's `random`, which a DataLoader seeds from torch in each of its workers.
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        image_paths: Sequence[str],
+        classes: Sequence[int] | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = True,
+    ) -> None:
+        self.resolution = resolution
+        self.local_images = image_paths[shard::num_shards]
+        self.local_classes = None if classes is None else classes[shard::num_shards]
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+
+    def __len__(self) -> int:
+        return len(self.local_images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        image = read_augmented(self.local_images[index], self.resolution, self.random_crop, self.random_flip, random)
+        extra = {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
+        return to_float(image).transpose(2, 0, 1), extra
+
+
+def read_augmented(
+    path: str, resolution: int, random_crop: bool, random_flip: bool, rng: random.Random | ModuleType
+) -> np.ndarray:
+    """Read an image file as a square, uint8 (resolution, resolution, 3), cropped and mirrored as `rng` draws.
+
+    Raises UnreadableImage.
+    """
+    image = open_image(path)
+    pixels = random_crop_arr(image, resolution, rng=rng) if random_crop else center_crop_arr(image, resolution)
+    return pixels[:, ::-1] if random_flip and rng.random() < 0.5 else pixels
