@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,26 @@ def dumpkvs() -> dict[str, Any]:
     return values
 
 
+def rewind(key: str, last: float) -> None:
+    """Drop from progress.csv and progress.json what a run wrote after its checkpoint: the lines with `key` > `last`.
+
+    A run that goes on from the checkpoint writes them again, so that the files end as those of a run that was never
+    killed. A last line that the kill cut off is dropped too; lines without the key stay. Only rank 0 does something.
+    Each file is rewritten whole or not at all. Raises OSError where it cannot be.
+    """
+    if not _dir or _rank() != 0:
+        return
+    for name, values_of in (f"progress{_suffix}.csv", _csv_values), (f"progress{_suffix}.json", _json_values):
+        path = _dir / name
+        if not path.exists():
+            continue
+        data = path.read_bytes()
+        lines = [line + b"\n" for line in data.split(b"\n")[:-1]]  # what follows the last line's end was cut off
+        kept = b"".join(line for line, value in values_of(lines, key) if not _is_above(value, last))
+        if kept != data:
+            write_whole(str(path), kept)
+
+
 def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
     """A bar on rank 0, above which messages are written; in a log file, a line a minute. No bar if nothing is left."""
     return tqdm(
@@ -214,3 +234,32 @@ def _append_csv(path: Path, row: Mapping[str, Any]) -> None:
     writer.writeheader()
     writer.writerows([*old_rows, row])
     write_whole(str(path), text.getvalue().encode())
+
+
+def _csv_values(lines: Iterable[bytes], key: str) -> Iterator[tuple[bytes, str | None]]:
+    """Each row, header included, and its value of `key`, which is None where it has none."""
+    header, row = None, b""
+    for line in lines:
+        row += line
+        if row.count(b'"') % 2:  # the line ends inside of quotes: the row goes on
+            continue
+        cells = next(csv.reader(io.StringIO(row.decode(errors="replace"), newline="")))
+        header = header or cells
+        yield row, dict(zip(header, cells, strict=False)).get(key)
+        row = b""
+
+
+def _json_values(lines: Iterable[bytes], key: str) -> Iterator[tuple[bytes, Any]]:
+    """Each line and its value of `key`, which is None where it has none."""
+    for line in lines:
+        try:
+            yield line, json.loads(line).get(key)
+        except (ValueError, AttributeError):  # another's line
+            yield line, None
+
+
+def _is_above(value: Any, last: float) -> bool:
+    try:
+        return float(value) > last
+    except (TypeError, ValueError):
+        return False

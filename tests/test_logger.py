@@ -1,7 +1,9 @@
 """Messages and metrics. That only rank 0 speaks is tested with real ranks in test_dist_util.py."""
 
 import csv
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -121,6 +123,100 @@ def test_no_folder_no_files(tmp_path, monkeypatch):
     logger.logkv("a", 1)
     assert logger.dumpkvs() == {"a": 1}
     assert list(tmp_path.iterdir()) == []
+
+
+def log_steps(folder, steps):
+    """The lines of some steps of a training; one column comes late, and one is a text."""
+    logger.configure(dir=folder, format_strs=["csv", "json"])
+    for step in steps:
+        logger.logkvs({"step": step, "loss": 1 / (step + 1), "note": f'"{step}",\nquoted'})
+        if step >= 30:
+            logger.logkv("later", step)
+        logger.dumpkvs()
+
+
+def progress(folder):
+    return {name: (folder / name).read_bytes() for name in ("progress.csv", "progress.json")}
+
+
+@pytest.mark.parametrize("killed_at", [20, 40])
+def test_rewound_and_written_again_is_as_if_never_killed(tmp_path, killed_at):
+    """Killed at any byte that it wrote after the checkpoint of step 10."""
+    log_steps(tmp_path / "whole", range(0, 50, 10))
+    log_steps(tmp_path / "killed", range(0, killed_at + 1, 10))
+    killed = progress(tmp_path / "killed")
+    # How much of each file was there at the checkpoint. Where the late column came, the header and the rows are longer.
+    log_steps(tmp_path / "safe", [0, 10])
+    safe = {name: len(data) for name, data in progress(tmp_path / "safe").items()}
+    if killed_at >= 30:
+        safe["progress.csv"] += len(",later") + 2 * len(",")
+    cuts = range(max(len(killed[name]) - safe[name] for name in killed) + 1)
+    for cut in cuts[:: 1 if killed_at == 20 else 5]:
+        for name, data in killed.items():
+            (tmp_path / "killed" / name).write_bytes(data[: safe[name] + cut])
+        logger.configure(dir=tmp_path / "killed")
+        logger.rewind("step", 10)
+        assert [row["step"] for row in rows(tmp_path / "killed")] == ["0", "10"]
+        if cut % 10 == 0:
+            log_steps(tmp_path / "killed", range(20, 50, 10))
+            assert progress(tmp_path / "killed") == progress(tmp_path / "whole")
+    assert sorted(f.name for f in (tmp_path / "killed").iterdir()) == ["progress.csv", "progress.json"]
+
+
+def test_rewind_to_the_start_and_to_the_end(tmp_path):
+    log_steps(tmp_path, range(0, 50, 10))
+    before = progress(tmp_path)
+    inodes = [f.stat().st_ino for f in sorted(tmp_path.iterdir())]
+    logger.rewind("step", 40)
+    logger.rewind("epoch", 0)  # no such column
+    assert progress(tmp_path) == before and [f.stat().st_ino for f in sorted(tmp_path.iterdir())] == inodes
+    logger.rewind("step", -1)
+    assert progress(tmp_path) == {"progress.csv": b"step,loss,note,later\r\n", "progress.json": b""}
+    log_steps(tmp_path, range(0, 50, 10))
+    assert progress(tmp_path) == before
+
+
+def test_rewind_leaves_lines_without_the_key(tmp_path):
+    csv_lines = b"a,step\r\n\xff,9\r\n2,\r\n3\r\n4,1e1\r\n5,nan\r\n6,n/a\r\n\r\n7,10.5\r\n"
+    json_lines = b'{"step": 9.5}\n{"a": 11}\nnot json\n[11]\n{"step": null}\n{"step": 11}\n{"step": 9}\n{"step": 1'
+    (tmp_path / "progress.csv").write_bytes(csv_lines)
+    (tmp_path / "progress.json").write_bytes(json_lines)
+    logger.configure(dir=tmp_path)
+    logger.rewind("step", 9.5)
+    assert progress(tmp_path) == {
+        "progress.csv": b"a,step\r\n\xff,9\r\n2,\r\n3\r\n5,nan\r\n6,n/a\r\n\r\n",
+        "progress.json": b'{"step": 9.5}\n{"a": 11}\nnot json\n[11]\n{"step": null}\n{"step": 9}\n',
+    }
+
+
+def test_rewind_without_a_folder_a_file_or_the_first_rank(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    logger.rewind("step", 0)
+    logger.configure(dir=tmp_path, log_suffix="_x")
+    logger.rewind("step", 0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "progress.csv").write_bytes(b"step\r\n1\r\n")
+    (tmp_path / "progress_x.csv").write_bytes(b"step\r\n1\r\n")
+    monkeypatch.setattr(logger, "_rank", lambda: 1)
+    logger.rewind("step", 0)
+    assert (tmp_path / "progress_x.csv").read_bytes() == b"step\r\n1\r\n"
+    monkeypatch.setattr(logger, "_rank", lambda: 0)
+    logger.rewind("step", 0)
+    assert (tmp_path / "progress_x.csv").read_bytes() == b"step\r\n"
+    assert (tmp_path / "progress.csv").read_bytes() == b"step\r\n1\r\n"
+
+
+def test_rewind_on_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch):
+    log_steps(tmp_path, range(0, 50, 10))
+    before = progress(tmp_path)
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: .*progress\.csv"):
+        logger.rewind("step", 10)
+    assert progress(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_mistakes(tmp_path):
