@@ -45,6 +45,17 @@ def _open_url(url: str, _mode: str) -> http.client.HTTPResponse:
 
 def read_checkpoint(path: str | os.PathLike, flag: str, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The dict of tensors in the file `path`, or a UserError that says what is there instead."""
+    state = read_saved(path, flag, **kwargs)
+    if not isinstance(state, dict) or not state or not all(isinstance(w, torch.Tensor) for w in state.values()):
+        raise UserError(
+            f"{flag} {path} holds {_describe(state)}; expected a dict of tensors, as from "
+            "torch.save(model.state_dict(), path)"
+        )
+    return state
+
+
+def read_saved(path: str | os.PathLike, flag: str, **kwargs: Any) -> Any:
+    """What torch.save wrote to `path`, or a UserError that says what the file is; `kwargs` go to torch.load."""
     with _open(path, flag) as opened:
         file = opened
         if is_remote(os.fspath(path)):
@@ -57,17 +68,11 @@ def read_checkpoint(path: str | os.PathLike, flag: str, kwargs: dict[str, Any]) 
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of formats that are refused in the next moment
-                state = torch.load(os.fspath(path) if mapped else file, **{"mmap": mapped, **kwargs})
+                return torch.load(os.fspath(path) if mapped else file, **{"mmap": mapped, **kwargs})
         except Exception as error:
             file.seek(0)
             problem = _diagnosis(file.read(64), size, whole_zip, error)
             raise UserError(f"{flag} {path} ({size:,} bytes) {problem}") from error
-    if not isinstance(state, dict) or not state or not all(isinstance(w, torch.Tensor) for w in state.values()):
-        raise UserError(
-            f"{flag} {path} ({size:,} bytes) holds {_describe(state)}; expected a dict of tensors, as from "
-            "torch.save(model.state_dict(), path)"
-        )
-    return state
 
 
 def _diagnosis(head: bytes, size: int, whole_zip: bool, error: Exception) -> str:

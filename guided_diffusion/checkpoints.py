@@ -1,26 +1,69 @@
 """A checkpoint and the flags that it was made with: compare, explain, load.
 
-Most of a U-Net's flags can be read off the names and shapes of its weights. Where a checkpoint does not fit the flags
+Most of a network's flags can be read off the names and shapes of its weights. Where a checkpoint does not fit the flags
 that a user gave, the difference is told in the flags' own words.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .script_util import CHANNEL_MULT, model_from_flags
+from .script_util import CHANNEL_MULT, create_classifier, create_model, downsampling_factors, sr_create_model
 
 if TYPE_CHECKING:
     import torch
 
-    from .unet import UNetModel
+    from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 UNTRAINED = "untrained"
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """One of the three networks, and what its users call things."""
+
+    kind: str
+    create: Callable[..., torch.nn.Module]  # makes the network of its flags
+    sizes: Mapping[int, tuple[float, ...]]  # the multipliers of the channels, by size of the images
+    scripts: str  # that take its checkpoint
+    path_flag: str = "--model_path"
+    size_flag: str = "image_size"
+
+
+DIFFUSION_MODEL = Network(
+    "a diffusion model's U-Net",
+    create_model,
+    CHANNEL_MULT,
+    "forward_backward_dataset_sample.py, image_sample.py or image_nll.py",
+)
+UPSAMPLER = Network(
+    "an upsampler",
+    sr_create_model,
+    {size: CHANNEL_MULT[min(size, 256)] for size in (256, 512, 128, 64)},  # 512 has the multipliers of 256
+    "super_res_sample.py",
+    size_flag="large_size",
+)
+CLASSIFIER = Network(
+    "a classifier of noisy images", create_classifier, CHANNEL_MULT, "classifier_sample.py", "--classifier_path"
+)
+
+# What a classifier calls its flags.
+CLASSIFIER_FLAGS = {
+    "num_channels": "classifier_width",
+    "num_res_blocks": "classifier_depth",
+    "attention_resolutions": "classifier_attention_resolutions",
+    "resblock_updown": "classifier_resblock_updown",
+    "use_scale_shift_norm": "classifier_use_scale_shift_norm",
+    "pool": "classifier_pool",
+}
 
 
 def load_model(model_path: str, flags: Mapping[str, Any], seed: int = 0) -> UNetModel:
@@ -31,21 +74,42 @@ def load_model(model_path: str, flags: Mapping[str, Any], seed: int = 0) -> UNet
 
     Raises UserError where the file cannot be used or does not fit the flags.
     """
+    return _load(DIFFUSION_MODEL, model_path, flags, seed)
+
+
+def load_upsampler(model_path: str, flags: Mapping[str, Any], seed: int = 0) -> SuperResModel:
+    """As `load_model`, for an upsampler and the flags of `sr_model_and_diffusion_defaults`."""
+    return _load(UPSAMPLER, model_path, flags, seed)
+
+
+def load_noisy_classifier(classifier_path: str, flags: Mapping[str, Any], seed: int = 0) -> EncoderUNetModel:
+    """As `load_model`, for a classifier of noisy images and the flags of `classifier_defaults`."""
+    return _load(CLASSIFIER, classifier_path, flags, seed)
+
+
+def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> Any:
+    if not path:
+        raise UserError(f"no checkpoint was given: {network.path_flag} FILE")
     import torch
 
     from .dist_util import load_state_dict
 
-    if model_path == UNTRAINED:
+    if path == UNTRAINED:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return model_from_flags(flags)
+            return build(network, flags)
 
-    weights = load_state_dict(model_path)
+    weights = load_state_dict(path, flag=network.path_flag)
     with torch.device("meta"):
-        model = model_from_flags(flags)
-    check_fit(model_path, shapes_of(weights), shapes_of(model.state_dict()), flags)
+        model = build(network, flags)
+    check_fit(network, path, shapes_of(weights), shapes_of(model.state_dict()), flags)
     model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, assign=True)
     return model
+
+
+def build(network: Network, flags: Mapping[str, Any]) -> torch.nn.Module:
+    """The network that `flags` describe. Raises UserError where they describe none."""
+    return network.create(**{name: flags[name] for name in inspect.signature(network.create).parameters})
 
 
 def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
@@ -53,82 +117,92 @@ def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ..
     return {name: tuple(w.shape) for name, w in state_dict.items()}
 
 
-def check_fit(model_path: str, found: Shapes, expected: Shapes, flags: Mapping[str, Any]) -> None:
+def check_fit(network: Network, path: str, found: Shapes, expected: Shapes, flags: Mapping[str, Any]) -> None:
     """Raise UserError, in the words of the flags, unless a checkpoint has exactly the names and shapes of the model.
 
     Args:
-        model_path: named in the message.
+        network: which of the networks is expected.
+        path: of the checkpoint, named in the message.
         found: names and shapes of the checkpoint.
         expected: names and shapes of the model that `flags` describe.
         flags: the user's flags.
     """
     if dict(found) == dict(expected):
         return
-    kind = kind_of(found)
-    if kind != "diffusion model":
-        raise UserError(f"--model_path {model_path} holds {kind}, not a diffusion model's U-Net")
-    theirs, yours = read_flags(found), read_flags(expected)
-    if "channel_mult" in theirs and theirs.get("channel_mult") == yours.get("channel_mult"):
-        image_size = flags["image_size"]
-    else:
-        image_size = _image_size(theirs.get("channel_mult"), flags["image_size"])
-    reasons, remedy = [], []
-    for name, value in theirs.items():
-        if value == yours.get(name):
-            continue
-        reason, flag = _in_words(name, value, yours.get(name), image_size, flags)
-        reasons.append(reason)
-        remedy.append(flag)
-    if reasons:
+    held = network_in(found)
+    if isinstance(held, str):
+        raise UserError(f"{network.path_flag} {path} holds {held}, not {network.kind}")
+    if held is not network:
         raise UserError(
-            f"the checkpoint {model_path} does not fit your flags: {'; '.join(reasons)}.\n"
-            f"Change your flags to: {' '.join(dict.fromkeys(remedy))}"
+            f"{network.path_flag} {path} holds {held.kind}, not {network.kind}.\n"
+            f"It is for {held.path_flag} of {held.scripts}"
         )
-    raise UserError(
-        f"--model_path {model_path} is not a checkpoint of this network: {_first_difference(found, expected)}"
-    )
+    theirs, yours = read_flags(found), {**flags, **read_flags(expected)}
+    sizes = []  # those whose multipliers are the checkpoint's, where yours are others
+    if "channel_mult" in theirs and theirs["channel_mult"] != yours["channel_mult"]:
+        sizes = [size for size, multipliers in network.sizes.items() if multipliers == theirs["channel_mult"]]
+    if "attention_factors" in theirs:  # compared by the sides that they are at once the image size is right
+        size = sizes[0] if sizes else flags[network.size_flag]
+        flag = CLASSIFIER_FLAGS["attention_resolutions"] if network is CLASSIFIER else "attention_resolutions"
+        levels = {2**level for level in range(len(theirs["channel_mult"]))}
+        both = theirs.pop("attention_factors"), levels.intersection(downsampling_factors(size, flags[flag]))
+        theirs[flag], yours[flag] = (",".join(str(size // f) for f in sorted(factors)) for factors in both)
+    differing = [name for name, value in theirs.items() if value != yours[name]]
+    differences = [_in_words(network, name, theirs[name], yours[name], sizes, flags) for name in differing]
+    if not differences:
+        raise UserError(
+            f"{network.path_flag} {path} is not a checkpoint of this network: {_first_difference(found, expected)}"
+        )
+    reasons, remedies = zip(*differences, strict=True)
+    advice = f".\nChange your flags to: {' '.join(remedies)}" if all(remedies) else ""
+    raise UserError(f"the checkpoint {path} does not fit your flags: {'; '.join(reasons)}{advice}")
 
 
-def kind_of(shapes: Shapes) -> str:
-    """Say which kind of network a checkpoint holds."""
+def network_in(shapes: Shapes) -> Network | str:
+    """The network that a checkpoint holds, or words for one that is none of the three."""
     first = shapes.get("input_blocks.0.0.weight")
     if first is None or "time_embed.0.weight" not in shapes:
         return f"{len(shapes)} weights of some other network (the first is {next(iter(shapes), 'none')!r})"
-    if not any(name.startswith("output_blocks.") for name in shapes):
-        return "a classifier of noisy images"
-    return {3: "diffusion model", 6: "an upsampler"}.get(first[1], f"a model of images with {first[1]} channels")
+    decoder = any(name.startswith("output_blocks.") for name in shapes)
+    network = {(3, True): DIFFUSION_MODEL, (6, True): UPSAMPLER, (3, False): CLASSIFIER}.get((first[1], decoder))
+    return network or f"a network for images with {first[1]} channels"
 
 
 def read_flags(shapes: Shapes) -> dict[str, Any]:
-    """Read off a U-Net's names and shapes the flags that they show.
+    """Read off a network's names and shapes the flags that they show, by the names that this network has for them.
 
     Returns a dictionary with, as far as they can be told, `num_channels`, `num_res_blocks`, `channel_mult` (a tuple),
-    `attention_factors` (the factors of downsampling at which there is attention), `learn_sigma`, `out_channels`,
-    `class_cond`, `resblock_updown` and `use_scale_shift_norm`. The number of heads, their order and the image size
-    leave no trace in the weights.
+    `attention_factors` (the factors of downsampling at which there is attention), `resblock_updown` and
+    `use_scale_shift_norm`; of a model that makes images, `learn_sigma` and `class_cond`; of a classifier,
+    `classifier_pool`. The number of heads, their order and the image size leave no trace in the weights.
     """
     flags: dict[str, Any] = {}
     channels = flags["num_channels"] = shapes["time_embed.0.weight"][1]
-    if "out.2.weight" in shapes:
-        flags["learn_sigma"] = {3: False, 6: True}.get(shapes["out.2.weight"][0])
-    flags["class_cond"] = "label_emb.weight" in shapes
-
-    outputs = _blocks(shapes, "output_blocks")
-    ups = [kinds for kinds in outputs.values() if "conv" in kinds or kinds.count("in_layers") == 2]
-    levels = len(ups) + 1
-    if len(outputs) % levels == 0:
-        per_level = len(outputs) // levels  # residual blocks of a level in the decoder: num_res_blocks + 1
+    inputs = _blocks(shapes, "input_blocks")  # all but the first, which is a convolution
+    levels = _levels(shapes, channels)
+    if levels and (len(inputs) + 1) % levels == 0:
+        per_level = (len(inputs) + 1) // levels  # the residual blocks, and one that halves the resolution
         flags["num_res_blocks"] = per_level - 1
-        inputs = _blocks(shapes, "input_blocks")
         firsts = [1 + level * per_level for level in range(levels)]
-        widths = [shapes.get(f"input_blocks.{i}.0.out_layers.3.weight", (0,))[0] for i in firsts]
-        flags["channel_mult"] = tuple(_whole(width / channels) for width in widths)
+        flags["channel_mult"] = tuple(_whole(_width(shapes, i) / channels) for i in firsts)
         flags["attention_factors"] = tuple(2**level for level, i in enumerate(firsts) if "qkv" in inputs.get(i, ()))
-    if ups:
-        flags["resblock_updown"] = all("conv" not in kinds for kinds in ups)
-    flags["use_scale_shift_norm"] = (
-        shapes["middle_block.0.emb_layers.1.weight"][0] == 2 * shapes["middle_block.0.out_layers.0.weight"][0]
+    if levels != 1:
+        flags["resblock_updown"] = not any("op" in kinds for kinds in inputs.values())
+    embedded, activations = (
+        shapes.get(f"middle_block.0.{layer}.weight", (0,))[0] for layer in ("emb_layers.1", "out_layers.0")
     )
+    flags["use_scale_shift_norm"] = embedded == 2 * activations
+    if network_in(shapes) is CLASSIFIER:
+        if "out.2.positional_embedding" in shapes:
+            flags["pool"] = "attention"
+        elif len(shapes.get("out.0.weight", ())) == 1:  # a normalisation
+            flags["pool"] = "adaptive"
+        else:
+            flags["pool"] = "spatial_v2" if "out.1.weight" in shapes else "spatial"
+        return {CLASSIFIER_FLAGS.get(name, name): value for name, value in flags.items()}
+    flags["class_cond"] = "label_emb.weight" in shapes
+    if (out_channels := shapes.get("out.2.weight", (0,))[0]) in (3, 6):
+        flags["learn_sigma"] = out_channels == 6
     return flags
 
 
@@ -139,41 +213,53 @@ def _blocks(shapes: Shapes, part: str) -> dict[int, list[str]]:
         if match := re.fullmatch(rf"{part}\.(\d+)\.(\d+)\.(in_layers|qkv|conv|op)\..*", name):
             block, layer, kind = match.groups()
             layers.setdefault(int(block), {})[int(layer)] = kind
-    return {block: [kinds[i] for i in sorted(kinds)] for block, kinds in layers.items()}
+    return {block: [kinds[i] for i in sorted(kinds)] for block, kinds in sorted(layers.items())}
 
 
-def _in_words(name: str, theirs: Any, yours: Any, image_size: int, flags: Mapping[str, Any]) -> tuple[str, str]:
-    """What differs between checkpoint and flags, and the flag that mends it."""
+def _width(shapes: Shapes, block: int) -> int:
+    """The channels that an input block puts out."""
+    names = (f"input_blocks.{block}.0.{layer}.weight" for layer in ("out_layers.3", "op"))
+    return next((shapes[name][0] for name in names if name in shapes), 0)
+
+
+def _levels(shapes: Shapes, channels: int) -> int | None:
+    """The number of levels of resolution, or None where it cannot be told."""
+    outputs = _blocks(shapes, "output_blocks").values()
+    if outputs:
+        return 1 + sum("conv" in kinds or kinds.count("in_layers") == 2 for kinds in outputs)
+    # Without a decoder, nothing tells a residual block that halves the resolution from one that does not. But a
+    # classifier has the multipliers of one of the published sizes, and no two of them give the same widths.
+    widths = [_width(shapes, i) for i in _blocks(shapes, "input_blocks")]
+    for multipliers in CLASSIFIER.sizes.values():
+        per_level = (len(widths) + 1) // len(multipliers)
+        if widths == [int(m * channels) for m in multipliers for _ in range(per_level)][:-1]:
+            return len(multipliers)
+    return None
+
+
+def _in_words(
+    network: Network, name: str, theirs: Any, yours: Any, sizes: list[int], flags: Mapping[str, Any]
+) -> tuple[str, str]:
+    """What differs between checkpoint and flags, and the flag that mends it: "" where none does."""
+    value, mine = (shlex.quote(str(v)) for v in (theirs, yours))
+    remedy = f"--{name} {value}"
     if name == "learn_sigma":
-        return (
-            f"the checkpoint has {6 if theirs else 3} output channels, so --learn_sigma {theirs}",
-            f"--{name} {theirs}",
-        )
+        return f"the checkpoint has {6 if theirs else 3} output channels, so {remedy}", remedy
     if name == "class_cond":
-        has = "has" if theirs else "has no"
-        return f"the checkpoint {has} class embedding, so --class_cond {theirs}", f"--{name} {theirs}"
-    if name == "attention_factors":
-        sides = ",".join(str(image_size // f) for f in theirs)
-        mine = ",".join(str(flags["image_size"] // f) for f in yours or ()) or "nowhere"
-        return (
-            f"attention is at sides {sides} in the checkpoint, {mine} in your flags",
-            f"--attention_resolutions {sides}",
-        )
-    if name == "channel_mult":
-        multipliers = ",".join(map(str, theirs))
-        mine = ",".join(map(str, yours or ()))
-        size = _image_size(theirs, None)
-        flag = f"--channel_mult {multipliers}" if size is None else f"--image_size {size}"
-        if size is not None and flags.get("channel_mult"):
-            flag += ' --channel_mult ""'
-        whose = "" if size is None else f" (those of image_size {size})"
-        return f"the multipliers of the channels are {multipliers} in the checkpoint{whose}, {mine} in your flags", flag
-    return f"{name} is {theirs} in the checkpoint, {yours} in your flags", f"--{name} {theirs}"
-
-
-def _image_size(channel_mult: tuple[float, ...] | None, otherwise: Any) -> Any:
-    """The image size whose default multipliers these are, or `otherwise`."""
-    return next((size for size, default in CHANNEL_MULT.items() if default == channel_mult), otherwise)
+        return f"the checkpoint has {'a' if theirs else 'no'} class embedding, so {remedy}", remedy
+    if name != "channel_mult":
+        return f"{name} is {value} in the checkpoint, {mine} in your flags", remedy
+    value, mine = (",".join(map(str, multipliers)) for multipliers in (theirs, yours))
+    if sizes:
+        whose = f" (those of {network.size_flag} {' or '.join(map(str, sizes))})"
+        remedy = f"--{network.size_flag} {sizes[0]}"
+        if network is DIFFUSION_MODEL and flags["channel_mult"]:
+            remedy += ' --channel_mult ""'
+    elif network is DIFFUSION_MODEL:
+        whose, remedy = "", f"--channel_mult {value}"
+    else:
+        whose, remedy = f", which no --{network.size_flag} has", ""
+    return f"the multipliers of the channels are {value} in the checkpoint{whose}, {mine} in your flags", remedy
 
 
 def _whole(number: float) -> float:

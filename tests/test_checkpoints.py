@@ -4,132 +4,302 @@ from __future__ import annotations
 
 import argparse
 import shlex
+from functools import cache
 
 import pytest
 import torch
 from conftest import SMALL_MODEL, save_checkpoint
 from reference import fill_weights, published_checkpoints
 
-from guided_diffusion.checkpoints import check_fit, kind_of, load_model, read_flags, shapes_of
+from guided_diffusion.checkpoints import (
+    CLASSIFIER,
+    DIFFUSION_MODEL,
+    UPSAMPLER,
+    build,
+    check_fit,
+    load_model,
+    load_noisy_classifier,
+    load_upsampler,
+    network_in,
+    read_flags,
+    shapes_of,
+)
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
+    CHANNEL_MULT,
     add_dict_to_argparser,
-    create_model,
-    default_channel_mult,
+    classifier_defaults,
     downsampling_factors,
     model_and_diffusion_defaults,
-    model_defaults,
+    sr_model_and_diffusion_defaults,
 )
 
 PUBLISHED = published_checkpoints()
-DIFFUSION_MODELS = [name for name, about in PUBLISHED.items() if about["kind"] == "diffusion"]
+NETWORKS = {"diffusion": DIFFUSION_MODEL, "super_resolution": UPSAMPLER, "classifier": CLASSIFIER}
+DEFAULTS = {
+    DIFFUSION_MODEL: model_and_diffusion_defaults(),
+    UPSAMPLER: sr_model_and_diffusion_defaults(),
+    CLASSIFIER: classifier_defaults(),
+}
+LOADERS = {DIFFUSION_MODEL: load_model, UPSAMPLER: load_upsampler, CLASSIFIER: load_noisy_classifier}
+
+# A flag at a time, with the value that it is given instead of the right one; None: the opposite.
+WRONG_FLAGS = {
+    DIFFUSION_MODEL: [
+        *(("image_size", size) for size in CHANNEL_MULT),
+        ("num_channels", 64),
+        ("num_res_blocks", 1),
+        ("attention_resolutions", "16"),
+        ("attention_resolutions", ""),
+        ("channel_mult", "1,2"),
+        ("channel_mult", "1"),
+        ("class_cond", None),
+        ("learn_sigma", None),
+        ("resblock_updown", None),
+        ("use_scale_shift_norm", None),
+    ],
+    UPSAMPLER: [
+        *(("large_size", size) for size in CHANNEL_MULT),
+        ("num_channels", 64),
+        ("num_res_blocks", 1),
+        ("attention_resolutions", "16"),
+        ("class_cond", None),
+        ("learn_sigma", None),
+        ("resblock_updown", None),
+        ("use_scale_shift_norm", None),
+    ],
+    CLASSIFIER: [
+        *(("image_size", size) for size in CHANNEL_MULT),
+        ("classifier_width", 64),
+        ("classifier_depth", 1),
+        ("classifier_depth", 5),
+        ("classifier_attention_resolutions", "16"),
+        ("classifier_pool", "adaptive"),
+        ("classifier_pool", "spatial"),
+        ("classifier_pool", "spatial_v2"),
+        ("classifier_use_scale_shift_norm", None),
+        ("classifier_resblock_updown", None),
+    ],
+}
+SMALL_UPSAMPLER = {
+    "large_size": 64,
+    "small_size": 16,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "num_heads": 2,
+    "attention_resolutions": "16",
+    "learn_sigma": True,
+}
+SMALL_CLASSIFIER = {"image_size": 64, "classifier_width": 64, "classifier_depth": 1}
+SMALL = {DIFFUSION_MODEL: SMALL_MODEL, UPSAMPLER: SMALL_UPSAMPLER, CLASSIFIER: SMALL_CLASSIFIER}
 
 
-def parse(flags: str) -> dict:
+def network_of(name: str):
+    return NETWORKS[PUBLISHED[name]["kind"]]
+
+
+def parse(network, flags: str) -> dict:
     parser = argparse.ArgumentParser()
-    add_dict_to_argparser(parser, model_and_diffusion_defaults())
+    add_dict_to_argparser(parser, DEFAULTS[network])
     return vars(parser.parse_args(shlex.split(flags)))
 
 
-def model_of(flags: dict) -> torch.nn.Module:
+def shapes_made(network, flags: dict) -> dict:
+    return _shapes_made(network, tuple((name, flags[name]) for name in DEFAULTS[network]))
+
+
+@cache
+def _shapes_made(network, flags: tuple) -> dict:
     with torch.device("meta"):
-        return create_model(**{name: flags[name] for name in [*model_defaults(), "learn_sigma"]})
+        return shapes_of(build(network, dict(flags)).state_dict())
 
 
 def shapes_in(name: str) -> dict:
     return {key: tuple(shape) for key, shape in PUBLISHED[name]["shapes"].items()}
 
 
-@pytest.mark.parametrize("name", DIFFUSION_MODELS)
-def test_flags_of_published_models(name):
-    flags, found = parse(PUBLISHED[name]["flags"]), read_flags(shapes_in(name))
-    for flag in ("num_channels", "num_res_blocks", "learn_sigma", "class_cond", "resblock_updown"):
-        assert found.pop(flag) == flags[flag]
-    assert found.pop("use_scale_shift_norm") == flags["use_scale_shift_norm"]
-    assert found.pop("channel_mult") == default_channel_mult(flags["image_size"])
-    factors = downsampling_factors(flags["image_size"], flags["attention_resolutions"])
-    assert found.pop("attention_factors") == tuple(sorted(factors))
-    assert not found
-    check_fit(name, shapes_in(name), shapes_of(model_of(flags).state_dict()), flags)
-
-
-@pytest.mark.parametrize("name", DIFFUSION_MODELS)
-@pytest.mark.parametrize(
-    ("flag", "wrong"),
-    [
-        ("image_size", 64),
-        ("image_size", 128),
-        ("image_size", 256),
-        ("image_size", 512),
-        ("num_channels", 64),
-        ("num_res_blocks", 1),
-        ("attention_resolutions", "16"),
-        ("channel_mult", "1,2"),
-        ("class_cond", None),
-        ("learn_sigma", None),
-        ("resblock_updown", None),
-        ("use_scale_shift_norm", None),
-    ],
-)
-def test_a_wrong_flag_is_named_and_the_remedy_works(name, flag, wrong):
-    """Following the message's advice, word by word, gives the checkpoint's network."""
-    right = parse(PUBLISHED[name]["flags"])
-    flags = {**right, flag: not right[flag] if wrong is None else wrong}
-    expected = shapes_of(model_of(flags).state_dict())
-    if expected == shapes_in(name):  # image sizes that share their multipliers leave no trace
-        check_fit(name, shapes_in(name), expected, flags)
+def check_advice(network, name: str, found: dict, flags: dict) -> None:
+    """A checkpoint that does not fit is refused; following the message's advice, word by word, gives its network."""
+    expected = shapes_made(network, flags)
+    if expected == found:  # image sizes that share their multipliers leave no trace
+        check_fit(network, name, found, expected, flags)
         return
     with pytest.raises(UserError) as error:
-        check_fit(name, shapes_in(name), expected, flags)
+        check_fit(network, name, found, expected, flags)
     message = str(error.value)
     assert name in message and len(message.splitlines()) == 2
     advice = message.split("Change your flags to: ")[1]
     given = " ".join(f"--{key} {shlex.quote(str(value))}" for key, value in flags.items())
-    assert shapes_of(model_of(parse(f"{given} {advice}")).state_dict()) == shapes_in(name), message
+    assert shapes_made(network, parse(network, f"{given} {advice}")) == found, message
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_flags_of_published_models(name):
+    network, found = network_of(name), read_flags(shapes_in(name))
+    flags = parse(network, PUBLISHED[name]["flags"])
+    assert network_in(shapes_in(name)) is network
+    size, prefix = flags[network.size_flag], "classifier_" if network is CLASSIFIER else ""
+    assert found.pop("channel_mult") == CHANNEL_MULT[256 if network is UPSAMPLER else size]
+    factors = downsampling_factors(size, flags[f"{prefix}attention_resolutions"])
+    assert found.pop("attention_factors") == tuple(sorted(factors))
+    assert found == {flag: flags[flag] for flag in found}
+    assert len(found) == 5 if network is CLASSIFIER else 6
+    check_fit(network, name, shapes_in(name), shapes_made(network, flags), flags)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_wrong_flag_is_named_and_the_remedy_works(name):
+    network, found = network_of(name), shapes_in(name)
+    right = parse(network, PUBLISHED[name]["flags"])
+    for flag, wrong in WRONG_FLAGS[network]:
+        check_advice(network, name, found, {**right, flag: not right[flag] if wrong is None else wrong})
+
+
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_published_defaults_do_not_fit_and_the_remedy_works_for_every_option(network):
+    """Networks that differ from the published ones in one option, compared with the flags' defaults."""
+    small = {**DEFAULTS[network], **SMALL[network]}
+    for flag, other in WRONG_FLAGS[network]:
+        flags = {**small, flag: not small[flag] if other is None else other}
+        if (network, flag, other) != (DIFFUSION_MODEL, "channel_mult", "1"):  # of which resblock_updown leaves no trace
+            check_advice(network, "mine.pt", shapes_made(network, flags), DEFAULTS[network])
 
 
 def test_several_wrong_flags_are_all_named():
     flags = {**model_and_diffusion_defaults(), "image_size": 256}
     name = "256x256_diffusion_uncond.pt"
     with pytest.raises(UserError) as error:
-        check_fit(name, shapes_in(name), shapes_of(model_of(flags).state_dict()), flags)
+        check_fit(DIFFUSION_MODEL, name, shapes_in(name), shapes_made(DIFFUSION_MODEL, flags), flags)
     assert "num_channels is 256 in the checkpoint, 128 in your flags" in str(error.value)
     assert "the checkpoint has 6 output channels, so --learn_sigma True" in str(error.value)
     for words in ("--num_channels 256", "--attention_resolutions 32,16,8", "--resblock_updown True"):
         assert words in str(error.value).splitlines()[1]
 
 
+def test_the_classifier_does_not_change_the_flags_of_the_model_beside_it():
+    """Classifier-guided sampling has the flags of both."""
+    name = "128x128_classifier.pt"
+    flags = {**model_and_diffusion_defaults(), **classifier_defaults(), "channel_mult": "1,2", "classifier_depth": 3}
+    with pytest.raises(UserError) as error:
+        check_fit(CLASSIFIER, name, shapes_in(name), shapes_made(CLASSIFIER, flags), flags)
+    assert str(error.value).splitlines()[1] == "Change your flags to: --classifier_depth 2 --image_size 128"
+
+
+@pytest.mark.parametrize("name", ["256x256_diffusion.pt", "256x256_classifier.pt", "64_256_upsampler.pt"])
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_other_networks_are_recognised(name, network):
+    held, flags = network_of(name), DEFAULTS[network]
+    if held is network:
+        return
+    with pytest.raises(UserError) as error:
+        check_fit(network, name, shapes_in(name), shapes_made(network, flags), flags)
+    assert str(error.value).splitlines() == [
+        f"{network.path_flag} {name} holds {held.kind}, not {network.kind}.",
+        f"It is for {held.path_flag} of {held.scripts}",
+    ]
+
+
 @pytest.mark.parametrize(
-    ("name", "words"), [("256x256_classifier.pt", "a classifier"), ("64_256_upsampler.pt", "an upsampler")]
+    ("shapes", "words"),
+    [
+        (
+            {"features.0.0.weight": (96, 3, 4, 4)},
+            "1 weights of some other network (the first is 'features.0.0.weight')",
+        ),
+        (
+            {"input_blocks.0.0.weight": (32, 4, 3, 3), "time_embed.0.weight": (128, 32)},
+            "a network for images with 4 channels",
+        ),
+    ],
 )
-def test_other_networks_are_recognised(name, words):
-    flags = model_and_diffusion_defaults()
-    with pytest.raises(UserError, match=f"holds {words}"):
-        check_fit(name, shapes_in(name), shapes_of(model_of(flags).state_dict()), flags)
-    assert "some other network" in kind_of({"features.0.0.weight": (96, 3, 4, 4)})
+def test_networks_of_others_are_named(shapes, words):
+    for network, defaults in DEFAULTS.items():
+        with pytest.raises(UserError) as error:
+            check_fit(network, "x.pt", shapes, shapes_made(network, defaults), defaults)
+        assert str(error.value) == f"{network.path_flag} x.pt holds {words}, not {network.kind}"
+
+
+def test_sizes_that_share_their_multipliers_are_both_named():
+    name, flags = "128_512_upsampler.pt", {**sr_model_and_diffusion_defaults(), "large_size": 64}
+    with pytest.raises(UserError, match=r"\(those of large_size 256 or 512\)"):
+        check_fit(UPSAMPLER, name, shapes_in(name), shapes_made(UPSAMPLER, flags), flags)
+
+
+def test_multipliers_that_no_flag_gives():
+    """An upsampler with other multipliers than its size's: said, and no flag proposed that would not mend it."""
+    flags = {**sr_model_and_diffusion_defaults(), **SMALL_UPSAMPLER}
+    expected = shapes_made(UPSAMPLER, flags)
+    other = dict(
+        shapes_made(DIFFUSION_MODEL, {**model_and_diffusion_defaults(), **SMALL_UPSAMPLER, "channel_mult": "1,2"})
+    )
+    other["input_blocks.0.0.weight"] = expected["input_blocks.0.0.weight"]
+    with pytest.raises(UserError) as error:
+        check_fit(UPSAMPLER, "x.pt", other, expected, flags)
+    words = (
+        "the multipliers of the channels are 1,2 in the checkpoint, which no --large_size has, 1,2,3,4 in your flags"
+    )
+    assert words in str(error.value) and "Change your flags" not in str(error.value)
 
 
 def test_differences_that_no_flag_explains():
     flags = {**model_and_diffusion_defaults(), **SMALL_MODEL}
-    expected = shapes_of(model_of(flags).state_dict())
-    without = {name: shape for name, shape in expected.items() if name != "middle_block.1.norm.weight"}
-    with pytest.raises(UserError, match=r"it lacks middle_block\.1\.norm\.weight"):
-        check_fit("x.pt", without, expected, flags)
-    with pytest.raises(UserError, match="it has besides extra"):
-        check_fit("x.pt", {**expected, "extra": (1,)}, expected, flags)
-    with pytest.raises(UserError, match=r"out\.2\.bias has shape \[5\], and not \[6\]"):
-        check_fit("x.pt", {**expected, "out.2.bias": (5,)}, expected, flags)
+    expected = shapes_made(DIFFUSION_MODEL, flags)
+    differences = {
+        r"it lacks middle_block\.1\.norm\.weight": {n: s for n, s in expected.items() if "_block.1.norm.w" not in n},
+        "it has besides extra": {**expected, "extra": (1,)},
+        r"out\.2\.bias has shape \[5\], and not \[6\]": {**expected, "out.2.bias": (5,)},
+        r"out\.2\.weight has shape \[5, 32, 3, 3\]": {**expected, "out.2.weight": (5, 32, 3, 3)},
+    }
+    for words, found in differences.items():
+        with pytest.raises(UserError, match=words):
+            check_fit(DIFFUSION_MODEL, "x.pt", found, expected, flags)
+    flags = {**classifier_defaults(), **SMALL_CLASSIFIER}
+    expected = shapes_made(CLASSIFIER, flags)
+    found = {**expected, "out.2.c_proj.weight": (10, 256, 1)}
+    with pytest.raises(
+        UserError, match=r"classifier_path x\.pt is not a .*: out\.2\.c_proj\.weight has shape \[10, 256"
+    ):
+        check_fit(CLASSIFIER, "x.pt", found, expected, flags)
 
 
-def test_load_model_takes_the_weights_as_they_are(tmp_path):
-    flags = {**model_and_diffusion_defaults(), **SMALL_MODEL}
-    path = save_checkpoint(tmp_path / "small.pt", SMALL_MODEL)
-    loaded = load_model(str(path), flags)
-    expected = fill_weights(create_model(**{name: flags[name] for name in [*model_defaults(), "learn_sigma"]}))
-    for name, w in expected.state_dict().items():
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_partial_checkpoints_are_refused_in_words(network):
+    """Whichever block is missing, a UserError says that the checkpoint does not fit."""
+    flags = {**DEFAULTS[network], **SMALL[network]}
+    expected = shapes_made(network, flags)
+    for block in {".".join(name.split(".")[:2]) for name in expected}:
+        found = {name: shape for name, shape in expected.items() if not name.startswith(f"{block}.")}
+        with pytest.raises(UserError, match=r"x\.pt"):
+            check_fit(network, "x.pt", found, expected, flags)
+
+
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_weights_are_taken_as_they_are(network, tmp_path):
+    flags, path, load = {**DEFAULTS[network], **SMALL[network]}, str(tmp_path / "small.pt"), LOADERS[network]
+    saved = fill_weights(build(network, flags))
+    torch.save(saved.state_dict(), path)
+    loaded = load(path, flags).eval()
+    assert type(loaded) is type(saved)
+    assert shapes_of(loaded.state_dict()) == shapes_of(saved.state_dict())
+    for name, w in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], w)
-    x, t = torch.randn(2, 3, 32, 32), torch.tensor([3, 700])
-    assert torch.equal(loaded.eval()(x, t), expected(x, t))
+    more = {"low_res": torch.randn(2, 3, 16, 16)} if network is UPSAMPLER else {}
+    x, t = torch.randn(2, 3, *[flags[network.size_flag]] * 2), torch.tensor([3, 700])
+    with torch.inference_mode():
+        assert torch.equal(loaded(x, t, **more), saved(x, t, **more))
+
+    flag = "classifier_use_scale_shift_norm" if network is CLASSIFIER else "use_scale_shift_norm"
+    with pytest.raises(UserError, match=f"{flag} is True in the checkpoint, False in your flags"):
+        load(path, {**flags, flag: False})
+
+
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_no_file_no_network(network, tmp_path):
+    flags = {**DEFAULTS[network], **SMALL[network]}
+    with pytest.raises(UserError, match=rf"^no checkpoint was given: {network.path_flag} FILE$"):
+        LOADERS[network]("", flags)
+    with pytest.raises(UserError, match=rf"^{network.path_flag} .*absent\.pt cannot be read: No such file"):
+        LOADERS[network](str(tmp_path / "absent.pt"), flags)
 
 
 def test_weights_saved_in_half_precision_become_float32(tmp_path):
@@ -139,13 +309,14 @@ def test_weights_saved_in_half_precision_become_float32(tmp_path):
     assert {w.dtype for w in load_model(str(path), flags).state_dict().values()} == {torch.float32}
 
 
-def test_untrained_networks_depend_on_the_seed_alone():
-    flags = {**model_and_diffusion_defaults(), **SMALL_MODEL}
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_untrained_networks_depend_on_the_seed_alone(network):
+    flags, load = {**DEFAULTS[network], **SMALL[network]}, LOADERS[network]
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    first = load_model("untrained", flags, seed=1).state_dict()
+    first = load("untrained", flags, seed=1).state_dict()
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(6)
-    again, other = (load_model("untrained", flags, seed=seed).state_dict() for seed in (1, 2))
+    again, other = (load("untrained", flags, seed=seed).state_dict() for seed in (1, 2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["input_blocks.0.0.weight"], other["input_blocks.0.0.weight"])
