@@ -7,7 +7,9 @@ import difflib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 from .errors import UserError
 
@@ -60,6 +62,34 @@ class Stopped(BaseException):
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
+
+
+class StopRequest:
+    """Lets a loop end where it likes: within the `with` block, SIGTERM and Ctrl-C are only noted.
+
+    A second signal is not: it ends the process as it would have without the block.
+
+    Attributes:
+        signum: the signal that came, 0 before.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # others may not ask for signals
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+        self.__exit__()
 
 
 def run(main: Callable[[], int | None]) -> None:

@@ -182,7 +182,7 @@ class GaussianDiffusion:
         """Numbers of the schedule `name` at the time steps t (B,), as (B, 1, ...), to broadcast against x (B, ...)."""
         return self._tables(t.device)[name][t].view(-1, *[1] * (x.ndim - 1))
 
-    def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+    def scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """The time steps (B,) that the model is handed for the indices t (B,)."""
         return t.float() * (1000 / self.num_timesteps) if self.rescale_timesteps else t
 
@@ -244,7 +244,7 @@ class GaussianDiffusion:
         Raises:
             UserError: the model's output does not have the shape that `model_var_type` asks for.
         """
-        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        output = model(x, self.scale_timesteps(t), **(model_kwargs or {}))
         return self._read_output(output, x, t, clip_denoised, denoised_fn)
 
     def _read_output(
@@ -329,7 +329,7 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Mean of a DDPM step guided by `cond_fn`: moved by variance * gradient of log p(y | x) (ADM, algorithm 1)."""
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self.scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
     def condition_score(
@@ -341,7 +341,7 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
     ) -> Output:
         """`p_mean_var` as it is once the score has been moved by the gradient of log p(y | x) (ADM, algorithm 2)."""
-        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self.scale_timesteps(t), **(model_kwargs or {}))
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
@@ -663,7 +663,7 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        output = model(x_t, self.scale_timesteps(t), **(model_kwargs or {}))
 
         if self.loss_type.is_vb():
             vb = self._vb_terms_bpd(self._read_output(output, x_t, t, False, None), x_start, x_t, t)

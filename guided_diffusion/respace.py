@@ -76,7 +76,7 @@ class SpacedDiffusion(GaussianDiffusion):
     def _schedule(self) -> dict[str, np.ndarray]:
         return {**super()._schedule(), "timestep_map": np.array(self.timestep_map)}
 
-    def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+    def scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         original = self._tables(t.device)["timestep_map"][t]
         return original.float() * (1000 / self.original_num_steps) if self.rescale_timesteps else original
 

@@ -110,6 +110,7 @@ LEAST = {
     "sample_grid": 0,
     "sample_steps": 1,
     "save_interval": 1,
+    "seed": 0,
 }
 
 
@@ -308,6 +309,8 @@ def sr_create_model(
     """
     from .unet import SuperResModel
 
+    if not 1 <= small_size <= large_size:
+        raise UserError(f"--small_size {small_size}: expected a side from 1 to --large_size, {large_size}")
     # The published upsamplers to 512 pixels have as many levels as those to 256.
     multipliers = default_channel_mult(256 if large_size == 512 else large_size, "large_size")
     check_sizes(large_size, num_channels, multipliers)

@@ -477,7 +477,8 @@ class UNetModel(_Encoder):
         h = self.middle_block(h, emb)
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        return self.out(h.float()).to(x.dtype)  # (B, out_channels, H, W)
+        with torch.autocast(x.device.type, enabled=False):  # the output is in float32 in training too
+            return self.out(h.float()).to(x.dtype)  # (B, out_channels, H, W)
 
 
 class SuperResModel(UNetModel):
@@ -587,4 +588,5 @@ class EncoderUNetModel(_Encoder):
             if self.pool.startswith("spatial"):
                 means.append(h.flatten(2).mean(dim=2, dtype=torch.float32))  # (B, C)
         features = torch.cat(means, dim=1) if means else h.float()
-        return self.out(features).to(x.dtype)  # (B, out_channels)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(features).to(x.dtype)  # (B, out_channels)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -92,6 +94,14 @@ def environment(**changes: str) -> dict[str, str]:
     """The environment of a process that is started: the repository importable, and root may use mpiexec."""
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **allowed, **changes}
+
+
+def load_script(path: str) -> ModuleType:
+    """A script, named by its path in the repository, as a module: its `main` can be called in the tests' process."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 MAIN_SCRIPT = "forward_backward_dataset_sample.py"

@@ -51,4 +51,4 @@ def published_checkpoints():
 def relative_error(a, b):
     """Largest absolute difference, in units of the largest absolute value of `b`."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())

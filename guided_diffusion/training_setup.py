@@ -1,0 +1,157 @@
+"""What the training scripts have in common: how they begin, which settings make a run what it is, how they end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from . import dist_util, logger
+from .errors import UserError
+from .forward_backward import from_pixels
+from .image_datasets import list_images, read_image
+from .sample_grid import SampleGrid
+from .script_util import diffusion_from_flags
+from .training_data import load_data
+
+if TYPE_CHECKING:
+    import argparse
+
+    from .training_data import DataStream
+
+# The flags that decide, with those of the network and the diffusion, the course of a training run.
+DECISIVE_FLAGS = (
+    "lr",
+    "weight_decay",
+    "lr_anneal_steps",
+    "anneal_lr",
+    "ema_rate",
+    "schedule_sampler",
+    "seed",
+    "random_crop",
+    "random_flip",
+    "noised",
+)
+# Flags that change how numbers are computed, but not which.
+WITHOUT_EFFECT = ("use_checkpoint",)
+
+
+def begin(args: argparse.Namespace, otherwise: str) -> str:
+    """Join the other processes and open the log. Returns the folder of results: by the flags, else `otherwise`."""
+    if not args.data_dir:
+        raise UserError("no folder of images was given: --data_dir FOLDER")
+    if args.lr <= 0 or args.weight_decay < 0:
+        raise UserError(f"--lr {args.lr} --weight_decay {args.weight_decay}: expected lr > 0 and weight_decay >= 0")
+    if args.microbatch == 0 or args.microbatch < -1:
+        raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
+    dist_util.setup_dist()
+    output = logger.choose_dir(args.output, otherwise)
+    # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
+    formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
+    dist_util.on_every_rank(logger.configure, output, formats)
+    torch.set_num_threads(args.num_threads or dist_util.cores_per_rank())
+    torch.backends.cudnn.benchmark = True  # the images of a run are all of one size
+    return output
+
+
+def images_for(args: argparse.Namespace, data_dir: str, class_cond: bool, **options: Any) -> DataStream:
+    """The stream of training images that the flags describe."""
+    return dist_util.on_every_rank(
+        partial(
+            load_data,
+            data_dir=data_dir,
+            batch_size=args.batch_size,
+            class_cond=class_cond,
+            labels_file=args.labels_file or None,
+            seed=args.seed,
+            num_workers=args.num_workers,
+            **options,
+        )
+    )
+
+
+def loop_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `TrainLoop` that are flags of every training script."""
+    names = ("batch_size", "microbatch", "lr", "weight_decay", "log_interval", "save_interval", "resume_checkpoint")
+    return {name: getattr(args, name) for name in (*names, "fp16_scale_growth", "iterations", "seed")}
+
+
+def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataStream) -> dict[str, Any]:
+    """What decides the course of a run, by the names that the user knows."""
+    settings = {f"--{name}": value for name, value in flags.items() if name not in WITHOUT_EFFECT}
+    settings |= {f"--{name}": getattr(args, name) for name in DECISIVE_FLAGS if hasattr(args, name)}
+    settings["images per step (--batch_size times processes)"] = args.batch_size * dist_util.get_world_size()
+    settings["the images (--data_dir)"] = data.digest
+    return settings
+
+
+def sample_grid(
+    args: argparse.Namespace, flags: Mapping[str, Any], image_size: int, output: str, data: DataStream
+) -> SampleGrid | None:
+    """What draws samples after every checkpoint; None where no samples are wanted."""
+    count = args.sample_grid
+    if not count:
+        return None
+    steps = min(args.sample_steps, args.diffusion_steps)
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, {**flags, "timestep_respacing": str(steps)})
+    device = dist_util.dev()
+    model_kwargs: dict[str, torch.Tensor] = {}
+    if args.class_cond:
+        classes = sorted(data.class_names)
+        model_kwargs["y"] = torch.tensor([classes[i % len(classes)] for i in range(count)], device=device)
+    beside = None
+    if hasattr(args, "small_size"):
+        small = dist_util.on_main(small_images, args.data_dir, count, args.large_size, args.small_size)
+        model_kwargs["low_res"] = from_pixels(small).to(device)
+        side = (args.large_size, args.large_size)
+        beside = np.stack([np.asarray(Image.fromarray(i).resize(side, Image.Resampling.NEAREST)) for i in small])
+    return SampleGrid(diffusion, (count, 3, image_size, image_size), output, args.seed, device, model_kwargs, beside)
+
+
+def small_images(data_dir: str, count: int, large_size: int, small_size: int) -> np.ndarray:
+    """The first images of a folder, reduced as in training: (count, small_size, small_size, 3) of uint8."""
+    paths = list_images(data_dir)
+    readable = []
+    for path in paths:
+        if len(readable) < count:
+            try:
+                readable.append(read_image(f"{data_dir}/{path}", large_size))
+            except UserError:  # it is named in training
+                continue
+    if not readable:
+        raise UserError(f"none of the {len(paths)} images in {data_dir!r} (--data_dir) can be read")
+    small = reduce(from_pixels(np.stack(readable)), small_size)
+    pixels = ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    return pixels[np.arange(count) % len(pixels)]
+
+
+def reduce(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The images (B, 3, H, W) that an upsampler is given for these: (B, 3, size, size), means over areas."""
+    return torch.nn.functional.interpolate(images, (size, size), mode="area")
+
+
+def check_same_classes(data: DataStream, val_data: DataStream, val_data_dir: str) -> None:
+    """Raise UserError where a class index has one name in training and another in validation.
+
+    The classes of a folder that is not ImageNet are numbered by their sorted names: one that is missing shifts others.
+    """
+    for label, name in val_data.class_names.items():
+        if data.class_names.get(label, name) != name:
+            raise UserError(
+                f"class {label} is {data.class_names[label]!r} in --data_dir and {name!r} in --val_data_dir "
+                f"{val_data_dir}: both need folders of the same names, for every class"
+            )
+
+
+def end(*streams: DataStream) -> int:
+    """Say which images could not be read. Returns the script's status: 1 where there were such, else 0."""
+    of_all_ranks = dist_util.gather_objects([stream.unreadable for stream in streams])
+    unreadable = {path: why for of_rank in of_all_ranks for stream in of_rank for path, why in stream.items()}
+    if unreadable and dist_util.is_main():
+        logger.error(f"{len(unreadable)} images could not be read, others stood in: {', '.join(sorted(unreadable))}")
+    return 1 if unreadable else 0

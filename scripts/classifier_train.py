@@ -1,0 +1,88 @@
+"""Train a classifier of noised images, whose gradient guides classifier_sample.py.
+
+The classes are those of the image folder, as in the main job: a subfolder each, or a labels file. The folder of results
+gets modelNNNNNN.pt and optNNNNNN.pt after every save_interval steps, and progress.csv: cross-entropy and accuracy by
+quartile of t, of training and validation images. A run that was ended goes on from its newest checkpoint when it is
+started again with the same flags.
+
+  python scripts/classifier_train.py --data_dir datasets/flowers/train --val_data_dir datasets/flowers/val \\
+      --iterations 300000 --batch_size 256 --lr 3e-4 --anneal_lr True --weight_decay 0.05 --image_size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.files import folder_name
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    classifier_and_diffusion_defaults,
+    diffusion_from_flags,
+    training_defaults,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train. Returns 0, or 1 where images could not be read; raises UserError."""
+    args = create_argparser().parse_args(argv)
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.checkpoints import load_noisy_classifier
+    from guided_diffusion.classifier_training import ClassifierTrainLoop
+    from guided_diffusion.resample import create_named_schedule_sampler
+    from guided_diffusion.training_setup import begin, check_same_classes, end, images_for, loop_options, settings_of
+
+    output = begin(args, f"results/classifier_train_{folder_name(args.data_dir)}")
+    flags = args_to_dict(args, classifier_and_diffusion_defaults())
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+    schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
+    crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
+    data = images_for(args, args.data_dir, class_cond=True, image_size=args.image_size, **crops)
+    streams = [data]
+    if args.val_data_dir:
+        options = {"image_size": args.image_size, "random_flip": False, "flag": "--val_data_dir"}
+        streams.append(images_for(args, args.val_data_dir, class_cond=True, **options))
+        check_same_classes(*streams, args.val_data_dir)
+    model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed).to(dist_util.dev())
+
+    loop = ClassifierTrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=data,
+        val_data=streams[1] if args.val_data_dir else None,
+        noised=args.noised,
+        eval_interval=args.eval_interval,
+        schedule_sampler=schedule_sampler,
+        use_fp16=args.classifier_use_fp16,
+        lr_anneal_steps=args.iterations if args.anneal_lr else 0,
+        output=output,
+        settings=settings_of(args, flags, data),
+        **loop_options(args),
+    )
+    loop.run_loop()
+    return end(*streams)
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
+    add_dict_to_argparser(parser.add_argument_group("training"), classifier_training_defaults())
+    add_dict_to_argparser(
+        parser.add_argument_group("the classifier and the diffusion"), classifier_and_diffusion_defaults()
+    )
+    return parser
+
+
+def classifier_training_defaults() -> dict[str, object]:
+    """The flags of training, with the published defaults for a classifier."""
+    flags = training_defaults()
+    for absent in ("lr_anneal_steps", "ema_rate", "sample_grid", "sample_steps"):
+        del flags[absent]
+    published = {"val_data_dir": "", "noised": True, "iterations": 150000, "lr": 3e-4, "anneal_lr": False}
+    return {**flags, **published, "batch_size": 4, "eval_interval": 5, "random_crop": True}
+
+
+if __name__ == "__main__":
+    run(main)

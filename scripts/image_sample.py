@@ -1,0 +1,83 @@
+"""Draw images from a diffusion model.
+
+The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and, of a class-conditional model, their
+classes as arr_1; beside it a picture of the first images, and a record of the settings. A run that was ended goes on
+where it was when it is started again with the same flags. Under mpiexec, torchrun or srun, the processes share the
+images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
+
+  python scripts/image_sample.py --model_path models/64x64_diffusion.pt --num_samples 50000 --batch_size 64 \\
+      --timestep_respacing 250 $MODEL_FLAGS
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    diffusion_defaults,
+    diffusion_from_flags,
+    model_and_diffusion_defaults,
+    model_defaults,
+    sampling_defaults,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw the images. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+
+    # Imported here and not above, so that --help and misspelt flags are answered without waiting for torch.
+    import torch
+
+    from guided_diffusion import dist_util, logger
+    from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.inference import prepare
+    from guided_diffusion.parts import settings_of
+    from guided_diffusion.run_record import weights_digest
+    from guided_diffusion.sampling import denoise, draw_classes, write_samples
+
+    dist_util.setup_dist()
+    logger.configure()
+    flags = args_to_dict(args, model_and_diffusion_defaults())
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+    model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
+    settings = settings_of(args, model_path=dist_util.on_main(weights_digest, model))
+    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    labels = draw_classes(args.seed, args.num_samples) if args.class_cond else None
+
+    def make(indices: range, bar: tqdm) -> torch.Tensor:
+        conditions = {} if labels is None else {"y": torch.from_numpy(labels[indices])}
+        return denoise(model, diffusion, indices, args.image_size, args, bar, conditions)
+
+    write_samples(
+        make,
+        args.image_size,
+        diffusion.num_timesteps,
+        args,
+        "results/image_sample",
+        settings,
+        circumstances,
+        labels,
+    )
+    return 0
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s --model_path FILE [flags]", description=__doc__)
+    add_dict_to_argparser(parser.add_argument_group("sampling"), sampling_defaults())
+    add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

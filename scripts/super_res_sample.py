@@ -1,0 +1,191 @@
+"""Enlarge small images with a diffusion model: an upsampler.
+
+Sample number i enlarges image number i of --base_samples, from the start again when all have been taken; these may be
+what image_sample.py wrote. The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and, of a
+class-conditional model, their classes as arr_1; beside it a picture of the first images, and a record of the settings.
+A run that was ended goes on where it was when it is started again with the same flags. Under mpiexec, torchrun or srun,
+the processes share the images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
+
+  python scripts/super_res_sample.py --base_samples samples_50000x64x64x3.npz --num_samples 50000 \\
+      --model_path models/64_256_upsampler.pt --timestep_respacing 250 $MODEL_FLAGS
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import zipfile
+from typing import TYPE_CHECKING, BinaryIO
+
+import blobfile as bf
+import numpy as np
+
+from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.errors import UserError, first_line
+from guided_diffusion.script_util import (
+    NUM_CLASSES,
+    add_dict_to_argparser,
+    args_to_dict,
+    diffusion_defaults,
+    diffusion_from_flags,
+    sampling_defaults,
+    sr_model_and_diffusion_defaults,
+)
+
+if TYPE_CHECKING:
+    import torch
+    from tqdm import tqdm
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Enlarge the images. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+
+    # Imported here and not above, so that --help and misspelt flags are answered without waiting for torch.
+    import torch
+
+    from guided_diffusion import dist_util, logger
+    from guided_diffusion.checkpoints import load_upsampler
+    from guided_diffusion.forward_backward import from_pixels
+    from guided_diffusion.inference import prepare
+    from guided_diffusion.parts import settings_of
+    from guided_diffusion.run_record import weights_digest
+    from guided_diffusion.sampling import denoise, write_samples
+
+    dist_util.setup_dist()
+    logger.configure()
+    flags = args_to_dict(args, sr_model_and_diffusion_defaults())
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+    small = dist_util.on_every_rank(SmallImages, args.base_samples, args.small_size, args.class_cond)
+    model = dist_util.on_every_rank(load_upsampler, args.model_path, flags, args.seed)
+    settings = settings_of(
+        args,
+        model_path=dist_util.on_main(weights_digest, model),
+        base_samples=dist_util.on_main(file_digest, args.base_samples),
+    )
+    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    if args.num_samples > len(small):
+        logger.info(
+            f"{len(small)} images in {args.base_samples} for {args.num_samples} samples (--num_samples): "
+            "they are taken again and again"
+        )
+    labels = small.labels[np.arange(args.num_samples) % len(small)] if args.class_cond else None
+
+    def make(indices: range, bar: tqdm) -> torch.Tensor:
+        conditions = {"low_res": from_pixels(small.read(indices))}
+        if labels is not None:
+            conditions["y"] = torch.from_numpy(labels[indices])
+        return denoise(model, diffusion, indices, args.large_size, args, bar, conditions)
+
+    write_samples(
+        make,
+        args.large_size,
+        diffusion.num_timesteps,
+        args,
+        "results/super_res_sample",
+        settings,
+        circumstances,
+        labels,
+    )
+    return 0
+
+
+class SmallImages:
+    """The images in an .npz file: arr_0, uint8 (n, size, size, 3), and arr_1, their classes, if asked for.
+
+    Images are read when they are needed, row by row: the file may be larger than the memory. Nothing is unpickled.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+
+    def __init__(self, path: str, size: int, with_labels: bool):
+        if not path:
+            raise UserError("no small images were given: --base_samples FILE.npz")
+        expected = f"expected uint8 (n, {size}, {size}, 3) (--small_size)"
+        try:
+            self._archive = zipfile.ZipFile(bf.BlobFile(path, "rb"))
+            self._rows, self._shape, dtype = self._open("arr_0")
+            self._start = self._rows.tell()
+            labels = self._read_labels() if with_labels else None
+        except KeyError as error:
+            needed = "arr_0, the images" + (", and arr_1, their classes (--class_cond)" if with_labels else "")
+            raise UserError(
+                f"--base_samples {path} has {', '.join(self._names()) or 'nothing'}; expected {needed}"
+            ) from error
+        except zipfile.BadZipFile as error:
+            raise UserError(
+                f"--base_samples {path} is no .npz file, or not a whole one: {first_line(error)}"
+            ) from error
+        except (OSError, bf.Error) as error:
+            reason = getattr(error, "strerror", None) or first_line(error)
+            raise UserError(f"--base_samples {path} cannot be read: {reason}") from error
+        except (ValueError, EOFError) as error:
+            raise UserError(f"--base_samples {path} holds no plain arrays: {first_line(error)}") from error
+        if dtype != np.uint8 or self._shape[1:] != (size, size, 3) or not self._shape[0]:
+            raise UserError(f"--base_samples {path}: arr_0 is {dtype} {self._shape}, {expected}")
+        if with_labels:
+            _check_labels(path, labels, len(self))
+            self.labels = labels.astype(np.int64)
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def read(self, indices: range) -> np.ndarray:
+        """The images for the samples of these numbers: uint8 (B, size, size, 3). Raises UserError."""
+        images = np.empty((len(indices), *self._shape[1:]), np.uint8)
+        for image, index in zip(images, indices, strict=True):
+            self._rows.seek(self._start + index % len(self) * image.size)
+            data = self._rows.read(image.size)
+            if len(data) < image.size:
+                raise UserError(f"--base_samples {self._archive.filename}: arr_0 ends early")
+            image[:] = np.frombuffer(data, np.uint8).reshape(image.shape)
+        return images
+
+    def _names(self) -> list[str]:
+        return [name.removesuffix(".npy") for name in self._archive.namelist()]
+
+    def _open(self, name: str) -> tuple[BinaryIO, tuple[int, ...], np.dtype]:
+        """An array's entry, at its first byte, with its shape and its dtype."""
+        entry = self._archive.open(f"{name}.npy")
+        versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, fortran_order, dtype = versions[np.lib.format.read_magic(entry)](entry)
+        if fortran_order:
+            raise ValueError(f"{name} is in Fortran's order")
+        return entry, shape, dtype
+
+    def _read_labels(self) -> np.ndarray:
+        with self._archive.open("arr_1.npy") as entry:
+            return np.lib.format.read_array(entry, allow_pickle=False)
+
+
+def _check_labels(path: str, labels: np.ndarray, count: int) -> None:
+    found = f"--base_samples {path}: arr_1 is {labels.dtype} {labels.shape}"
+    if labels.shape != (count,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{found}, expected the classes of {count} images, whole numbers")
+    if labels.min() < 0 or labels.max() >= NUM_CLASSES:
+        raise UserError(f"{found} from {labels.min()} to {labels.max()}, expected classes 0..{NUM_CLASSES - 1}")
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with bf.BlobFile(path, "rb") as f:
+        while piece := f.read(2**24):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s --model_path FILE --base_samples FILE.npz [flags]", description=__doc__)
+    flags = sr_model_and_diffusion_defaults()
+    model = {name: default for name, default in flags.items() if name not in diffusion_defaults()}
+    add_dict_to_argparser(parser.add_argument_group("sampling"), {**sampling_defaults(), "base_samples": ""})
+    add_dict_to_argparser(parser.add_argument_group("the upsampler, as it was trained"), model)
+    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,100 @@
+"""Train an upsampler: a diffusion model of large images that is given a small one.
+
+The small images are the large ones, reduced to small_size. What is written, and how a run goes on after it was ended,
+is as in image_train.py; the picture of samples shows each small image beside what the model makes of it.
+
+  python scripts/super_res_train.py --data_dir datasets/flowers --batch_size 8 --large_size 256 --small_size 64
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.files import folder_name
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    diffusion_from_flags,
+    sr_model_and_diffusion_defaults,
+    training_defaults,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from guided_diffusion.training_data import DataStream
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train. Returns 0, or 1 where images could not be read; raises UserError."""
+    args = create_argparser().parse_args(argv)
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.checkpoints import load_upsampler
+    from guided_diffusion.resample import create_named_schedule_sampler
+    from guided_diffusion.train_util import TrainLoop
+    from guided_diffusion.training_setup import begin, end, images_for, loop_options, sample_grid, settings_of
+
+    output = begin(args, f"results/super_res_train_{folder_name(args.data_dir)}")
+    flags = args_to_dict(args, sr_model_and_diffusion_defaults())
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+    schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
+    crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
+    data = images_for(args, args.data_dir, args.class_cond, image_size=args.large_size, **crops)
+    model = dist_util.on_every_rank(load_upsampler, "untrained", flags, args.seed).to(dist_util.dev())
+
+    loop = TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=WithSmallImages(data, args.small_size),
+        schedule_sampler=schedule_sampler,
+        ema_rate=args.ema_rate,
+        use_fp16=args.use_fp16,
+        lr_anneal_steps=args.lr_anneal_steps,
+        output=output,
+        settings=settings_of(args, flags, data),
+        on_save=sample_grid(args, flags, args.large_size, output, data),
+        **loop_options(args),
+    )
+    loop.run_loop()
+    return end(data)
+
+
+class WithSmallImages:
+    """A stream of images, each with the small one that the upsampler is given: cond["low_res"], (B, 3, size, size)."""
+
+    def __init__(self, data: DataStream, size: int):
+        self.data, self.size = data, size
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
+        return self
+
+    def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        from guided_diffusion.training_setup import reduce
+
+        images, cond = next(self.data)
+        return images, {**cond, "low_res": reduce(images, self.size)}
+
+    @property
+    def position(self) -> int:
+        """Images that have been handed out, over all processes."""
+        return self.data.position
+
+    def seek(self, position: int) -> None:
+        """Go on from the image at `position`."""
+        self.data.seek(position)
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
+    add_dict_to_argparser(parser.add_argument_group("training"), training_defaults())
+    add_dict_to_argparser(parser.add_argument_group("the model and the diffusion"), sr_model_and_diffusion_defaults())
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,309 @@
+"""The training scripts as people run them: real images, real processes, killed and resumed."""
+
+import csv
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import as_flags, load_script, run_script, start_script
+from PIL import Image
+
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import UserError
+
+MODEL = {
+    "image_size": 16,
+    "num_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": "1,1",
+    "attention_resolutions": "",
+    "learn_sigma": True,
+    "diffusion_steps": 100,
+}
+TRAINING = {"batch_size": 4, "lr": "1e-3", "ema_rate": "0.9", "log_interval": 2, "num_threads": 1, "num_workers": 0}
+CLASSIFIER = {
+    "image_size": 64,  # the smallest that has default channel multipliers
+    "classifier_width": 32,
+    "classifier_depth": 1,
+    "classifier_attention_resolutions": "8",
+    "classifier_pool": "attention",
+    "diffusion_steps": 100,
+}
+UPSAMPLER = {**MODEL, "large_size": 64, "small_size": 16}
+del UPSAMPLER["image_size"], UPSAMPLER["channel_mult"]
+
+
+@pytest.fixture(autouse=True)
+def _tidy(monkeypatch):
+    """Scripts run in the tests' own process, which stays what it was."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    yield
+    torch.set_num_threads(threads)
+    logger.configure()
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """Twelve small pictures of two classes: warm colours and cold ones."""
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        kind = ("cold", "warm")[i % 2]
+        pixels = rng.integers(0, 90, (40 + i, 64, 3), dtype=np.uint8)
+        pixels[..., 2 if kind == "cold" else 0] += 150
+        (folder / kind).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / kind / f"{i}.png")
+    return folder
+
+
+def main_of(script: str):
+    module = load_script(f"scripts/{script}.py")
+    return lambda *flags: module.main([str(flag) for flag in flags])
+
+
+def flags_of(pictures, output, **changes):
+    return as_flags({"data_dir": pictures, "output": output, **TRAINING, "sample_grid": 0, **MODEL, **changes})
+
+
+def lines_of(folder):
+    with open(Path(folder) / "progress.csv", newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def weights_of(path):
+    return torch.load(path, weights_only=True)
+
+
+def names_in(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
+@pytest.fixture(scope="session")
+def trained(pictures, tmp_path_factory) -> Path:
+    """The results of 16 steps of image_train.py, in one process that nobody disturbed."""
+    output = tmp_path_factory.mktemp("trained")
+    flags = flags_of(pictures, output, iterations=16, save_interval=4, random_crop=True, num_workers=2)
+    done = run_script(*flags, script="scripts/image_train.py")
+    assert done.returncode == 0, done.stderr
+    assert "training: 100%" in done.stderr and "16/16" in done.stderr
+    return output
+
+
+def test_what_training_writes(trained):
+    kinds = ("model", "opt", "ema_0.9_")
+    checkpoints = {f"{kind}{step:06d}.pt" for kind in kinds for step in (4, 8, 12, 16)}
+    assert names_in(trained) == checkpoints | {"progress.csv", "progress.json"}
+    lines = lines_of(trained)
+    assert [line["step"] for line in lines] == [str(step) for step in range(2, 17, 2)]
+    assert lines[-1]["samples"] == "64"
+    assert {"loss", "mse", "vb", "grad_norm", "param_norm"} <= lines[0].keys()
+    assert any(f"loss_q{i}" in lines[0] for i in range(4))
+    assert [json.loads(line)["step"] for line in (trained / "progress.json").read_text().splitlines()][-1] == 16
+    model, average = (weights_of(trained / f"{kind}000016.pt") for kind in ("model", "ema_0.9_"))
+    assert model.keys() == average.keys()
+    assert any(not torch.equal(model[name], average[name]) for name in model)
+
+
+def test_killed_ten_times_it_follows_the_same_course(pictures, trained, tmp_path):
+    """SIGKILL at random moments, most of them after training has begun; then the same files, byte for byte."""
+    flags = flags_of(pictures, tmp_path, iterations=16, save_interval=1, random_crop=True, num_workers=2)
+    rng = random.Random(0)
+    kills = 0
+    while kills < 10:
+        before = len(list(tmp_path.glob("model*.pt")))
+        # Nothing to read from, since workers that read ahead see only after seconds that they are orphans.
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = start_script(*flags, script="scripts/image_train.py", **quiet)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and len(list(tmp_path.glob("model*.pt"))) == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert process.poll() is None
+        time.sleep(rng.uniform(0, 0.03))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        for path in tmp_path.glob("*.pt"):
+            weights_of(path)  # whole
+    finished = run_script(*flags, script="scripts/image_train.py")
+    assert finished.returncode == 0 and "going on from" in finished.stderr, finished.stderr
+    for kind in ("model", "ema_0.9_"):
+        ours, theirs = weights_of(tmp_path / f"{kind}000016.pt"), weights_of(trained / f"{kind}000016.pt")
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (tmp_path / "progress.csv").read_bytes() == (trained / "progress.csv").read_bytes()
+    assert (tmp_path / "progress.json").read_bytes() == (trained / "progress.json").read_bytes()
+    assert not [name for name in names_in(tmp_path) if name.endswith(".part")]
+
+
+@pytest.mark.parametrize("kind", ["mpiexec", "torchrun"])
+def test_two_processes_follow_one(pictures, trained, tmp_path, kind):
+    """Half of the batch each, and in two microbatches: the same losses to rounding."""
+    changes = {"iterations": 16, "save_interval": 100, "random_crop": True, "batch_size": 2, "microbatch": 1}
+    flags = flags_of(pictures, tmp_path, **changes)
+    done = run_script(*flags, script="scripts/image_train.py", kind=kind, processes=2)
+    assert done.returncode == 0, done.stderr
+    for ours, theirs in zip(lines_of(tmp_path), lines_of(trained), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name in theirs:
+            assert (ours[name] == "") == (theirs[name] == "")
+            if ours[name]:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-3, abs=1e-6), name
+    ours, theirs = weights_of(tmp_path / "model000016.pt"), weights_of(trained / "model000016.pt")
+    moved = sum(float((theirs[name] - weights_of(trained / "model000004.pt")[name]).norm()) for name in theirs)
+    apart = sum(float((theirs[name] - ours[name]).norm()) for name in theirs)
+    assert apart < 0.05 * moved
+
+
+def test_a_signal_saves_a_checkpoint(pictures, tmp_path):
+    flags = flags_of(pictures, tmp_path, save_interval=1000, log_interval=1)
+    process = start_script(*flags, script="scripts/image_train.py", kind="mpiexec", processes=2)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "progress.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    steps = [int(path.stem.removeprefix("model")) for path in tmp_path.glob("model*.pt")]
+    assert len(steps) == 1 and steps[0] >= 1
+    assert {f"opt{steps[0]:06d}.pt", f"ema_0.9_{steps[0]:06d}.pt"} <= names_in(tmp_path)
+
+
+def test_a_trained_model_loads_into_the_main_script(pictures, trained, tmp_path):
+    flags = as_flags({"timestep_respacing": 10, **MODEL})
+    chosen = ["--data_dir", str(pictures), "--step_reverse", "5", "--num_samples", "3", "--output", str(tmp_path)]
+    main = load_script("forward_backward_dataset_sample.py").main
+    for name in ("model000016.pt", "ema_0.9_000016.pt"):
+        folder = str(tmp_path / name)
+        assert main([*chosen, *flags, "--model_path", str(trained / name), "--output", folder]) == 0
+        assert len(list((tmp_path / name / "t_5_10_images").rglob("*.JPEG"))) == 3
+
+
+def test_class_conditional_training_draws_a_grid_of_samples(pictures, tmp_path):
+    changes = {"class_cond": True, "iterations": 2, "save_interval": 2, "sample_grid": 6, "sample_steps": 3}
+    assert main_of("image_train")(*flags_of(pictures, tmp_path, **changes)) == 0
+    with Image.open(tmp_path / "samples_000002.png") as grid:
+        assert grid.size == (2 + 3 * 18, 2 + 2 * 18)
+    assert weights_of(tmp_path / "model000002.pt")["label_emb.weight"].shape[0] == 1000
+
+
+def test_a_classifier_is_trained_and_guides(pictures, tmp_path):
+    flags = {"data_dir": pictures, "val_data_dir": pictures, "output": tmp_path, **TRAINING, **CLASSIFIER}
+    del flags["ema_rate"]
+    changes = {"iterations": 14, "anneal_lr": True, "eval_interval": 7, "log_interval": 7, "save_interval": 100}
+    assert main_of("classifier_train")(*as_flags({**flags, **changes, "batch_size": 6})) == 0
+    assert names_in(tmp_path) == {"model000014.pt", "opt000014.pt", "progress.csv", "progress.json"}
+    first, last = lines_of(tmp_path)
+    assert {"train_loss", "train_acc@1", "train_acc@5", "val_loss", "val_acc@1", "val_acc@5"} <= last.keys()
+    assert 3 < float(first["train_loss"]) < 7.5  # the logarithm of 1000 is 6.9
+    assert float(last["train_acc@5"]) == 1.0 and float(last["train_loss"]) < float(first["train_loss"]) - 1
+
+    guided = {
+        "num_samples": 2,
+        "batch_size": 2,
+        "timestep_respacing": 3,
+        "classifier_path": tmp_path / "model000014.pt",
+    }
+    model = {**MODEL, "image_size": 64, "num_channels": 32, "channel_mult": "1,1"}
+    sampled = as_flags({**guided, **CLASSIFIER, **model, "model_path": "untrained", "output": tmp_path / "samples"})
+    assert main_of("classifier_sample")(*sampled) == 0
+    with np.load(tmp_path / "samples/samples_2x64x64x3.npz") as f:
+        assert f["arr_0"].shape == (2, 64, 64, 3) and f["arr_1"].shape == (2,)
+
+
+def test_an_upsampler_is_trained_and_upsamples(pictures, tmp_path):
+    flags = {"data_dir": pictures, "output": tmp_path, **TRAINING, **UPSAMPLER, "batch_size": 2, "microbatch": 1}
+    changes = {"iterations": 2, "save_interval": 2, "sample_grid": 2, "sample_steps": 2}
+    assert main_of("super_res_train")(*as_flags({**flags, **changes})) == 0
+    with Image.open(tmp_path / "samples_000002.png") as grid:
+        assert grid.size == (2 + 2 * 130, 2 + 66)  # each small image beside what was made of it
+        left, top = 2, 2
+        block = np.asarray(grid)[top : top + 4, left : left + 4]
+        assert (block == block[0, 0]).all()  # a pixel of the small image
+    assert {"model000002.pt", "ema_0.9_000002.pt", "opt000002.pt"} <= names_in(tmp_path)
+
+    small = np.zeros((1, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "small.npz", small)
+    sampled = {"model_path": tmp_path / "ema_0.9_000002.pt", "base_samples": tmp_path / "small.npz", **UPSAMPLER}
+    options = {"num_samples": 2, "batch_size": 2, "timestep_respacing": 2, "output": tmp_path / "large"}
+    assert main_of("super_res_sample")(*as_flags({**sampled, **options})) == 0
+    with np.load(tmp_path / "large/samples_2x64x64x3.npz") as f:
+        assert f["arr_0"].shape == (2, 64, 64, 3)
+
+
+def test_an_unreadable_image_is_named_and_the_rest_goes_on(pictures, tmp_path, capfd):
+    (tmp_path / "data").mkdir()
+    for path in (pictures / "warm").iterdir():
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "data" / "5.png").write_bytes(b"no image")
+    flags = flags_of(tmp_path / "data", tmp_path / "out", iterations=3)
+    assert main_of("image_train")(*flags) == 1
+    assert "1 images could not be read, others stood in: 5.png" in capfd.readouterr().err
+    assert (tmp_path / "out/model000003.pt").exists()
+
+
+def test_other_settings_in_the_same_folder(pictures, trained):
+    changes = {"iterations": 20, "save_interval": 4, "random_crop": True}
+    for change, words in (({"lr": 0.1}, "--lr was 0.001 and is now 0.1"), ({"num_channels": 64}, "another network")):
+        with pytest.raises(UserError, match=words):
+            main_of("image_train")(*flags_of(pictures, trained, **changes, **change))
+    assert main_of("image_train")(*flags_of(pictures, trained, **{**changes, "iterations": 16})) == 0  # nothing to do
+
+
+@pytest.mark.parametrize(
+    ("script", "flags", "words"),
+    [
+        ("image_train", {"data_dir": ""}, r"no folder of images was given: --data_dir"),
+        ("image_train", {"data_dir": "missing"}, r"'missing' does not exist \(--data_dir\)"),
+        ("image_train", {"schedule_sampler": "unifrom"}, r"--schedule_sampler.*'unifrom'"),
+        ("image_train", {"lr": 0}, r"--lr 0"),
+        ("image_train", {"microbatch": 0}, r"--microbatch 0"),
+        ("image_train", {"ema_rate": "2"}, r"--ema_rate 2"),
+        ("image_train", {"image_size": 15}, r"--image_size 15 is not a multiple of 2"),
+        ("image_train", {"num_channels": 33}, r"--num_channels 33"),
+        ("image_train", {"noise_schedule": "linaer"}, r"--noise_schedule linaer"),
+        ("image_train", {"resume_checkpoint": "missing/model000010.pt"}, r"--resume_checkpoint missing/model000010.pt"),
+        ("image_train", {"labels_file": "missing.csv", "class_cond": True}, r"--labels_file 'missing.csv' cannot"),
+        ("super_res_train", {"small_size": 0}, r"--small_size 0"),
+        ("super_res_train", {"large_size": 48}, r"--large_size 48"),
+        ("classifier_train", {"val_data_dir": "missing"}, r"'missing' does not exist \(--val_data_dir\)"),
+        (
+            "classifier_train",
+            {"val_data_dir": "val"},
+            r"'cold' in --data_dir and 'warm' in --val_data_dir val",
+        ),
+        ("classifier_train", {"classifier_pool": "max"}, r"--classifier_pool max"),
+    ],
+)
+def test_plain_mistakes_get_plain_words(pictures, tmp_path, monkeypatch, script, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "val/warm").mkdir(parents=True)  # the other class is missing
+    Image.new("RGB", (64, 64)).save(tmp_path / "val/warm/1.png")
+    model = {"image_train": MODEL, "super_res_train": UPSAMPLER, "classifier_train": CLASSIFIER}[script]
+    given = {"data_dir": pictures, "output": tmp_path / "out", "batch_size": 2, "iterations": 1, **model, **flags}
+    with pytest.raises(UserError) as error:
+        main_of(script)(*as_flags(given))
+    assert re.search(words, str(error.value)), str(error.value)
+    assert len(str(error.value).splitlines()) <= 2
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+def test_mistakes_are_answered_by_the_process_itself(pictures, tmp_path):
+    done = run_script("--data_dirr", "x", script="scripts/image_train.py")
+    assert done.returncode == 2 and done.stderr == (
+        "error: there is no flag --data_dirr: did you mean --data_dir? See --help.\n"
+    )
+    done = run_script(*flags_of("missing", tmp_path, batch_size=0), script="scripts/image_train.py")
+    assert done.returncode == 2 and "--batch_size: expected a whole number from 1 on, not 0" in done.stderr
+    done = run_script(*flags_of("missing", tmp_path), script="scripts/image_train.py")
+    assert done.returncode == 2 and done.stderr.startswith("error: the folder of images 'missing' does not exist")
+    assert len(done.stderr.splitlines()) == 1
