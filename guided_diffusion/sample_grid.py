@@ -15,7 +15,7 @@ from .forward_backward import to_pixels
 from .gaussian_diffusion import GaussianDiffusion
 from .noise import NoiseStreams
 from .pipeline import encode
-from .sampling import image_grid
+from .sampling import image_grid, magnified
 
 
 class SampleGrid:
@@ -55,6 +55,6 @@ class SampleGrid:
             pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, **options))
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)
-            write_whole(f"{self.output}/samples_{step:06d}.png", encode(image_grid(pixels), "png", 100))
+            write_whole(f"{self.output}/samples_{step:06d}.png", encode(image_grid(magnified(pixels)), "png", 100))
         except (UserError, OSError, torch.OutOfMemoryError) as error:
             logger.warn(f"no sample grid at step {step} (--sample_grid): {error}")

@@ -179,7 +179,9 @@ def _finish(
     while len(first) < min(GRID, shape[0]):
         first += list(next(pixels))
     with plain_write_errors():
-        write_whole(result.removesuffix(".npz") + ".png", encode(image_grid(np.stack(first[:GRID])), "png", 0))
+        write_whole(
+            result.removesuffix(".npz") + ".png", encode(image_grid(magnified(np.stack(first[:GRID]))), "png", 0)
+        )
         write_json(record_of(result), record)
         write_npz(result, shape, (parts.read(index)["pixels"] for index in range(count)), labels)
         parts.remove()
@@ -199,6 +201,12 @@ def write_npz(path: str, shape: tuple[int, ...], pixels: Iterable[np.ndarray], l
         if labels is not None:
             with archive.open("arr_1.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, labels.astype(np.int64), allow_pickle=False)
+
+
+def magnified(pixels: np.ndarray, side: int = 64) -> np.ndarray:
+    """Images (n, H, W, 3) with every pixel repeated, so that small ones can be seen: as often as H stays <= `side`."""
+    factor = max(1, side // pixels.shape[1])
+    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def image_grid(pixels: np.ndarray, pad: int = 2) -> np.ndarray:

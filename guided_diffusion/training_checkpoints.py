@@ -11,13 +11,13 @@ import os
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import blobfile as bf
 import torch
 
 from .checkpoint_file import read_saved
-from .errors import UserError, first_line
+from .errors import UserError
 from .files import whole_file
 
 
@@ -72,13 +72,35 @@ def write_checkpoint(path: str, state: Mapping[str, Any]) -> None:
     """Save a state whole or not at all. Raises UserError where it cannot be written."""
     try:
         with whole_file(path) as f:
-            torch.save(state, f)
-    except (OSError, RuntimeError) as error:  # torch tells of a full disk by a RuntimeError
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+            _save(state, f)
+    except OSError as error:
         raise UserError(
-            f"cannot write {path}: {reason} (--output). The checkpoints that are there are whole:\n"
+            f"cannot write {path}: {error.strerror or error} (--output). The checkpoints that are there are whole:\n"
             "when there is room, the same command goes on from the newest"
         ) from error
+
+
+def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
+    """torch.save, but that a disk which is full is an OSError: torch would only say that something is missing."""
+    failure: list[OSError] = []
+
+    class Watched:
+        def write(self, data: bytes) -> int:
+            try:
+                return file.write(data)
+            except OSError as error:
+                failure.append(error)
+                raise
+
+        def flush(self) -> None:
+            file.flush()
+
+    try:
+        torch.save(state, Watched())
+    except RuntimeError:
+        if failure:
+            raise failure[0] from None
+        raise
 
 
 def read_optimizer(model_checkpoint: str, step: int) -> dict[str, Any] | None:

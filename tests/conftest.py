@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+# The networks here are so small that threads would only wait for each other. Before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from PIL import Image

@@ -151,6 +151,8 @@ def test_flags_of_published_models(name):
 def test_a_wrong_flag_is_named_and_the_remedy_works(name):
     network, found = network_of(name), shapes_in(name)
     right = parse(network, PUBLISHED[name]["flags"])
+    if network is UPSAMPLER:
+        right["small_size"] = 16  # no larger than any large_size; the weights do not depend on it
     for flag, wrong in WRONG_FLAGS[network]:
         check_advice(network, name, found, {**right, flag: not right[flag] if wrong is None else wrong})
 
@@ -283,8 +285,8 @@ def test_weights_are_taken_as_they_are(network, tmp_path):
     assert shapes_of(loaded.state_dict()) == shapes_of(saved.state_dict())
     for name, w in saved.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], w)
-    more = {"low_res": torch.randn(2, 3, 16, 16)} if network is UPSAMPLER else {}
-    x, t = torch.randn(2, 3, *[flags[network.size_flag]] * 2), torch.tensor([3, 700])
+    more = {"low_res": torch.randn(1, 3, 16, 16)} if network is UPSAMPLER else {}
+    x, t = torch.randn(1, 3, *[flags[network.size_flag]] * 2), torch.tensor([700])
     with torch.inference_mode():
         assert torch.equal(loaded(x, t, **more), saved(x, t, **more))
 

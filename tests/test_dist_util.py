@@ -163,21 +163,26 @@ def test_a_rank_that_does_not_come_is_missed(tmp_path):
     assert "the 2 ranks of srun did not meet" in finish(first, 2)
 
 
-def test_mpiexec_of_another_mpi():
-    process = start([*PYTHON, "tell", "unused"], PMI_SIZE="2", PMI_RANK="0")
-    stderr = finish(process, 2)
-    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1 (" in stderr
-    assert "mpi4py.get_config()" in stderr and "torchrun --nproc_per_node 2" in stderr
+def test_mpiexec_of_another_mpi(monkeypatch):
+    """The main script's tests start a process so."""
+    monkeypatch.setenv("PMI_SIZE", "2")
+    with pytest.raises(UserError) as caught:
+        launchers.find_world()
+    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1 (" in str(caught.value)
+    assert "mpi4py.get_config()" in str(caught.value) and "torchrun --nproc_per_node 2" in str(caught.value)
 
 
-def test_mpiexec_without_mpi4py(tmp_path):
-    environment = fake_mpi4py(tmp_path, "raise ImportError('no such module')")
-    stderr = finish(start([*MPIEXEC, "2", *PYTHON, "tell", tmp_path], **environment), 2)
-    assert "started 2 ranks (OMPI_COMM_WORLD_SIZE=2), but mpi4py cannot be imported (no such module)" in stderr
+def test_mpiexec_without_mpi4py(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)  # an import of it fails
+    words = r"started 2 ranks \(OMPI_COMM_WORLD_SIZE=2\), but mpi4py cannot be imported \(import of mpi4py halted"
+    with pytest.raises(UserError, match=words):
+        launchers.find_world()
 
 
 def test_mpiexec_and_torchrun_disagree(tmp_path):
-    stderr = finish(start([*MPIEXEC, "2", *TORCHRUN, "1", *PYTHON, "tell", tmp_path]), "bad")
+    """As under `mpiexec -n 2 torchrun ...`: one of the two torchruns, which would each start a run of their own."""
+    stderr = finish(start([*TORCHRUN, "1", *PYTHON, "tell", tmp_path], OMPI_COMM_WORLD_SIZE="2"), "bad")
     assert "two launchers disagree: torchrun's environment says 1 rank(s) in all (GROUP_WORLD_SIZE=1)" in stderr
     assert "another launcher's says 2 (OMPI_COMM_WORLD_SIZE=2)" in stderr
 
@@ -287,7 +292,7 @@ def url(tmp_path):
 
     requests = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Handler, directory=str(tmp_path)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()  # looks often for its shutdown
     server.requests = requests
     yield server
     server.shutdown()
@@ -326,9 +331,9 @@ def test_remote_checkpoint(checkpoint, state, url):
 
 def test_ranks_load_together_or_fail_together(tmp_path, checkpoint, state, url):
     paths = [address(url, "model.pt"), checkpoint, address(url, "gone.pt"), tmp_path / "gone.pt"]
-    finish(start([*MPIEXEC, "3", *PYTHON, "load", tmp_path, "1000", *paths]))
+    finish(start([*MPIEXEC, "2", *PYTHON, "load", tmp_path, "1000", *paths]))
     expected = {name: [str(w.dtype), list(w.shape), w.double().sum().item()] for name, w in state.items()}
-    for result in results(tmp_path, 3):
+    for result in results(tmp_path, 2):
         assert result["load"][:2] == [expected, expected]
         for path, error in zip(paths[2:], result["load"][2:], strict=True):
             assert error.startswith(f"--model_path {path} cannot be read: ")

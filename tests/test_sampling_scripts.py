@@ -104,8 +104,8 @@ def test_same_file_from_one_process_from_two_and_after_a_kill(conditional_model,
     assert arrays["arr_1"].shape == (11,) and arrays["arr_1"].dtype == np.int64
     assert len(np.unique(arrays["arr_0"], axis=0)) == 11
     picture = Image.open(tmp_path / "one" / f"{name}.png")
-    assert picture.size == (4 * 34 + 2, 3 * 34 + 2)
-    assert (np.asarray(picture)[2:34, 36:68] == arrays["arr_0"][1]).all()
+    assert picture.size == (4 * 66 + 2, 3 * 66 + 2)  # magnified twice
+    assert (np.asarray(picture)[2:66:2, 68:132:2] == arrays["arr_0"][1]).all()
     record = json.loads((tmp_path / "one" / f"{name}.json").read_text())
     assert record["settings"]["--class_cond"] is True
     assert record["last_run"]["samples_made"] == record["samples"] == 11

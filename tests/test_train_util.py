@@ -3,6 +3,8 @@
 import csv
 import math
 import os
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -436,6 +438,23 @@ def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
     loop.log_interval, loop.save_interval = 1, 100
     with pytest.raises(UserError, match="diverged: at step 3"):
         loop.run_loop()
+
+
+def test_a_full_disk_costs_no_checkpoint(tmp_path):
+    loop = make_loop(tmp_path, iterations=9, save_interval=1)
+    loop.run_step(*next(Images(8)))
+    loop.save()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write fails, as it does on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "opt000001.pt").stat().st_size // 2, hard))
+    try:
+        with pytest.raises(UserError, match=r"^cannot write .*opt000002.pt: File too large \(--output\)\..*\n.*same"):
+            loop.run_loop()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert find_resume_checkpoint(str(tmp_path), [0.9]) == str(tmp_path / "model000001.pt")
+    assert not list(tmp_path.glob(".*.part"))
 
 
 @pytest.mark.parametrize("rates", ["", "0.9", "0.9999,0.99", 0.5])

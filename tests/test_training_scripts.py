@@ -192,7 +192,7 @@ def test_class_conditional_training_draws_a_grid_of_samples(pictures, tmp_path):
     changes = {"class_cond": True, "iterations": 2, "save_interval": 2, "sample_grid": 6, "sample_steps": 3}
     assert main_of("image_train")(*flags_of(pictures, tmp_path, **changes)) == 0
     with Image.open(tmp_path / "samples_000002.png") as grid:
-        assert grid.size == (2 + 3 * 18, 2 + 2 * 18)
+        assert grid.size == (2 + 3 * 66, 2 + 2 * 66)  # magnified four times
     assert weights_of(tmp_path / "model000002.pt")["label_emb.weight"].shape[0] == 1000
 
 

@@ -3,6 +3,8 @@
 import argparse
 import math
 import platform
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,14 @@ def reference_inputs(name):
     return seeded((g.meta.n, 3, side, side), g.meta.seed), rest
 
 
+@cache
+def reference_run(name):
+    """The network of a golden file, what it is given, and what it makes of that. Not to be changed."""
+    model, (x, rest) = reference_model(name), reference_inputs(name)
+    with torch.no_grad():
+        return model, x, rest, model(x, **rest)
+
+
 def tiny_unet(**changes):
     """A U-Net that is quick to build and has every kind of block, with the reference weights."""
     options = {
@@ -92,11 +102,9 @@ def tiny_unet(**changes):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@torch.no_grad()
 def test_agrees_with_reference(name):
     g = golden(name)
-    x, rest = reference_inputs(name)
-    out = reference_model(name)(x, **rest)
+    *_, out = reference_run(name)
     stride = getattr(g.meta, "stride", None)
     if stride:
         out = out[..., ::stride, ::stride]
@@ -132,14 +140,13 @@ def test_has_the_names_and_shapes_of_the_published_weights(name):
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_built_without_weights_and_filled_later(name):
-    x, rest = reference_inputs(name)
+    filled, x, rest, expected = reference_run(name)
     meta = golden(name).meta
     with torch.device("meta"):
         model = getattr(script_util, meta.factory)(**meta.kwargs).eval()
-    filled = reference_model(name)
     model.load_state_dict(filled.state_dict(), assign=True)
     assert not list(model.buffers())
-    assert torch.equal(model(x, **rest), filled(x, **rest))
+    assert torch.equal(model(x, **rest), expected)
 
 
 @torch.no_grad()
@@ -159,34 +166,39 @@ def test_a_fresh_network_starts_from_zero():
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_channels_last_changes_nothing(name):
-    x, rest = reference_inputs(name)
-    model = reference_model(name)
-    expected = model(x, **rest)
-    model.to(memory_format=torch.channels_last)
+    model, x, rest, expected = reference_run(name)
+    model = deepcopy(model).to(memory_format=torch.channels_last)
     out = model(x.to(memory_format=torch.channels_last), **rest)
     assert relative_error(out, expected) < 1e-5
     if out.ndim == 4:
         assert out.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.parametrize("name", ["unet_readme_like", "unet_conv_resample_heads"])
-def test_checkpointing_recomputes_and_changes_nothing(name):
+@pytest.mark.parametrize("resblock_updown", [True, False])
+def test_checkpointing_recomputes_and_changes_nothing(resblock_updown):
     results, norms_computed = [], []
     for use_checkpoint in (False, True):
-        model = reference_model(name, use_checkpoint=use_checkpoint)
+        model = tiny_unet(resblock_updown=resblock_updown, num_classes=10, use_checkpoint=use_checkpoint)
         calls = []
         for module in model.modules():
             if isinstance(module, GroupNorm32):
                 module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        x, rest = reference_inputs(name)
-        x.requires_grad_()
-        out = model(x, **rest)
+        x = seeded((2, 3, 16, 16), 0).requires_grad_()
+        out = model(x, torch.tensor([3, 700]), torch.tensor([1, 9]))
         (out * seeded(out.shape, 1)).sum().backward()
         results.append([out.detach(), x.grad, *(p.grad for p in model.parameters())])
         norms_computed.append(len(calls))
     for plain, checkpointed in zip(*results, strict=True):
         assert relative_error(checkpointed, plain) < 1e-5
     assert norms_computed[1] == 2 * norms_computed[0] - 1  # all but the one of the output
+
+
+def test_the_flag_of_checkpointing_reaches_every_block():
+    meta = golden("unet_readme_like").meta
+    with torch.device("meta"):
+        model = script_util.create_model(**meta.kwargs | {"use_checkpoint": True})
+    blocks = [block for block in model.modules() if isinstance(block, ResBlock | AttentionBlock)]
+    assert len(blocks) > 20 and all(block.use_checkpoint for block in blocks)
 
 
 def test_half_precision_there_and_back():
@@ -214,7 +226,7 @@ def test_half_precision_there_and_back():
 
 
 def test_half_precision_is_chosen_by_device():
-    model = reference_model("unet_readme_like", use_fp16=True)
+    model = tiny_unet(use_fp16=True)
     model.convert_to_fp16()
     assert model.dtype == half_precision_dtype("cpu") == model.middle_block[0].out_layers[-1].weight.dtype
     assert half_precision_dtype("cuda") == half_precision_dtype(torch.device("mps")) == torch.float16
@@ -236,9 +248,8 @@ def test_half_precision_of_this_cpu():
 @torch.no_grad()
 def test_bfloat16_torso_is_close_to_float32(name):
     """bfloat16 rounds to 8 bits, 0.2% rms; some 50 roundings in a row leave an error of about 1%, and at most 3%."""
-    x, rest = reference_inputs(name)
-    model = reference_model(name)
-    exact = model(x, **rest)
+    model, x, rest, exact = reference_run(name)
+    model = deepcopy(model)
     model.convert_to_fp16(torch.bfloat16)
     rounded = model(x, **rest)
     assert rounded.dtype == torch.float32
