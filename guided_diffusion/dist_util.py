@@ -6,6 +6,7 @@ Everything here works in one process too, with or without `setup_dist()`; then n
 import atexit
 import os
 import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
@@ -68,6 +69,9 @@ def setup_dist() -> None:
 def cleanup() -> None:
     """Leave `torch.distributed`. Done at exit in any case."""
     if dist.is_initialized():
+        # Gloo's thread needs Python's lock to drop the tensor of the last collective. `destroy_process_group` waits for
+        # that thread and holds the lock: let it finish first, or both may wait for ever.
+        time.sleep(0.1 if dist.get_world_size() > 1 else 0)
         dist.destroy_process_group()
 
 
