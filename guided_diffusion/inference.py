@@ -26,14 +26,7 @@ def prepare(model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: in
         What decides the last digits: hardware, precision, threads and versions, by name.
     """
     device = dist_util.dev()
-    # The same bytes every time: no choice of algorithm by measured speed; and float32 means float32.
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    threads = num_threads or dist_util.cores_per_rank()
-    torch.set_num_threads(threads)
-
+    threads = compute_reproducibly(num_threads)
     model.to(device).eval()
     dtype = half_precision_dtype(device) if use_fp16 else torch.float32
     if dtype == torch.float32:
@@ -44,3 +37,18 @@ def prepare(model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: in
     if use_fp16 and dtype != torch.float16:
         logger.info(f"--use_fp16 True: this CPU has no fast float16, the U-Net computes in {precision}")
     return {"hardware": hardware(device), "precision": precision, "threads": threads, **versions()}
+
+
+def compute_reproducibly(num_threads: int = 0) -> int:
+    """Have this process compute the same bytes every time, with so many CPU threads; 0: its share of the cores.
+
+    Returns the number of threads.
+    """
+    # No choice of algorithm by measured speed; and float32 means float32.
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    threads = num_threads or dist_util.cores_per_rank()
+    torch.set_num_threads(threads)
+    return threads
