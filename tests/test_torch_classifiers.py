@@ -1,0 +1,202 @@
+"""Classifiers of torchvision: their layers, the axis of the channels, their preprocessing and their files."""
+
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import PHOTOGRAPHS
+from PIL import Image
+from torchvision.transforms import functional
+
+from guided_diffusion.errors import UserError
+from guided_diffusion.torch_classifiers import load_classifier
+
+PAPER = ["features.0"]
+for stage, blocks in ((1, 3), (3, 3), (5, 27), (7, 3)):
+    PAPER += [f"features.{stage}.{block}" for block in range(blocks)] + [f"features.{stage + 1}"]
+PAPER[-1] = "classifier"
+
+# The smallest of each family: some of its layers, their channels and the axis of these, and the number of layers.
+FAMILIES = {
+    "convnext_tiny": (23, {"features.0": (96, 1), "features.7.2": (768, 1), "classifier": (1000, 1)}),
+    "resnet18": (10, {"conv1": (64, 1), "layer1.0": (64, 1), "layer4.1": (512, 1), "fc": (1000, 1)}),
+    "wide_resnet50_2": (18, {"conv1": (64, 1), "layer1.2": (256, 1), "layer4.2": (2048, 1), "fc": (1000, 1)}),
+    "regnet_y_400mf": (18, {"stem": (32, 1), "trunk_output.block4.block4-5": (440, 1), "fc": (1000, 1)}),
+    "vit_b_32": (14, {"conv_proj": (768, 1), "encoder.layers.encoder_layer_11": (768, -1), "heads": (1000, 1)}),
+    "swin_v2_t": (17, {"features.0": (96, -1), "features.2": (192, -1), "features.7.1": (768, -1), "head": (1000, 1)}),
+    "efficientnet_b0": (19, {"features.0": (32, 1), "features.7.0": (320, 1), "classifier": (1000, 1)}),
+    "googlenet": (13, {"conv1": (64, 1), "inception5b": (1024, 1), "fc": (1000, 1)}),  # no blocks of a known kind
+}
+
+
+def test_the_paper_s_layers():
+    base = load_classifier("convnext_base", "untrained")
+    assert [layer.name for layer in base.layers] == PAPER and len(PAPER) == 41
+    assert [layer.name for layer in base.layers if layer.is_logits] == ["classifier"]
+    assert {layer.channel_axis for layer in base.layers} == {1}
+    assert [layer.channels for layer in base.layers][::10] == [128, 512, 512, 512, 1000]
+    assert not base.model.training and {w.dtype for w in base.model.parameters()} == {torch.float32}
+    assert not any(w.requires_grad for w in base.model.parameters())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    classifier = load_classifier(name, "untrained")
+    number, some = FAMILIES[name]
+    found = {layer.name: (layer.channels, layer.channel_axis) for layer in classifier.layers}
+    assert len(found) == number and some.items() <= found.items()
+    assert next(iter(found)) == next(iter(some)) and list(found)[-1] == list(some)[-1]
+    assert [layer.name for layer in classifier.layers if layer.is_logits] == [list(found)[-1]]
+    picture = np.asarray(Image.open(next(PHOTOGRAPHS.glob("*/*.JPEG"))).resize((256, 256)))
+    with torch.inference_mode():
+        assert classifier.model(classifier.preprocess(picture)[None]).shape == (1, 1000)
+
+
+def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone():
+    state = torch.random.get_rng_state()
+    assert load_classifier("resnet18", "untrained").digest == load_classifier("resnet18", "untrained").digest
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_layers_by_name_and_pattern_come_in_the_order_of_the_network():
+    def names(*patterns, of="resnet18"):
+        return [layer.name for layer in load_classifier(of, "untrained", patterns).layers]
+
+    assert names("fc", "layer2.?", "layer1.0.conv2") == ["layer1.0.conv2", "layer2.0", "layer2.1", "fc"]
+    assert names("layer[12]") == ["layer1", "layer2"]
+    axes = load_classifier("swin_v2_t", "untrained", ["norm", "permute", "features.1.0.mlp.0", "avgpool"]).layers
+    assert {layer.name: layer.channel_axis for layer in axes} == {
+        "features.1.0.mlp.0": -1,
+        "norm": -1,
+        "permute": 1,
+        "avgpool": 1,
+    }
+    inner = load_classifier("convnext_tiny", "untrained", ["features.1.0.block.[0-5]", "classifier.2"]).layers
+    assert [layer.channel_axis for layer in inner] == [1, -1, -1, -1, -1, -1, 1] and inner[-1].is_logits
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern", "message"),
+    [
+        ("resnet18", "layer5", r"^--layers: layer5 matches no layer of the classifier; did you mean layer4"),
+        ("resnet18", "zzz*", r"its parts are conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool, fc$"),
+        ("resnet18", "layer1.0.relu", r"layer1.0.relu cannot be watched: the network calls it 2 times per image"),
+        ("googlenet", "aux1", r"aux1 cannot be watched: the network calls it 0 times"),
+        ("vit_b_32", "encoder.layers.encoder_layer_0.self_attention", r"its output is not a tensor with a row per im"),
+        ("swin_v2_t", "features.1.0.attn.cpb_mlp.0", r"its output is not a tensor with a row per image"),
+    ],
+)
+def test_layers_that_cannot_be_watched(name, pattern, message):
+    with pytest.raises(UserError, match=message):
+        load_classifier(name, "untrained", [pattern])
+
+
+def test_names():
+    with pytest.raises(UserError, match=r"^--classifier_name is 'ConvNext_bse', .*; did you mean convnext_base"):
+        load_classifier("ConvNext_bse", "untrained")
+
+
+def test_preprocessing_is_the_preset_of_the_weights(photographs):
+    image = np.asarray(Image.open(photographs / "n07920052/n07920052_2.JPEG").resize((256, 256)))
+    got = load_classifier("convnext_tiny", "untrained").preprocess(image)
+    assert got.dtype == torch.float32 and got.shape == (3, 224, 224)
+    preset = torchvision.models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1.transforms()
+    assert torch.equal(got, preset(Image.fromarray(image)))
+    # Step by step: the shorter side to 236 with Pillow, the middle, the mean and deviation of ImageNet's colours.
+    middle = Image.fromarray(image).resize((236, 236), Image.Resampling.BILINEAR).crop((6, 6, 230, 230))
+    by_hand = (np.asarray(middle) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    np.testing.assert_allclose(got.permute(1, 2, 0), by_hand, atol=1e-5)
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
+    """A ResNet-18 with random weights, and the file of its state dict."""
+    model = torchvision.models.resnet18().eval()
+    path = tmp_path_factory.mktemp("weights") / "mine.pth"
+    torch.save(model.state_dict(), path)
+    return model, str(path)
+
+
+def test_a_local_file(resnet, tmp_path):
+    model, path = resnet
+    classifier = load_classifier("resnet18", path)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(classifier.model(x), model(x))
+    assert classifier.digest != load_classifier("resnet18", "untrained").digest
+    # Float16 on disk; and a head for other classes.
+    half = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
+    half |= {"fc.weight": half["fc.weight"][:10].clone(), "fc.bias": half["fc.bias"][:10].clone()}
+    torch.save(half, tmp_path / "ten.pth")
+    ten = load_classifier("resnet18", str(tmp_path / "ten.pth"))
+    assert ten.layers[-1].channels == 10 and {w.dtype for w in ten.model.parameters()} == {torch.float32}
+    assert torch.equal(ten.model.fc.weight, half["fc.weight"].float())
+
+
+def test_files_of_networks_that_were_saved_in_a_way_of_their_own(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 96, 96)
+    for name, options in (("densenet121", {}), ("mnasnet0_5", {}), ("googlenet", {"transform_input": True})):
+        model = torchvision.models.get_model(
+            name, **options, **({"init_weights": False} if name == "googlenet" else {})
+        ).eval()
+        state = model.state_dict()
+        if name == "densenet121":  # as in the published files
+            state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): w for key, w in state.items()}
+        torch.save(state, tmp_path / f"{name}.pth")
+        with torch.no_grad():
+            assert torch.equal(load_classifier(name, str(tmp_path / f"{name}.pth")).model(x), model(x)), name
+
+
+def test_torchvision_s_names_of_files_tell_which_preset(resnet, tmp_path):
+    state = torchvision.models.resnet50().state_dict()
+    image = np.zeros((256, 256, 3), np.uint8)
+    image[::2] = 255
+    weights = torchvision.models.ResNet50_Weights
+    for preset, name in ((weights.IMAGENET1K_V1, os.path.basename(weights.IMAGENET1K_V1.url)), (weights.DEFAULT, "x")):
+        torch.save(state, tmp_path / name)
+        got = load_classifier("resnet50", str(tmp_path / name), ["fc"]).preprocess(image)
+        assert torch.equal(got, preset.transforms()(Image.fromarray(image)))
+        side = {256: "V1", 232: "V2"}[preset.transforms().resize_size[0]]
+        assert side == preset.name[-2:] and functional.get_dimensions(got) == [3, 224, 224]
+
+
+def test_files_that_do_not_fit(resnet, tmp_path):
+    _, path = resnet
+    with pytest.raises(
+        UserError, match=r"^--classifier_path \S+ does not fit --classifier_name resnet50: it lacks \d+"
+    ):
+        load_classifier("resnet50", path)
+    wide = tmp_path / "wide.pth"
+    torch.save(torchvision.models.wide_resnet50_2().state_dict(), wide)
+    with pytest.raises(UserError, match=r"resnet50: layer1.0.conv1.weight has shape \[128, 64, 1, 1\], and not \[64,"):
+        load_classifier("resnet50", str(wide))
+    with pytest.raises(UserError, match=r"^--classifier_path \S*missing.pth cannot be read: No such file"):
+        load_classifier("resnet18", str(tmp_path / "missing.pth"))
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(wide.read_bytes()[:100000])
+    with pytest.raises(UserError, match=r"^--classifier_path \S*cut.pth .* is truncated"):
+        load_classifier("wide_resnet50_2", str(cut))
+
+
+def test_without_a_network_the_message_says_which_file_to_fetch_and_where_to_put_it(resnet, tmp_path, monkeypatch):
+    model, _ = resnet
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
+    with pytest.raises(UserError) as caught:
+        load_classifier("resnet18")
+    folder = tmp_path / "hub" / "checkpoints"
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 2 and lines[0].startswith("the weights of resnet18 cannot be downloaded: <urlopen error")
+    assert lines[0].endswith("Fetch https://download.pytorch.org/models/resnet18-f37072fd.pth")
+    assert f"put the file into {folder}, or name it with --classifier_path" in lines[1]
+    assert list(folder.iterdir()) == []
+    # Put there as told, it is taken.
+    torch.save(model.state_dict(), folder / "resnet18-f37072fd.pth")
+    assert torch.equal(load_classifier("resnet18").model.fc.weight, model.fc.weight)
