@@ -1,0 +1,472 @@
+"""Draw what survived: similarities and class retention against time, their distributions, and a gallery.
+
+Reads the results of evaluate_classifier.py, and for the gallery the images themselves. Writes, as PNG, as PDF and as a
+CSV of the points that are shown:
+
+  similarity_against_time   cosine similarity of every layer; the CSV has mode, mean, median and quartiles
+  class_retention           fraction of images that keep their class, with 95% (Wilson) intervals
+  distributions             of the similarity, for an early, a middle and the last layer
+  gallery                   starting images and their samples (with --starting_data_dir and --data_dir)
+
+and transition.json: the time at which class retention falls fastest, with its uncertainty.
+
+  python scripts/plot_figures.py --classifier_name convnext_base --timestep_respacing 250 \\
+      --starting_data_dir datasets/ILSVRC2012/validation --data_dir results/diffused_ILSVRC2012_validation
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import io
+import os
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from guided_diffusion import logger
+from guided_diffusion.classifier_results import TimeResult, default_folder, read_series
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import write_json, write_whole
+from guided_diffusion.image_datasets import list_images, open_image, read_image
+from guided_diffusion.retention import (
+    STATISTICS,
+    Estimate,
+    Transition,
+    fit_transition,
+    in_top,
+    same_class,
+    wilson_interval,
+)
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from matplotlib.colors import Colormap
+    from matplotlib.figure import Figure
+
+Rows = list[dict[str, Any]]  # of a CSV: value by column
+
+COLUMN, PAGE = 3.4, 7.0  # inches: the width of one column, and of a page of two
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
+    "font.size": 7,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "legend.columnspacing": 1.2,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.0,
+    "pdf.fonttype": 42,  # text in the PDF stays text
+}
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's colours, told apart by everyone
+TIME_LABEL = "time of reversal k/N"
+MOST_SHOWN = 10  # times in the gallery and among the distributions: with more, pictures and lines are too small
+COLUMNS = {"max": "mode", "mean": "mean", "median": "median"}  # of a CSV, by --statistic
+LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # where torchvision's networks have their last layer
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Draw. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+    need_matplotlib()
+    if bool(args.starting_data_dir) != bool(args.data_dir):
+        raise UserError("for the gallery give both folders: --starting_data_dir and --data_dir; for none, neither")
+    folder = args.results or default_folder(args.classifier_name)
+    series = find_series(folder, args.classifier_name, args.timestep_respacing)
+    count = len(series[0].differences["names"])
+    logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {series[0].num_steps}")
+
+    shown = spread(series, MOST_SHOWN)
+    if len(shown) < len(series):
+        logger.info(f"gallery and distributions show {len(shown)} of the {len(series)} times")
+
+    draw: dict[str, Callable[[], tuple[Figure, Rows]]] = {}
+    if args.data_dir:  # first: it finds most mistakes
+        chosen = choose_names(series[0].differences["names"].tolist(), args.gallery, args.gallery_count, args.seed)
+        draw["gallery"] = lambda: draw_gallery(shown, chosen, args.starting_data_dir, args.data_dir)
+    retention, transition = measure_retention(series)
+    draw["similarity_against_time"] = lambda: draw_similarity(series, args.statistic)
+    draw["class_retention"] = lambda: draw_retention(retention, transition, series)
+    draw["distributions"] = lambda: draw_distributions(shown, args.bins)
+
+    files = {}
+    with style():
+        for name, figure_and_rows in draw.items():
+            files |= render(name, *figure_and_rows())
+    for name, data in files.items():  # now that all of them are made
+        write_whole(f"{args.output}/{name}", data)
+    write_json(f"{args.output}/transition.json", transition and {"images": count, **transition.as_dict()})
+
+    logger.info(describe(transition))
+    if not args.data_dir:
+        logger.info("no gallery: it needs the images, --starting_data_dir and --data_dir")
+    logger.info(f"{', '.join(draw)} (png, pdf, csv) and transition.json are in {args.output}")
+    return 0
+
+
+def need_matplotlib() -> None:
+    """Raise UserError where matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError('figures need matplotlib: pip install -e ".[figures]"') from error
+
+
+def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
+    """The results of all times k of N = `num_steps`, in order. Raises UserError where they do not fit together."""
+    found = read_series(folder, name)
+    series = [result for result in found if result.num_steps == num_steps]
+    if not series:
+        others = ", ".join(str(n) for n in sorted({result.num_steps for result in found}))
+        raise UserError(f"{folder} holds no times of N = {num_steps}, but of N = {others}: --timestep_respacing")
+    first = series[0]
+    for result in series:
+        times = f"k = {first.step_reverse} and k = {result.step_reverse} of N = {num_steps} in {folder}"
+        for array, what in (("names", "images"), ("layers", "layers")):
+            if not np.array_equal(first.differences[array], result.differences[array]):
+                numbers = f"{len(first.differences[array])} and {len(result.differences[array])}"
+                raise UserError(
+                    f"{times} are of different {what} ({numbers}).\nEvaluate all times together: "
+                    "evaluate_classifier.py --time_series"
+                )
+        if first.logits["logits_start"].shape[1] != result.logits["logits_start"].shape[1]:
+            raise UserError(f"{times} have different numbers of classes: they are not of one classifier (--results)")
+    if not len(first.differences["names"]) or not len(first.differences["layers"]):
+        raise UserError(f"the results in {folder} are of no images, or of no layers: --results")
+    return series
+
+
+def times_of(series: Sequence[TimeResult]) -> np.ndarray:
+    """k/N of every time: (T,)."""
+    return np.array([result.step_reverse / result.num_steps for result in series])
+
+
+def spread(series: Sequence[TimeResult], most: int) -> list[TimeResult]:
+    """At most so many of the times, the first and the last among them, spread evenly over the list."""
+    places = np.linspace(0, len(series) - 1, min(most, len(series))).round().astype(int)
+    return [series[place] for place in places]
+
+
+# Similarity against time
+
+
+def measure_similarity(series: Sequence[TimeResult]) -> Rows:
+    """Every statistic of the cosine similarity, for each layer and time, over the images where it is defined."""
+    rows = []
+    for result in series:
+        for depth, layer in enumerate(result.differences["layers"].tolist()):
+            values = result.differences["cosine"][:, depth]
+            values = values[np.isfinite(values)]  # undefined where all of a layer's activations are 0
+            row = {"layer": layer, "depth": depth, **time_columns(result), "images": len(values)}
+            for name, statistic in STATISTICS.items():
+                found = statistic(values) if len(values) else Estimate(np.nan, np.nan, np.nan)
+                column = COLUMNS[name]
+                row |= {column: found.value, f"{column}_low": found.low, f"{column}_high": found.high}
+            quartiles = np.quantile(values, [0.25, 0.75]).tolist() if len(values) else [np.nan, np.nan]
+            rows.append({**row, "quartile_1": quartiles[0], "quartile_3": quartiles[1]})
+    return rows
+
+
+def time_columns(result: TimeResult) -> dict[str, Any]:
+    """The columns of a CSV that say which time it is."""
+    return {"k": result.step_reverse, "N": result.num_steps, "k/N": result.step_reverse / result.num_steps}
+
+
+def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figure, Rows]:
+    """The statistic of every layer's similarity against time, in a band of one standard error either way."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    rows = measure_similarity(series)
+    layers = series[0].differences["layers"].tolist()
+    figure, ((axes,),) = new_figure(COLUMN, 2.6)
+    colours, column = early_to_late(), COLUMNS[statistic]
+    times = times_of(series)
+    for depth, layer in enumerate(layers):
+        own = [row for row in rows if row["depth"] == depth]
+        value, low, high = (np.array([row[column + end] for row in own]) for end in ("", "_low", "_high"))
+        colour, look = colours(depth / max(1, len(layers) - 1)), {"linewidth": 0.7}
+        if depth == len(layers) - 1 and LOGITS.match(layer):
+            colour, look = "black", {"linestyle": "--", "marker": "s", "zorder": 4, "label": "logits"}
+        axes.fill_between(times, low, high, color=colour, alpha=0.3, linewidth=0)
+        axes.plot(times, value, color=colour, **look)
+    axes.set(xlabel=TIME_LABEL, ylabel=f"cosine similarity,\n{column} over images", xlim=(-0.02, 1.02))
+    axes.set_ylim(top=1.04)
+    bar = figure.colorbar(ScalarMappable(Normalize(1, max(2, len(layers))), colours), ax=axes, pad=0.02, aspect=25)
+    bar.set_label("layer (early to late)")
+    bar.outline.set_linewidth(0.6)
+    bar.set_ticks([1, len(layers)] if len(layers) > 1 else [1])
+    if axes.get_legend_handles_labels()[0]:
+        figure.legend(loc="outside upper center")
+    return figure, rows
+
+
+# Class retention
+
+
+def measure_retention(series: Sequence[TimeResult]) -> tuple[Rows, Transition | None]:
+    """The fractions of images that keep their class, with 95% intervals and chance levels; and the transition."""
+    labels = series[0].logits["labels"]
+    classes = series[0].logits["logits_start"].shape[1]
+    known = (labels >= 0) & (labels < classes)
+    rows, kept = [], []
+    for result in series:
+        logits = result.logits["logits_sample"]
+        kept.append(same_class(result.logits["logits_start"], logits))
+        measures = {"predicted class kept": (kept[-1], 1)}
+        if known.any():
+            for top in (1, 5):
+                measures[f"true class in top {top}"] = (in_top(logits[known], labels[known], top), top)
+        for measure, (is_kept, top) in measures.items():
+            count, total = int(is_kept.sum()), len(is_kept)
+            low, high = wilson_interval(count, total)
+            row = {"measure": measure, **time_columns(result), "images": total, "count": count}
+            rows.append(row | {"fraction": count / total, "low": low, "high": high, "chance": min(1, top / classes)})
+    return rows, fit_transition(times_of(series), np.stack(kept))
+
+
+def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
+    """The fractions against time, the chance levels, and where the fraction of kept classes falls fastest."""
+    figure, ((axes,),) = new_figure(COLUMN, 2.6)
+    handles = []  # of the legend, in its order
+    looks = {
+        "predicted class kept": {"color": BLUE, "marker": "o", "zorder": 5},
+        "true class in top 1": {"color": VERMILION, "marker": "s", "zorder": 4, "linestyle": "--", "markersize": 4.5},
+        "true class in top 5": {"color": GREEN, "marker": "^", "zorder": 3, "linestyle": "-.", "markersize": 6},
+    }
+    for measure, look in looks.items():
+        own = [row for row in rows if row["measure"] == measure]
+        if own:
+            value, low, high = (np.array([row[name] for row in own]) for name in ("fraction", "low", "high"))
+            # At 0 and 1 rounding may leave an end of the interval on the wrong side.
+            errors = np.maximum([value - low, high - value], 0)
+            # Open markers: where curves lie upon each other, all remain visible.
+            look = {"markerfacecolor": "none", "elinewidth": 0.6, "capsize": 1.5, **look}
+            handles.append(axes.errorbar(times_of(series), value, yerr=errors, label=measure, **look))
+    for chance in sorted({row["chance"] for row in rows}):
+        line = axes.axhline(chance, color="0.45", linestyle=":", linewidth=0.8, zorder=1, label="chance level")
+    handles.append(line)
+    if transition:
+        axes.axvspan(transition.low, transition.high, color="0.85", linewidth=0, zorder=0)
+        label = f"transition {transition.time:.3f} ± {transition.error:.3f}"
+        handles.append(axes.axvline(transition.time, color="0.3", linewidth=0.8, zorder=1, label=label))
+    axes.set(xlabel=TIME_LABEL, ylabel="fraction of images", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return figure, rows
+
+
+def describe(transition: Transition | None) -> str:
+    """The transition in one or two lines."""
+    if transition is None:
+        return (
+            "no transition: class retention does not fall beyond its errors between the first and the last time, or "
+            "there are fewer than 3 times"
+        )
+    words = (
+        f"class retention falls fastest at k/N = {transition.time:.4f} +- {transition.error:.4f} "
+        f"(95%: {transition.low:.4f} to {transition.high:.4f}), over a width of {transition.width:.4f}"
+    )
+    return words if transition.resolved else f"{words}.\nThe fall lies between two times: add times there to resolve it"
+
+
+# Distributions
+
+
+def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure, Rows]:
+    """Histograms over images of the similarity of an early, a middle and the last layer, a line per time."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    layers = series[0].differences["layers"].tolist()
+    depths = sorted({0, len(layers) // 2, len(layers) - 1})
+    figure, (panels,) = new_figure(PAGE, 2.2, columns=len(depths))
+    colours, rows = early_to_late(), []
+    for depth, axes in zip(depths, panels, strict=True):
+        values = [result.differences["cosine"][:, depth] for result in series]
+        values = [v[np.isfinite(v)] for v in values]
+        lowest = min((v.min() for v in values if len(v)), default=0)
+        edges = np.linspace(min(np.floor(lowest * 20) / 20, 0.95), 1, bins + 1)
+        for result, own in zip(series, values, strict=True):
+            counts = np.histogram(np.minimum(own, 1), edges)[0]  # rounding may carry a similarity beyond 1
+            colour = colours(result.step_reverse / result.num_steps)
+            axes.stairs(counts / max(1, len(own)), edges, color=colour, linewidth=0.9)
+            ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
+            about = {"layer": layers[depth], "depth": depth, **time_columns(result)}
+            rows += [{**about, "from": low, "to": high, "images": count} for low, high, count in ends]
+        axes.set_title(f"{layers[depth]} ({depth + 1} of {len(layers)})", fontsize=7)
+        axes.set(xlabel="cosine similarity", xlim=(edges[0], edges[-1]))
+        axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", nbins=5)
+    panels[0].set_ylabel("fraction of images")
+    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=panels, pad=0.01, aspect=25)
+    bar.set_label(TIME_LABEL)
+    bar.outline.set_linewidth(0.6)
+    return figure, rows
+
+
+# The gallery
+
+
+def choose_names(names: list[str], wanted: Sequence[str], count: int, seed: int) -> list[str]:
+    """Starting images for the gallery: those that are wanted, by path or file name, else some at random by the seed."""
+    if not wanted:
+        chosen = np.random.default_rng(seed).choice(len(names), size=min(count, len(names)), replace=False)
+        return [names[i] for i in sorted(chosen)]
+    found = []
+    for want in wanted:
+        fits = [name for name in names if want in known_as(name)]
+        if len(fits) != 1:
+            close = fits[:3] or difflib.get_close_matches(want, names, n=3, cutoff=0.3)
+            number = len(fits) or "none"
+            raise UserError(
+                f"--gallery {want}: {number} of the {len(names)} images has this name, expected one"
+                + (f"; there are {', '.join(close)}" if close else "")
+            )
+        found += fits
+    return found
+
+
+def known_as(name: str) -> set[str]:
+    """The ways to name a starting image: with and without its folders, with and without its extension."""
+    return {name, stem(name), os.path.basename(name), os.path.basename(stem(name))}
+
+
+def stem(path: str) -> str:
+    """A path without its extension."""
+    return os.path.splitext(path)[0]
+
+
+def find_samples(data_dir: str, result: TimeResult, names: Sequence[str]) -> list[str]:
+    """The samples of starting images at one time, as paths. Raises UserError where one is missing."""
+    folder = f"{data_dir}/t_{result.step_reverse}_{result.num_steps}_images"
+    samples = {re.sub(r"_t\d{4,}$", "", stem(path)): path for path in list_images(folder)}
+    if missing := [name for name in names if stem(name) not in samples]:
+        raise UserError(f"{folder} (--data_dir) has no sample of {missing[0]}, which the results have (--results)")
+    return [f"{folder}/{samples[stem(name)]}" for name in names]
+
+
+def draw_gallery(
+    series: Sequence[TimeResult], names: Sequence[str], starting_data_dir: str, data_dir: str
+) -> tuple[Figure, Rows]:
+    """A row per starting image: itself, and its sample of every time."""
+    paths = [find_samples(data_dir, result, names) for result in series]  # by time, then by image
+    columns, count = 1 + len(series), len(names)
+    width = COLUMN if columns <= 4 else PAGE
+    cell = width / columns
+    figure, panels = new_figure(width, cell * count + 0.32, columns=columns, rows=count)
+    figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
+    rows = []
+    for row, name in enumerate(names):
+        samples = [np.asarray(open_image(of_time[row])) for of_time in paths]
+        start = read_image(f"{starting_data_dir}/{name}", len(samples[0]))
+        rows.append({"row": row, "name": name, "k": "", "N": "", "k/N": "", "path": f"{starting_data_dir}/{name}"})
+        of_times = zip(series, paths, strict=True)
+        rows += [{"row": row, "name": name, **time_columns(r), "path": p[row]} for r, p in of_times]
+        for axes, pixels in zip(panels[row], [start, *samples], strict=True):
+            axes.imshow(pixels)
+            axes.set_axis_off()
+    panels[0, 0].set_title("start", fontsize=7, pad=2)
+    for axes, result in zip(panels[0, 1:], series, strict=True):
+        axes.set_title(f"{result.step_reverse / result.num_steps:.3g}", fontsize=7, pad=2)
+    figure.supxlabel("samples, by " + TIME_LABEL, fontsize=8)
+    return figure, rows
+
+
+# Figures and their files
+
+
+def style() -> AbstractContextManager:
+    """The context to draw in: `STYLE` upon matplotlib's own defaults, whatever the user's settings are."""
+    import matplotlib
+
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches, and its panels, an array (rows, columns) of Axes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def early_to_late() -> Colormap:
+    """From dark to light, as evenly for the colour-blind; without viridis' last tenth, too pale for a line on white."""
+    import matplotlib
+    from matplotlib.colors import ListedColormap
+
+    return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+
+
+def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:
+    """The bytes of a figure's files, by name; the same for the same figure."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files = {f"{name}.csv": table.getvalue().encode(errors="surrogateescape")}
+    for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        data = io.BytesIO()
+        figure.savefig(data, format=ending, dpi=300, metadata=metadata)
+        files[f"{name}.{ending}"] = data.getvalue()
+    return files
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s --classifier_name NAME [flags]", description=__doc__)
+    add = parser.add_argument_group("what to read").add_argument
+    add("--classifier_name", default="convnext_base", metavar="NAME", help="the classifier (default: %(default)s)")
+    add(
+        "--results",
+        default="",
+        metavar="FOLDER",
+        help="of act_diff and logits files (default: classifier_statistics/NAME)",
+    )
+    add(
+        "--timestep_respacing",
+        default=250,
+        type=whole_number(1),
+        metavar="N",
+        help="the number of diffusion steps after respacing, N in the files' names (default: %(default)s)",
+    )
+    add("--starting_data_dir", default="", metavar="FOLDER", help="the starting images, for the gallery")
+    add("--data_dir", default="", metavar="FOLDER", help="the samples, for the gallery: the main script's --output")
+    add = parser.add_argument_group("what to draw").add_argument
+    add("--output", default="figures", metavar="FOLDER", help="folder of the figures (default: %(default)s)")
+    add(
+        "--statistic",
+        default="max",
+        choices=list(STATISTICS),
+        help="of the similarity over images: max is where their distribution has its maximum (default: %(default)s)",
+    )
+    add(
+        "--bins", default=40, type=whole_number(2, 1000), metavar="INT", help="of the histograms (default: %(default)s)"
+    )
+    add("--gallery", nargs="+", default=[], metavar="NAME", help="starting images of the gallery, by path or file name")
+    add(
+        "--gallery_count",
+        default=4,
+        type=whole_number(1, 20),
+        metavar="INT",
+        help="how many to choose at random where --gallery names none (default: %(default)s)",
+    )
+    add("--seed", default=0, type=whole_number(0), metavar="INT", help="of that choice (default: 0)")
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
