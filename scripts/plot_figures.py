@@ -34,6 +34,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_json, write_whole
 from guided_diffusion.image_datasets import list_images, open_image, read_image
 from guided_diffusion.retention import (
+    FEWEST_TIMES,
     STATISTICS,
     Estimate,
     Transition,
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
         write_whole(f"{args.output}/{name}", data)
     write_json(f"{args.output}/transition.json", transition and {"images": count, **transition.as_dict()})
 
-    logger.info(describe(transition))
+    logger.info(describe(transition, len(series)))
     if not args.data_dir:
         logger.info("no gallery: it needs the images, --starting_data_dir and --data_dir")
     logger.info(f"{', '.join(draw)} (png, pdf, csv) and transition.json are in {args.output}")
@@ -196,10 +197,12 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
     for depth, layer in enumerate(layers):
         own = [row for row in rows if row["depth"] == depth]
         value, low, high = (np.array([row[column + end] for row in own]) for end in ("", "_low", "_high"))
-        colour, look = colours(depth / max(1, len(layers) - 1)), {"linewidth": 0.7}
+        colour, look = colours(depth / max(1, len(layers) - 1)), {"linewidth": 0.7, "marker": "."}
         if depth == len(layers) - 1 and LOGITS.match(layer):
             colour, look = "black", {"linestyle": "--", "marker": "s", "zorder": 4, "label": "logits"}
         axes.fill_between(times, low, high, color=colour, alpha=0.3, linewidth=0)
+        if len(times) == 1:  # which has no room for a band
+            axes.vlines(times, low, high, color=colour, linewidth=0.5)
         axes.plot(times, value, color=colour, **look)
     axes.set(xlabel=TIME_LABEL, ylabel=f"cosine similarity,\n{column} over images", xlim=(-0.02, 1.02))
     axes.set_ylim(top=1.04)
@@ -266,13 +269,12 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
     return figure, rows
 
 
-def describe(transition: Transition | None) -> str:
+def describe(transition: Transition | None, num_times: int) -> str:
     """The transition in one or two lines."""
+    if num_times < FEWEST_TIMES:
+        return f"no transition: it is fitted to {FEWEST_TIMES} times or more, the results are of {num_times}"
     if transition is None:
-        return (
-            "no transition: class retention does not fall beyond its errors between the first and the last time, or "
-            "there are fewer than 3 times"
-        )
+        return "no transition: class retention does not fall beyond its errors between the first and the last time"
     words = (
         f"class retention falls fastest at k/N = {transition.time:.4f} +- {transition.error:.4f} "
         f"(95%: {transition.low:.4f} to {transition.high:.4f}), over a width of {transition.width:.4f}"
