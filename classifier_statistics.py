@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = classifier_settings(args, classifier, circumstances["precision"])
     settings["the number of images (--num_samples)"] = len(images)
     settings["the list of images (--data_dir, --labels_file)"] = images_digest(images)
-    result = statistics_file(args.output or default_folder(args.classifier_name), args.classifier_name)
+    result = statistics_file(args.output or default_folder(classifier.name), classifier.name)
     if dist_util.on_main(finished_record, result, settings):
         logger.info(f"{result} is there already, made with the same settings: nothing to do")
         return 0

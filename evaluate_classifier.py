@@ -52,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         default_folder,
         digest_of,
         images_digest,
+        name_in_files,
         parts_folder,
         set_up,
         statistics_file,
@@ -64,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 
     dist_util.setup_dist()
     logger.configure()
-    name, data_dir = args.classifier_name, args.data_dir or default_output(args.starting_data_dir)
+    name, data_dir = name_in_files(args.classifier_name), args.data_dir or default_output(args.starting_data_dir)
     output = args.output or default_folder(name)
     num_steps = dist_util.on_every_rank(number_of_steps, args)
     times = sorted(dist_util.on_every_rank(check_times, [k for ks in args.time_series for k in ks], num_steps))

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from . import logger
 from .errors import UserError, first_line
-from .torch_classifiers import Classifier, WatchedLayer
+from .torch_classifiers import Classifier
+from .watched_layers import WatchedLayer
 
 NORMALIZATIONS = ("std", "rms", "none")
 

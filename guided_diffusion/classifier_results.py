@@ -34,6 +34,11 @@ LOGITS_ARRAYS = ("names", "labels", "logits_start", "logits_sample")
 # The names of the files
 
 
+def name_in_files(classifier_name: str) -> str:
+    """The classifier's name in those of its files: without the module that it is from."""
+    return classifier_name.rpartition(":")[2]
+
+
 def default_folder(name: str) -> str:
     """Where the results of a classifier are unless --output says otherwise."""
     return f"classifier_statistics/{name}"
@@ -130,7 +135,13 @@ def add_flags(parser: argparse.ArgumentParser, output: str, batch_size: str) -> 
         batch_size: what a forward pass is of.
     """
     add = parser.add_argument_group("the classifier").add_argument
-    add("--classifier_name", default="convnext_base", metavar="NAME", help="of torchvision (default: %(default)s)")
+    add(
+        "--classifier_name",
+        default="convnext_base",
+        metavar="NAME",
+        help="of torchvision; or one's own, package.module:function, which returns (network, preprocess) "
+        "(default: %(default)s)",
+    )
     add(
         "--classifier_path",
         default="",
@@ -185,7 +196,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     """Load the classifier that the flags name, and make it ready on this rank's device. All ranks must call this.
 
     Args:
-        args: flags classifier_name, classifier_path, layers, classifier_use_fp16 and num_threads.
+        args: flags classifier_name, classifier_path, layers, image_size, classifier_use_fp16 and num_threads.
 
     Returns:
         the classifier, the context in which its model is to be called, and what decides the last digits: hardware,
@@ -201,7 +212,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     from .torch_classifiers import load_classifier
 
     patterns = [pattern.strip() for pattern in args.layers.split(",") if pattern.strip()]
-    chosen = args.classifier_name, args.classifier_path, patterns
+    chosen = args.classifier_name, args.classifier_path, patterns, args.image_size
     if not args.classifier_path and dist_util.get_world_size() > 1:
         dist_util.on_main(lambda: bool(load_classifier(*chosen)))  # one rank downloads, the others find the file
     classifier = dist_util.on_every_rank(load_classifier, *chosen)

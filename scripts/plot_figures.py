@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guided_diffusion import logger
-from guided_diffusion.classifier_results import TimeResult, default_folder, read_series
+from guided_diffusion.classifier_results import TimeResult, default_folder, name_in_files, read_series
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_json, write_whole
@@ -83,8 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     need_matplotlib()
     if bool(args.starting_data_dir) != bool(args.data_dir):
         raise UserError("for the gallery give both folders: --starting_data_dir and --data_dir; for none, neither")
-    folder = args.results or default_folder(args.classifier_name)
-    series = find_series(folder, args.classifier_name, args.timestep_respacing)
+    name = name_in_files(args.classifier_name)
+    folder = args.results or default_folder(name)
+    series = find_series(folder, name, args.timestep_respacing)
     count = len(series[0].differences["names"])
     logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {series[0].num_steps}")
 

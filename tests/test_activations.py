@@ -267,7 +267,8 @@ class Echo(nn.Module):
 
 def echo(mean, scale):
     """A classifier that watches its own input, and its normalization."""
-    from guided_diffusion.torch_classifiers import Classifier, WatchedLayer
+    from guided_diffusion.torch_classifiers import Classifier
+    from guided_diffusion.watched_layers import WatchedLayer
 
     layers = (WatchedLayer("same", 1, False, 3),)
     given = {"mean": {"same": np.full(3, mean)}, "scale": {"same": np.full(3, scale)}}

@@ -111,6 +111,41 @@ def test_preprocessing_is_the_preset_of_the_weights(photographs):
     np.testing.assert_allclose(got.permute(1, 2, 0), by_hand, atol=1e-5)
 
 
+OWN = """
+import torch
+from torch import nn
+
+def small():
+    network = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(), nn.Linear(8 * 64, 5))
+    return network, lambda image: torch.from_numpy(image).permute(2, 0, 1) / 255
+
+def network_alone():
+    return nn.Identity()
+"""
+
+
+def test_one_s_own(tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    one, other = (load_classifier("own_networks:small", path, image_size=16) for path in ("", "untrained"))
+    assert (one.name, one.num_classes, one.digest) == ("small", 5, other.digest)
+    assert [(layer.name, layer.channels, layer.is_logits) for layer in one.layers] == [("0", 8, False), ("2", 5, True)]
+    image = np.full((16, 16, 3), 51, np.uint8)
+    assert torch.equal(one.preprocess(image), torch.full((3, 16, 16), 0.2))
+    torch.save({key: w + 1 for key, w in one.model.state_dict().items()}, tmp_path / "own.pth")
+    loaded = load_classifier("own_networks:small", str(tmp_path / "own.pth"), ["2"], 16)
+    assert torch.equal(loaded.model[2].bias, one.model[2].bias + 1)
+    for name, path, message in (
+        ("own_networks:smal", "", r"'own_networks:smal', which cannot be found: .* attribute .smal.\.\nExpected"),
+        ("no_networks:small", "", r"cannot be found: No module named 'no_networks'"),
+        (":small", "", r"':small', which cannot be found: "),
+        ("own_networks:network_alone", "", r"returned Identity; expected a function that returns \(network, preproces"),
+        ("own_networks:small", "nowhere.pth", r"--classifier_path nowhere.pth cannot be read"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_classifier(name, path, image_size=16)
+
+
 # Files
 
 
