@@ -17,9 +17,7 @@ and transition.json: the time at which class retention falls fastest, with its u
 from __future__ import annotations
 
 import argparse
-import csv
 import difflib
-import io
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -31,6 +29,20 @@ from guided_diffusion import logger
 from guided_diffusion.classifier_results import TimeResult, default_folder, name_in_files, read_series
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
+from guided_diffusion.figures import (
+    BLUE,
+    COLUMN,
+    GREEN,
+    PAGE,
+    TIME_LABEL,
+    VERMILION,
+    Rows,
+    early_to_late,
+    need_matplotlib,
+    new_figure,
+    render,
+    style,
+)
 from guided_diffusion.files import write_json, write_whole
 from guided_diffusion.image_datasets import list_images, open_image, read_image
 from guided_diffusion.retention import (
@@ -45,33 +57,8 @@ from guided_diffusion.retention import (
 )
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
-Rows = list[dict[str, Any]]  # of a CSV: value by column
-
-COLUMN, PAGE = 3.4, 7.0  # inches: the width of one column, and of a page of two
-STYLE = {
-    "font.family": "DejaVu Sans",  # comes with matplotlib: the same picture everywhere
-    "font.size": 7,
-    "axes.labelsize": 8,
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "legend.handlelength": 1.8,
-    "legend.columnspacing": 1.2,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "lines.linewidth": 1.0,
-    "lines.markersize": 3.0,
-    "pdf.fonttype": 42,  # text in the PDF stays text
-}
-BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # of Okabe and Ito's colours, told apart by everyone
-TIME_LABEL = "time of reversal k/N"
 MOST_SHOWN = 10  # times in the gallery and among the distributions: with more, pictures and lines are too small
 COLUMNS = {"max": "mode", "mean": "mean", "median": "median"}  # of a CSV, by --statistic
 LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # where torchvision's networks have their last layer
@@ -115,14 +102,6 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("no gallery: it needs the images, --starting_data_dir and --data_dir")
     logger.info(f"{', '.join(draw)} (png, pdf, csv) and transition.json are in {args.output}")
     return 0
-
-
-def need_matplotlib() -> None:
-    """Raise UserError where matplotlib is not installed."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError('figures need matplotlib: pip install -e ".[figures]"') from error
 
 
 def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
@@ -384,48 +363,6 @@ def draw_gallery(
         axes.set_title(f"{result.step_reverse / result.num_steps:.3g}", fontsize=7, pad=2)
     figure.supxlabel("samples, by " + TIME_LABEL, fontsize=8)
     return figure, rows
-
-
-# Figures and their files
-
-
-def style() -> AbstractContextManager:
-    """The context to draw in: `STYLE` upon matplotlib's own defaults, whatever the user's settings are."""
-    import matplotlib
-
-    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
-
-
-def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, np.ndarray]:
-    """A figure of this size in inches, and its panels, an array (rows, columns) of Axes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False)
-
-
-def early_to_late() -> Colormap:
-    """From dark to light, as evenly for the colour-blind; without viridis' last tenth, too pale for a line on white."""
-    import matplotlib
-    from matplotlib.colors import ListedColormap
-
-    return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
-
-
-def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:
-    """The bytes of a figure's files, by name; the same for the same figure."""
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files = {f"{name}.csv": table.getvalue().encode(errors="surrogateescape")}
-    for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
-        data = io.BytesIO()
-        figure.savefig(data, format=ending, dpi=300, metadata=metadata)
-        files[f"{name}.{ending}"] = data.getvalue()
-    return files
 
 
 def create_argparser() -> argparse.ArgumentParser:
