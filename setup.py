@@ -9,7 +9,7 @@ setup(
     packages=find_packages(include=["guided_diffusion", "guided_diffusion.*"]),
     install_requires=["torch>=2.6", "torchvision", "numpy", "blobfile", "mpi4py>=4", "pillow>=10.1", "tqdm"],
     extras_require={
-        "test": ["pytest", "ruff", "matplotlib"],
+        "test": ["pytest", "pytest-xdist", "ruff", "matplotlib"],
         "figures": ["matplotlib"],
         "mpi": ["openmpi"],  # an MPI library and its mpiexec, for machines that have none
     },
