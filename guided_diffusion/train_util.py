@@ -39,6 +39,7 @@ from .training_checkpoints import (
     opt_path,
     parse_resume_step_from_filename,
     read_optimizer,
+    remove_unfinished,
     write_checkpoint,
 )
 
@@ -259,6 +260,7 @@ class TrainLoop:
 
     def _resume(self, named: str) -> None:
         """Take up the newest checkpoint in the output folder, else the `named` one, else begin."""
+        dist_util.on_main(remove_unfinished, self.output)
         path, ours = dist_util.on_main(choose_checkpoint, named, self.output, self.ema_rate)
         if path is None:
             self.ema_params = [_copies(self.mp_trainer.master_params) for _ in self.ema_rate]

@@ -18,7 +18,7 @@ import torch
 
 from .checkpoint_file import read_saved
 from .errors import UserError
-from .files import whole_file
+from .files import SCRATCH, is_remote, whole_file
 
 
 def model_path(folder: str, step: int) -> str:
@@ -66,6 +66,15 @@ def _is_whole(path: str) -> bool:
         return False
     with bf.BlobFile(path, "rb", streaming=True) as f:
         return zipfile.is_zipfile(f)
+
+
+def remove_unfinished(folder: str) -> None:
+    """Remove what a killed run had begun to write into its folder: checkpoints, its log, pictures of samples."""
+    if is_remote(folder) or not os.path.isdir(folder):
+        return
+    for name in os.listdir(folder):
+        if re.fullmatch(rf"\.(model|opt|ema_|samples_|progress\.).*{re.escape(SCRATCH)}", name):
+            os.unlink(os.path.join(folder, name))
 
 
 def write_checkpoint(path: str, state: Mapping[str, Any]) -> None:
