@@ -43,7 +43,7 @@ WITHOUT_EFFECT = ("use_checkpoint",)
 
 def begin(args: argparse.Namespace, otherwise: str) -> str:
     """Join the other processes and open the log. Returns the folder of results: by the flags, else `otherwise`."""
-    if not args.data_dir:
+    if getattr(args, "data_dir", None) == "":  # some scripts make their images themselves
         raise UserError("no folder of images was given: --data_dir FOLDER")
     if args.lr <= 0 or args.weight_decay < 0:
         raise UserError(f"--lr {args.lr} --weight_decay {args.weight_decay}: expected lr > 0 and weight_decay >= 0")
