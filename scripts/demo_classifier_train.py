@@ -1,0 +1,66 @@
+"""Train the classifier of the demo, a small ConvNeXt, on images of its grammar, whole ones and spoilt ones.
+
+The images are made as they are needed, a function of the seed and the position in the stream. A run that was ended goes
+on from its newest checkpoint when it is started again with the same flags. The defaults are those that the demo's
+weights were trained with.
+
+  python scripts/demo_classifier_train.py --output results/demo_classifier
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.script_util import add_dict_to_argparser, training_defaults
+from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+
+    import torch
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from guided_diffusion.training_setup import begin, loop_options, settings_of
+    from random_hierarchy_model.classifier import small_convnext
+    from random_hierarchy_model.classifier_training import ReadingLoop
+    from random_hierarchy_model.training import ImageStream, images_from_flags
+
+    output = begin(args, "results/demo_classifier")
+    images = images_from_flags(GRAMMAR_FLAGS)
+    data = ImageStream(images, args.batch_size, args.seed)
+    torch.manual_seed(args.seed)
+    model, _ = small_convnext()
+
+    loop = ReadingLoop(
+        images=images,
+        model=model.to(dist_util.dev()),
+        diffusion=create_gaussian_diffusion(),
+        data=data,
+        ema_rate=args.ema_rate,
+        use_fp16=args.use_fp16,
+        lr_anneal_steps=args.lr_anneal_steps,
+        output=output,
+        settings=settings_of(args, GRAMMAR_FLAGS, data),
+        **loop_options(args),
+    )
+    loop.run_loop()
+    return 0
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
+    flags = {**training_defaults(), **CLASSIFIER_TRAINING_FLAGS}
+    absent = "data_dir", "labels_file", "random_crop", "random_flip", "num_workers", "sample_grid", "sample_steps"
+    for name in (*absent, "schedule_sampler"):
+        del flags[name]
+    add_dict_to_argparser(parser, {**flags, "use_fp16": False})
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)

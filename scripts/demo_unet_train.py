@@ -1,0 +1,95 @@
+"""Train the U-Net of the demo on images of a random hierarchy model, which are made as they are needed.
+
+A script such as image_train.py, with its flags, files and way of going on; but there is no data_dir: the images are a
+function of the grammar's flags, the seed and the position in the stream. The target is the best prediction,
+known exactly, so that a loss of 0 would be a perfect model; it has the minimum of the usual loss without its noise.
+The defaults are those that the demo's weights were trained with.
+
+  python scripts/demo_unet_train.py --output results/demo_unet
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import (
+    add_dict_to_argparser,
+    args_to_dict,
+    diffusion_from_flags,
+    model_and_diffusion_defaults,
+    training_defaults,
+)
+from random_hierarchy_model.demo import GRAMMAR_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
+
+HELP = {
+    "num_symbols": "v, the symbols of every level of the grammar, and the classes",
+    "num_synonyms": "m, the tuples of four that each symbol may produce",
+    "depth": "L, the levels of rules: an image is 2^L by 2^L patches",
+    "patch_size": "side of a patch, in pixels",
+    "grammar_seed": "seed of the rules and of the patches",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.resample import create_named_schedule_sampler
+    from guided_diffusion.training_setup import begin, loop_options, sample_grid, settings_of
+    from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
+
+    output = begin(args, "results/demo_unet")
+    flags = args_to_dict(args, model_and_diffusion_defaults())
+    images = dist_util.on_every_rank(images_from_flags, vars(args))
+    if images.image_size != args.image_size:
+        raise UserError(
+            f"--image_size {args.image_size}: --depth {args.depth} and --patch_size {args.patch_size} make images of "
+            f"{images.image_size}"
+        )
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+    schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
+    data = ImageStream(images, args.batch_size, args.seed)
+    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed).to(dist_util.dev())
+
+    loop = ExactTargetLoop(
+        images=images,
+        model=model,
+        diffusion=diffusion,
+        data=data,
+        schedule_sampler=schedule_sampler,
+        ema_rate=args.ema_rate,
+        use_fp16=args.use_fp16,
+        lr_anneal_steps=args.lr_anneal_steps,
+        output=output,
+        settings=settings_of(args, flags, data) | {f"--{name}": getattr(args, name) for name in GRAMMAR_FLAGS},
+        on_save=sample_grid(args, flags, args.image_size, output, data),
+        **loop_options(args),
+    )
+    loop.run_loop()
+    return 0
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
+    grammar = parser.add_argument_group("the grammar and its images")
+    for name, default in GRAMMAR_FLAGS.items():
+        least = 0 if name == "grammar_seed" else 1
+        words = f"{HELP[name]} (default: {default})"
+        grammar.add_argument(f"--{name}", default=default, type=whole_number(least), metavar="INT", help=words)
+    flags = {**training_defaults(), **TRAINING_FLAGS}
+    for absent in ("data_dir", "labels_file", "random_crop", "random_flip", "num_workers"):
+        del flags[absent]
+    add_dict_to_argparser(parser.add_argument_group("training"), flags)
+    add_dict_to_argparser(
+        parser.add_argument_group("the model and the diffusion"), {**model_and_diffusion_defaults(), **MODEL_FLAGS}
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
