@@ -1,0 +1,339 @@
+"""The whole experiment in minutes, on data whose hierarchy is known exactly: the random hierarchy model.
+
+Makes images of a small grammar, noises them and denoises them back with a small U-Net, measures what survived with a
+small ConvNeXt, and draws the figures, by the scripts that do the same for ImageNet:
+
+  forward_backward_dataset_sample.py, classifier_statistics.py, evaluate_classifier.py, scripts/plot_figures.py
+
+For these images the best possible denoiser is known, and so is the right answer: which symbols survive, from the class
+down to the leaves. It is drawn beside what the networks do. See random_hierarchy_model/README.md.
+
+  python scripts/demo.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from guided_diffusion import logger
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.errors import UserError
+from guided_diffusion.figures import (
+    BLUE,
+    GREEN,
+    PAGE,
+    TIME_LABEL,
+    VERMILION,
+    Rows,
+    need_matplotlib,
+    new_figure,
+    render,
+    style,
+)
+from guided_diffusion.files import write_whole
+from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from guided_diffusion.respace import SpacedDiffusion
+    from random_hierarchy_model import TreeImages
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+EXACT, LOOP, UNET, CONVNEXT = "exact posterior", "loop, exact denoiser", "loop, U-Net", "U-Net, seen by ConvNeXt"
+STATISTICS_IMAGES = 512  # of which the classifier's statistics are taken; a part of them is noised
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the experiment. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+    need_matplotlib()
+    launch = launcher(args.processes)
+    if args.num_images % (classes := GRAMMAR_FLAGS["num_symbols"]):
+        raise UserError(f"--num_images {args.num_images}: expected a multiple of the {classes} classes")
+
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from random_hierarchy_model.training import images_from_flags
+
+    logger.configure()
+    images = images_from_flags(GRAMMAR_FLAGS)
+    diffusion = create_gaussian_diffusion(timestep_respacing=str(args.timestep_respacing))
+    folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
+    paths = write_images(images, folders["images"], max(STATISTICS_IMAGES, args.num_images), args.seed)
+    chosen = choose(paths, args.num_images)
+
+    run_scripts(args, folders, len(paths), launch)
+
+    rows = measure(images, diffusion, chosen, folders, args)
+    with style():
+        files = render("retention", *draw(rows))
+    for name, data in files.items():
+        write_whole(f"{folders['figures']}/{name}", data)
+    sys.stdout.write(table(rows))
+    logger.info(
+        f"figures are in {folders['figures']}: retention (what survives of each level, beside the right answer),\n"
+        "similarity_against_time (the same in a classifier's activations), class_retention, distributions, gallery"
+    )
+    return 0
+
+
+# The images
+
+
+def write_images(images: TreeImages, folder: str, count: int, seed: int) -> list[str]:
+    """Write images of the grammar, as many of each class, in a folder per class. Returns their paths, sorted.
+
+    A path names the seed and the number of the image, which decide its pixels: one that is there is not made again.
+    """
+    from guided_diffusion.forward_backward import to_pixels
+    from guided_diffusion.pipeline import encode
+
+    classes, symbols = derivations(images, count, seed)
+    pixels = to_pixels(images.render(symbols[0]))
+    paths = [f"class_{c:02d}/seed{seed}_{i:05d}.png" for i, c in enumerate(classes)]
+    for path, picture in zip(paths, pixels, strict=True):
+        if not os.path.exists(f"{folder}/{path}"):
+            write_whole(f"{folder}/{path}", encode(picture, "png", 0))
+    return sorted(paths)
+
+
+def derivations(images: TreeImages, count: int, seed: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """The classes of the images number 0 .. count - 1, in turn, and the symbols of every level, level 0 first."""
+    classes = np.arange(count) % images.grammar.num_symbols
+    return classes, images.grammar.sample(count, seed, classes=classes)
+
+
+def choose(paths: Sequence[str], count: int) -> list[str]:
+    """The images that forward_backward_dataset_sample.py takes of these, in its order: as many of each class."""
+    by_class: dict[str, list[str]] = {}
+    for path in paths:
+        by_class.setdefault(os.path.dirname(path), []).append(path)
+    return [path for name in sorted(by_class) for path in sorted(by_class[name])[: count // len(by_class)]]
+
+
+# The scripts
+
+
+def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, launch: list[str]) -> None:
+    """Run the four scripts; `total` images are there. Raises UserError where one fails."""
+    times = [str(k) for k in args.time_series]
+    steps = {"timestep_respacing": args.timestep_respacing}
+    classifier = {"classifier_name": CLASSIFIER, "classifier_path": str(CLASSIFIER_FILE)}
+    size, threads = {"image_size": MODEL_FLAGS["image_size"]}, {"num_threads": args.num_threads}
+    classes = GRAMMAR_FLAGS["num_symbols"]
+    sampling = {"model_path": UNET_FILE, "data_dir": folders["images"], "output": folders["samples"], **MODEL_FLAGS}
+    choice = {"num_classes": classes, "num_per_class": args.num_images // classes, "seed": args.seed}
+    choice |= {"batch_size": 64, "image_format": "png", "use_fp16": True}
+    results = {"output": folders["classifier"], **classifier, **size, **threads}
+    both = {"starting_data_dir": folders["images"], "data_dir": folders["samples"]}
+    drawing = {"results": folders["classifier"], "output": folders["figures"], "classifier_name": CLASSIFIER}
+    for script, flags, more in (
+        ("forward_backward_dataset_sample.py", {**sampling, **choice, **steps, **threads}, ["--step_reverse", *times]),
+        ("classifier_statistics.py", {**results, "data_dir": folders["images"], "num_samples": total}, []),
+        ("evaluate_classifier.py", {**results, **both, **steps}, ["--time_series", *times]),
+        ("scripts/plot_figures.py", {**drawing, **both, **steps}, []),
+    ):
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + more
+        logger.info(f"\n{script}")
+        run_script(script, words, launch if script != "scripts/plot_figures.py" else [])
+
+
+def launcher(processes: int) -> list[str]:
+    """The words before the name of a script that runs in so many processes; none for one. Raises UserError."""
+    if processes == 1:
+        return []
+    beside = Path(sys.executable).with_name("mpiexec")
+    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
+    if mpiexec is None:
+        raise UserError(f'--processes {processes} needs mpiexec, and there is none: pip install -e ".[mpi]"')
+    return [mpiexec, "-n", str(processes), sys.executable]
+
+
+def run_script(script: str, words: list[str], launch: list[str]) -> None:
+    """Run a script: its `main` in this process, or with a launcher in others. Raises UserError where it fails."""
+    path = REPOSITORY / script
+    if launch:
+        status = subprocess.run([*launch, str(path), *words], check=False).returncode
+    else:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        status = module.main(words)
+    if status:
+        raise UserError(f"{script} ended with status {status}: see above what was wrong")
+
+
+# What survived
+
+
+def measure(
+    images: TreeImages,
+    diffusion: SpacedDiffusion,
+    paths: Sequence[str],
+    folders: dict[str, str],
+    args: argparse.Namespace,
+) -> Rows:
+    """The fraction of each level's symbols that survives, by time: exactly, and as the samples have it."""
+    import torch
+
+    from guided_diffusion.classifier_results import logits_file, name_in_files, read_arrays
+    from guided_diffusion.forward_backward import NoiseStreams, SampleFolder, from_pixels, noised_image
+    from guided_diffusion.image_datasets import read_image
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from random_hierarchy_model import ExactDenoiser
+    from random_hierarchy_model.curves import fraction_kept, probability_kept
+
+    depth = images.grammar.depth
+    levels = ["class", *(f"level {level}" for level in range(depth - 1, 0, -1)), "leaves"]
+    numbers = [int(path.rpartition("_")[2].removesuffix(".png")) for path in paths]
+    symbols = derivations(images, max(numbers) + 1, args.seed)[1]
+    true = [torch.from_numpy(of_level[numbers]) for of_level in symbols]
+    x_start = images.render(true[0])
+    exact = ExactDenoiser(images, create_gaussian_diffusion().alphas_cumprod)
+    chance = probability_kept(images, x_start, 0.0, true).mean(0)
+    size, n = images.image_size, diffusion.num_timesteps
+
+    rows: Rows = []
+    bar = logger.progress_bar(sum(args.time_series), "exact denoiser", "step")
+    with bar:
+        for k in args.time_series:
+            noise = NoiseStreams(args.seed, paths, k, "cpu")  # that of the U-Net's samples
+            x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape))
+            signal = 1.0 if k == 0 else 0.0 if k == n else float(diffusion.alphas_cumprod[k - 1])
+            back = diffusion.p_sample_loop_forw_back(exact, x.shape, k, noise=x, generator=noise)
+            folder = SampleFolder(folders["samples"], k, n, diffusion.original_num_steps, "png")
+            samples = np.stack([read_image(f"{folder.path}/{folder.sample(path)}", size) for path in paths])
+            name = name_in_files(CLASSIFIER)
+            found = read_arrays(logits_file(folders["classifier"], name, k, n), ("names", "labels", "logits_sample"))
+            seen = found["logits_sample"].argmax(axis=1) == found["labels"]
+            curves = {
+                EXACT: probability_kept(images, x, signal, true),
+                LOOP: fraction_kept(images, back, true),
+                UNET: fraction_kept(images, from_pixels(samples), true),
+                CONVNEXT: torch.from_numpy(seen).double()[:, None],
+            }
+            for curve, kept in curves.items():
+                means, errors = kept.mean(0).tolist(), (kept.std(0) / len(kept) ** 0.5).tolist()
+                about = {"k": k, "N": n, "k/N": k / n, "curve": curve, "images": len(kept)}
+                rows += [
+                    {**about, "level": level, "kept": value, "error": error, "chance": float(least)}
+                    for level, value, error, least in zip(levels, means, errors, chance, strict=False)
+                ]
+            bar.update(k)
+    return rows
+
+
+def draw(rows: Rows) -> tuple[Figure, Rows]:
+    """A panel per level: what survives against time, in every curve, with error bars of one standard error."""
+    levels = list(dict.fromkeys(row["level"] for row in rows))
+    figure, (panels,) = new_figure(PAGE, 2.2, columns=len(levels))
+    looks = {
+        EXACT: {"color": "black", "linewidth": 1.2, "zorder": 2},
+        LOOP: {"color": BLUE, "linestyle": "none", "marker": "o", "markersize": 5, "zorder": 3},
+        UNET: {"color": VERMILION, "linestyle": "none", "marker": "s", "markersize": 3, "zorder": 4},
+        CONVNEXT: {"color": GREEN, "linestyle": "none", "marker": "^", "markersize": 7, "zorder": 1},
+    }
+    handles: dict[str, Any] = {}
+    for level, axes in zip(levels, panels, strict=True):
+        of_level = [row for row in rows if row["level"] == level]
+        for curve, look in looks.items():
+            own = [row for row in of_level if row["curve"] == curve]
+            if own:
+                points = ([row[name] for row in own] for name in ("k/N", "kept", "error"))
+                times, kept, errors = points
+                errors = None if curve == EXACT else errors
+                bars = axes.errorbar(
+                    times, kept, errors, label=curve, markerfacecolor="none", elinewidth=0.6, capsize=1.5, **look
+                )
+                handles.setdefault(curve, bars)
+        chance = of_level[0]["chance"]
+        handles["chance"] = axes.axhline(chance, color="0.45", linestyle=":", linewidth=0.8, label="chance level")
+        axes.set_title(level, fontsize=8)
+        axes.set(xlabel=TIME_LABEL, xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
+    for axes in panels[1:]:
+        axes.tick_params(labelleft=False)
+    panels[0].set_ylabel("fraction that survives")
+    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=len(handles))
+    return figure, rows
+
+
+def table(rows: Rows) -> str:
+    """The fractions that survive, a line per time and a column per level and curve."""
+    short = {EXACT: "exact", LOOP: "loop", UNET: "U-Net", CONVNEXT: "ConvNeXt"}
+    kept = {(row["k"], row["level"], row["curve"]): row["kept"] for row in rows}
+    of_level: dict[str, list[str]] = {}
+    for _, level, curve in kept:
+        of_level.setdefault(level, [])
+        if curve not in of_level[level]:
+            of_level[level].append(curve)
+    groups = {level: "".join(f"  {short[curve]:>5}" for curve in curves) for level, curves in of_level.items()}
+    lines = [
+        "what survives (exact: the right answer; loop: with the exact denoiser; ConvNeXt: of the U-Net's samples)",
+        "",
+        "     " + "".join(f"  {level:<{len(group) - 2}}" for level, group in groups.items()).rstrip(),
+        "  k/N" + "".join(groups.values()),
+    ]
+    for k, time in dict.fromkeys((row["k"], row["k/N"]) for row in rows):
+        columns = ((kept[k, level, curve], short[curve]) for level, curves in of_level.items() for curve in curves)
+        lines.append(f"{time:>5.3g}" + "".join(f"  {value:>{max(5, len(name))}.2f}" for value, name in columns))
+    return "\n" + "\n".join(lines) + "\n\n"
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
+    classes = GRAMMAR_FLAGS["num_symbols"]
+    add = parser.add_argument
+    add("--output", default="results/demo", metavar="FOLDER", help="folder of everything (default: %(default)s)")
+    add(
+        "--num_images",
+        default=64,
+        type=whole_number(classes),
+        metavar="INT",
+        help=f"images to take forward and back, a multiple of the {classes} classes (default: %(default)s)",
+    )
+    add(
+        "--time_series",
+        nargs="+",
+        default=[50, 75, 100, 113, 125, 138, 150, 175, 200],
+        type=whole_number(0),
+        metavar="K",
+        help="the times at which to turn back, in steps (default: nine, closest at the transition)",
+    )
+    add(
+        "--timestep_respacing",
+        default=250,
+        type=whole_number(1, 1000),
+        metavar="N",
+        help="number of diffusion steps (default: %(default)s)",
+    )
+    add("--seed", default=0, type=whole_number(0), metavar="INT", help="of images and noise (default: 0)")
+    add(
+        "--processes",
+        default=1,
+        type=whole_number(1),
+        metavar="INT",
+        help="processes that share the images out, under mpiexec (default: 1)",
+    )
+    add(
+        "--num_threads",
+        default=0,
+        type=whole_number(0),
+        metavar="INT",
+        help="CPU threads per process; 0: the cores, shared out among the processes (default: 0)",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
