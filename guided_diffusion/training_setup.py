@@ -76,9 +76,10 @@ def images_for(args: argparse.Namespace, data_dir: str, class_cond: bool, **opti
 
 
 def loop_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `TrainLoop` that are flags of every training script."""
-    names = ("batch_size", "microbatch", "lr", "weight_decay", "log_interval", "save_interval", "resume_checkpoint")
-    return {name: getattr(args, name) for name in (*names, "fp16_scale_growth", "iterations", "seed")}
+    """The arguments of `TrainLoop` that are flags of a training script; the classifier's lacks the first three."""
+    names = ("ema_rate", "use_fp16", "lr_anneal_steps", "batch_size", "microbatch", "lr", "weight_decay")
+    names += ("log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth", "iterations", "seed")
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}
 
 
 def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataStream) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ def infer(grammar: Grammar, log_likelihoods: Tensor, dtype: torch.dtype = torch.
     return Posterior(grammar, log_evidence[:, 0] + most.sum(dim=(1, 2)) - math.log(v), root, tuple(tuples))
 
 
+@lru_cache(maxsize=64)  # a denoising loop asks for it at every step
 def _membership(grammar: Grammar, level: int) -> Tensor:
     """Which symbols are in which tuple: 1 at [number of the tuple, place j and symbol b], where it has b at j, else 0.
 

@@ -111,6 +111,5 @@ class TreeImages:
 
         No grammar is asked: the leaves need not be those of a derivation.
         """
-        return (self.patches(images) @ self.palette.to(images).T).argmax(
-            dim=2
-        )  # all patches of the palette have the same length
+        # All patches of the palette have the same length: the nearest is that with the largest product.
+        return (self.patches(images) @ self.palette.to(images).T).argmax(dim=2)

@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.num_images % (classes := GRAMMAR_FLAGS["num_symbols"]):
         raise UserError(f"--num_images {args.num_images}: expected a multiple of the {classes} classes")
 
+    from guided_diffusion.image_datasets import choose_images, label_images, list_images
     from guided_diffusion.script_util import create_gaussian_diffusion
     from random_hierarchy_model.training import images_from_flags
 
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     diffusion = create_gaussian_diffusion(timestep_respacing=str(args.timestep_respacing))
     folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
     paths = write_images(images, folders["images"], max(STATISTICS_IMAGES, args.num_images), args.seed)
-    chosen = choose(paths, args.num_images)
+    found = label_images(folders["images"], list_images(folders["images"]))
+    chosen = [image.path for image in choose_images(found, classes, args.num_images // classes)]
 
     run_scripts(args, folders, len(paths), launch)
 
@@ -111,14 +113,6 @@ def derivations(images: TreeImages, count: int, seed: int) -> tuple[np.ndarray, 
     """The classes of the images number 0 .. count - 1, in turn, and the symbols of every level, level 0 first."""
     classes = np.arange(count) % images.grammar.num_symbols
     return classes, images.grammar.sample(count, seed, classes=classes)
-
-
-def choose(paths: Sequence[str], count: int) -> list[str]:
-    """The images that forward_backward_dataset_sample.py takes of these, in its order: as many of each class."""
-    by_class: dict[str, list[str]] = {}
-    for path in paths:
-        by_class.setdefault(os.path.dirname(path), []).append(path)
-    return [path for name in sorted(by_class) for path in sorted(by_class[name])[: count // len(by_class)]]
 
 
 # The scripts
@@ -188,7 +182,7 @@ def measure(
 
     from guided_diffusion.classifier_results import logits_file, name_in_files, read_arrays
     from guided_diffusion.forward_backward import NoiseStreams, SampleFolder, from_pixels, noised_image
-    from guided_diffusion.image_datasets import read_image
+    from guided_diffusion.sample_pairs import read_sample
     from guided_diffusion.script_util import create_gaussian_diffusion
     from random_hierarchy_model import ExactDenoiser
     from random_hierarchy_model.curves import fraction_kept, probability_kept
@@ -212,7 +206,7 @@ def measure(
             signal = 1.0 if k == 0 else 0.0 if k == n else float(diffusion.alphas_cumprod[k - 1])
             back = diffusion.p_sample_loop_forw_back(exact, x.shape, k, noise=x, generator=noise)
             folder = SampleFolder(folders["samples"], k, n, diffusion.original_num_steps, "png")
-            samples = np.stack([read_image(f"{folder.path}/{folder.sample(path)}", size) for path in paths])
+            samples = np.stack([read_sample(f"{folder.path}/{folder.sample(path)}", size) for path in paths])
             name = name_in_files(CLASSIFIER)
             found = read_arrays(logits_file(folders["classifier"], name, k, n), ("names", "labels", "logits_sample"))
             seen = found["logits_sample"].argmax(axis=1) == found["labels"]
@@ -249,8 +243,7 @@ def draw(rows: Rows) -> tuple[Figure, Rows]:
         for curve, look in looks.items():
             own = [row for row in of_level if row["curve"] == curve]
             if own:
-                points = ([row[name] for row in own] for name in ("k/N", "kept", "error"))
-                times, kept, errors = points
+                times, kept, errors = ([row[name] for row in own] for name in ("k/N", "kept", "error"))
                 errors = None if curve == EXACT else errors
                 bars = axes.errorbar(
                     times, kept, errors, label=curve, markerfacecolor="none", elinewidth=0.6, capsize=1.5, **look

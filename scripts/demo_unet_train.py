@@ -61,11 +61,8 @@ def main(argv: list[str] | None = None) -> int:
         diffusion=diffusion,
         data=data,
         schedule_sampler=schedule_sampler,
-        ema_rate=args.ema_rate,
-        use_fp16=args.use_fp16,
-        lr_anneal_steps=args.lr_anneal_steps,
         output=output,
-        settings=settings_of(args, flags, data) | {f"--{name}": getattr(args, name) for name in GRAMMAR_FLAGS},
+        settings=settings_of(args, flags | args_to_dict(args, GRAMMAR_FLAGS), data),
         on_save=sample_grid(args, flags, args.image_size, output, data),
         **loop_options(args),
     )

@@ -49,6 +49,15 @@ def save_checkpoint(path: Path, settings: dict) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """The tensors are small: threads would wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint that fits `SMALL_MODEL`."""

@@ -16,14 +16,7 @@ import torch
 from guided_diffusion.forward_backward import noised_image
 from guided_diffusion.script_util import create_gaussian_diffusion
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are small: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 ABAR = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))  # the linear schedule of 1000 steps

@@ -24,14 +24,7 @@ from random_hierarchy_model.demo import GRAMMAR_FLAGS
 from random_hierarchy_model.grammar import random_words
 from random_hierarchy_model.training import images_from_flags
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """The tensors are small: threads would wait for each other longer than they compute."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def grammar(v, s, depth, m, seed=0):
