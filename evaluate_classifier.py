@@ -68,7 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     name, data_dir = name_in_files(args.classifier_name), args.data_dir or default_output(args.starting_data_dir)
     output = args.output or default_folder(name)
     num_steps = dist_util.on_every_rank(number_of_steps, args)
-    times = sorted(dist_util.on_every_rank(check_times, [k for ks in args.time_series for k in ks], num_steps))
+    series = [k for ks in args.time_series for k in ks]
+    times = sorted(dist_util.on_every_rank(check_times, series, num_steps, "--time_series"))
     folders = {k: SampleFolder(data_dir, k, num_steps, args.diffusion_steps) for k in times}
     # samples[k][i] is that of starts[i]
     starts, class_names, samples = dist_util.on_main(find_pairs, args.starting_data_dir, args.labels_file, folders)

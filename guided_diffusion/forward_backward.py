@@ -46,9 +46,9 @@ def noised_image(
     return diffusion.q_sample(x_start, last, noise=noise)
 
 
-def check_times(steps: Sequence[int], num_steps: int) -> list[int]:
-    """The times k, each once. Raises UserError unless all are in 0..N = `num_steps`."""
-    return list(dict.fromkeys(check_step_reverse(k, num_steps) for k in steps))
+def check_times(steps: Sequence[int], num_steps: int, flag: str = "--step_reverse") -> list[int]:
+    """The times k, each once. Raises UserError, which names `flag`, unless all are in 0..N = `num_steps`."""
+    return list(dict.fromkeys(check_step_reverse(k, num_steps, flag) for k in steps))
 
 
 def from_pixels(pixels: np.ndarray) -> torch.Tensor:

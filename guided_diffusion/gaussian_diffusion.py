@@ -743,15 +743,15 @@ class GaussianDiffusion:
         return {"total_bpd": terms["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **terms}
 
 
-def check_step_reverse(step_reverse: int, num_steps: int) -> int:
-    """k = `step_reverse`. Raises UserError unless it is a whole number in 0..N = `num_steps`."""
+def check_step_reverse(step_reverse: int, num_steps: int, flag: str = "--step_reverse") -> int:
+    """k = `step_reverse`. Raises UserError, which names `flag`, unless it is a whole number in 0..N = `num_steps`."""
     try:
         k = operator.index(step_reverse)
     except TypeError:
         k = -1
     if not 0 <= k <= num_steps:
         raise UserError(
-            f"--step_reverse {step_reverse} is out of range: expected a whole number from 0 to {num_steps}, the number "
+            f"{flag} {step_reverse} is out of range: expected a whole number from 0 to {num_steps}, the number "
             "of steps that --timestep_respacing (or, without it, --diffusion_steps) gives"
         )
     return k

@@ -513,7 +513,7 @@ MISTAKES = {
     "a time that is not there": (None, {"time_series": "5,15"}, ["t_15_20_images does not exist", "k = 5, 10"]),
     "another respacing": (None, {"timestep_respacing": 250}, ["of N = 250", "of N = 20: k = 5, 10", "_respacing"]),
     "no such respacing": (None, {"timestep_respacing": "many"}, ["many"]),
-    "a time beyond the end": (None, {"time_series": 21}, ["21", "20"]),
+    "a time beyond the end": (None, {"time_series": 21}, ["--time_series 21", "20"]),
     "no time": (None, {"time_series": ","}, ["--time_series", "25 50 125"]),
     "a time that is no number": (None, {"time_series": "five"}, ["--time_series", "five"]),
     "other training steps": (None, {"diffusion_steps": 4000}, ["_t0250.JPEG", "_t1000.JPEG", "--diffusion_steps"]),

@@ -95,8 +95,8 @@ def test_mistakes_of_the_demo(demo, tmp_path, monkeypatch, capsys):
     script = load_script("scripts/demo.py")
     with pytest.raises(UserError, match=r"^--num_images 12: expected a multiple of the 8 classes$"):
         script.main(["--num_images", "12", "--output", str(tmp_path / "none")])
-    with pytest.raises(UserError, match="21"):
-        script.main([*SMALL, "--time_series", "21", "--output", str(tmp_path / "late")])
+    with pytest.raises(UserError, match=r"^--time_series 21 is out of range: expected a whole number from 0 to 20"):
+        script.main([*SMALL, "--time_series", "21", "--output", str(tmp_path / "none")])
     with pytest.raises(UserError, match="begun with other settings"):  # another seed, in a folder with results
         script.main([*SMALL, "--seed", "1", "--output", str(demo)])
     monkeypatch.setattr(script.sys, "executable", "/nowhere/python")
