@@ -23,14 +23,79 @@ class NormalStream(Protocol):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation with float32 parameters, computed in float32 and returned in the dtype of its input."""
+    """Group normalisation with float32 parameters, computed in float32, and what may follow it at once.
+
+    Called as norm(x), or as norm(x, scale, shift) for norm(x) * (1 + scale) + shift (AdaGN: Dhariwal and Nichol 2021,
+    arXiv:2105.05233, section 3.1), where these are (B, C, 1, ...). The result has the dtype of x, or `dtype`.
+    """
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        dtype = dtype or x.dtype
+        if torch.compiler.is_compiling():  # the compiler's own kernels take any layout
+            h = super().forward(x.float()).to(dtype)
+        elif x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
+            channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+            if channels_last and not torch.is_grad_enabled():
+                return self._channels_last(x, scale, shift, dtype)
+            h = super().forward(x.contiguous().to(dtype))  # the kernel computes in float32 of itself
+        else:
+            h = super().forward(x.contiguous().float()).to(dtype)
+        if scale is None:
+            return h
+        return torch.addcmul(shift, h, 1 + scale, out=None if h.requires_grad else h)
+
+    def _channels_last(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`forward` on a CPU, in half precision, of x (B, C, H, W) whose channels are last in memory.
+
+        PyTorch's group normalisation takes E[x^2] - E[x]^2 for the variance there, which is wrong for a large mean. Its
+        batch normalisation is exact, and that of one image has what is needed: the moments of every channel, and the
+        multiplication and addition of two numbers per channel, in one pass.
+        """
+        images = []
+        for i, image in enumerate(x.split(1)):  # (1, C, H, W)
+            unused = torch.zeros_like(self.bias)  # running averages, which it insists on
+            mean, variance = torch.batch_norm_update_stats(image, unused, unused.clone(), 0.0)
+            mean, variance = mean.view(self.num_groups, -1), variance.view(self.num_groups, -1)  # (G, C / G)
+            spread, group_mean = torch.var_mean(mean, dim=1, correction=0, keepdim=True)
+            group_variance = variance.mean(dim=1, keepdim=True) + spread  # (G, 1)
+            weight, bias = self.weight, self.bias
+            if scale is not None:
+                factor = 1 + scale[i].flatten().float()
+                weight, bias = weight * factor, torch.addcmul(shift[i].flatten().float(), bias, factor)
+            moments = (m.expand_as(mean).flatten() for m in (group_mean, group_variance))
+            images.append(nn.functional.batch_norm(image.to(dtype), *moments, weight, bias, eps=self.eps))
+        return torch.cat(images) if len(images) > 1 else images[0]
+
+
+class PointwiseConv1d(nn.Conv1d):
+    """A convolution of kernel size 1, computed as the linear map of each pixel that it is: (B, C, T) -> (B, D, T).
+
+    Input and output may have the channels last in memory; then nothing is copied.
+    """
+
+    def __init__(self, channels: int, out_channels: int):
+        super().__init__(channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Given channels-last input, the CPU's kernel takes E[x^2] - E[x]^2 for the variance: wrong for a large mean.
-        x = x.contiguous()
-        if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-            return super().forward(x)  # this kernel computes in float32 of itself; no copies are needed
-        return super().forward(x.float()).to(x.dtype)
+        return nn.functional.linear(x.mT, self.weight.squeeze(2), self.bias).mT
+
+
+def normalize_and_activate(
+    norm: GroupNorm32, activation: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """activation(norm(x, scale, shift)), where `activation` may overwrite its input.
+
+    On a CPU most of the time of such steps goes into new memory.
+    """
+    h = norm(x, scale, shift)
+    return activation(h.clone() if norm._forward_hooks else h)  # a hook may have kept the other
+
+
+def add_skip(conv: nn.Module, h: Tensor, skip: Tensor) -> Tensor:
+    """h + skip, where h is the output of `conv`, which is overwritten unless autograd or a hook may want it."""
+    return h + skip if h.requires_grad or conv._forward_hooks else h.add_(skip)
 
 
 def normalization(channels: int) -> GroupNorm32:

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 from .errors import UserError
 from .fp16_util import convert_module_to_f16, convert_module_to_f32, half_precision_dtype
 from .nn import (
+    PointwiseConv1d,
     SiLU,
+    add_skip,
     avg_pool_nd,
     checkpoint,
     conv_nd,
     linear,
     normalization,
+    normalize_and_activate,
     timestep_embedding,
     zero_module,
 )
@@ -117,13 +120,13 @@ class ResBlock(TimestepBlock):
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = nn.Sequential(
-            normalization(channels), SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
+            normalization(channels), SiLU(inplace=True), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
         self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims) if down else None
         self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
         self.out_layers = nn.Sequential(
             normalization(out_channels),
-            SiLU(),
+            SiLU(inplace=True),
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
@@ -140,22 +143,20 @@ class ResBlock(TimestepBlock):
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
-        h = activation(norm(x))  # (B, channels, H, W)
+        h = normalize_and_activate(norm, activation, x)  # (B, channels, H, W)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)  # (B, channels, H', W')
         h = conv(h)  # (B, out_channels, H', W')
 
         emb = self.emb_layers(emb).to(h.dtype)  # (B, out_channels or twice as many)
         emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))  # (B, ..., 1, 1)
-        norm, *rest = self.out_layers
+        norm, activation, dropout, conv = self.out_layers
         if self.use_scale_shift_norm:
-            scale, shift = emb.chunk(2, dim=1)
-            h = torch.addcmul(shift, norm(h), 1 + scale)
+            h = normalize_and_activate(norm, activation, h, *emb.chunk(2, dim=1))
         else:
-            h = norm(h + emb)
-        for layer in rest:
-            h = layer(h)  # (B, out_channels, H', W')
-        return self.skip_connection(x) + h
+            h = normalize_and_activate(norm, activation, h + emb)
+        h = conv(dropout(h))  # (B, out_channels, H', W')
+        return add_skip(conv, h, self.skip_connection(x))
 
 
 class QKVAttention(nn.Module):
@@ -209,9 +210,9 @@ class AttentionBlock(nn.Module):
         self.num_heads = _heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels)
-        self.qkv = conv_nd(1, channels, 3 * channels, 1)
+        self.qkv = PointwiseConv1d(channels, 3 * channels)
         self.attention = (QKVAttention if use_new_attention_order else QKVAttentionLegacy)(self.num_heads)
-        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
+        self.proj_out = zero_module(PointwiseConv1d(channels, channels))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
@@ -248,8 +249,8 @@ class AttentionPool2d(nn.Module):
     def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None):
         super().__init__()
         self.positional_embedding = nn.Parameter(torch.randn(embed_dim, spacial_dim**2 + 1) / embed_dim**0.5)
-        self.qkv_proj = conv_nd(1, embed_dim, 3 * embed_dim, 1)
-        self.c_proj = conv_nd(1, embed_dim, output_dim or embed_dim, 1)
+        self.qkv_proj = PointwiseConv1d(embed_dim, 3 * embed_dim)
+        self.c_proj = PointwiseConv1d(embed_dim, output_dim or embed_dim)
         self.num_heads = _heads(embed_dim, 1, num_heads_channels)
         self.attention = QKVAttention(self.num_heads)
 
@@ -451,7 +452,7 @@ class UNetModel(_Encoder):
                 self.output_blocks.append(TimestepEmbedSequential(*block))
         self.out = nn.Sequential(
             normalization(width),
-            SiLU(),
+            SiLU(inplace=True),
             zero_module(conv_nd(self.dims, width, self.out_channels, 3, padding=1)),
         )
 
@@ -478,7 +479,9 @@ class UNetModel(_Encoder):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         with torch.autocast(x.device.type, enabled=False):  # the output is in float32 in training too
-            return self.out(h.float()).to(x.dtype)  # (B, out_channels, H, W)
+            norm, activation, conv = self.out
+            h = activation(norm(h, dtype=torch.float32))  # (B, C, H, W)
+            return conv(h).to(x.dtype)  # (B, out_channels, H, W)
 
 
 class SuperResModel(UNetModel):

@@ -4,7 +4,7 @@ import argparse
 import math
 import platform
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from torch import nn
 from guided_diffusion import script_util
 from guided_diffusion import unet as unet_module
 from guided_diffusion.errors import UserError
-from guided_diffusion.fp16_util import half_precision_dtype
+from guided_diffusion.fp16_util import convert_module_to_f16, half_precision_dtype
 from guided_diffusion.nn import (
     GroupNorm32,
     avg_pool_nd,
@@ -460,6 +460,41 @@ def test_group_norm_is_computed_in_float32(dtype, memory_format):
     assert norm.weight.dtype == torch.float32
     # The result is rounded once to `dtype`: by half a unit in the last place, of values of up to about 5.
     assert relative_error(out, normalised(x, norm)) < 1e-5 + torch.finfo(dtype).eps / 2
+
+    scale, shift = (seeded((2, 64, 1, 1), seed).to(dtype) for seed in (1, 2))
+    modulated = norm(x, scale, shift, torch.float32)
+    assert modulated.dtype == torch.float32
+    assert modulated.shape == x.shape
+    expected = normalised(x, norm) * (1 + scale.double()) + shift.double()
+    # In half precision 1 + scale may be rounded first.
+    assert relative_error(modulated, expected) < 1e-5 + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("layer", ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"])
+@torch.no_grad()
+def test_a_hook_may_keep_what_it_is_shown(layer):
+    """Without gradients, blocks write over what they no longer need: not over what somebody else has kept."""
+    block = fill_weights(ResBlock(32, 16, 0.0, use_scale_shift_norm=True)).eval()
+    kept = []
+    block.get_submodule(layer).register_forward_hook(lambda _module, _args, output: kept.extend([output, output * 1]))
+    block(seeded((2, 32, 8, 8), 0), seeded((2, 16), 1))
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_that_is_used_again_is_nobodys(memory_format, dtype):
+    """With and without gradients, a block gives the same, and leaves its input as it is."""
+    block = fill_weights(ResBlock(32, 16, 0.0, use_scale_shift_norm=True)).eval()
+    block.apply(partial(convert_module_to_f16, dtype=dtype))
+    x, emb = seeded((2, 32, 8, 8), 0).to(dtype).to(memory_format=memory_format), seeded((2, 16), 1)
+    before = x.clone(), emb.clone()
+    with_gradients = block(x, emb)
+    with torch.no_grad():
+        without = block(x, emb)
+    assert all(map(torch.equal, before, (x, emb)))
+    assert with_gradients.requires_grad
+    assert relative_error(without, with_gradients.double()) < 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dim", [8, 9])
