@@ -38,7 +38,7 @@ from guided_diffusion.script_util import (
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-    from guided_diffusion.forward_backward import SampleFolder, Unit
+    from guided_diffusion.forward_backward import Pixels, SampleFolder, Unit
     from guided_diffusion.gaussian_diffusion import GaussianDiffusion
     from guided_diffusion.image_datasets import LabelledImage, UnreadableImage
     from guided_diffusion.unet import UNetModel
@@ -188,9 +188,9 @@ def sample(
                 bar.total -= k
                 continue
             samples = forward_backward(model, diffusion, unit, pictures, args, bar)
-            for image, pixels in zip(unit.images, samples, strict=True):
+            for i, image in enumerate(unit.images):
                 if image.path in unit.todo - bad.keys():
-                    writer.submit(f"{folder.path}/{folder.sample(image.path)}", pixels)
+                    writer.submit(f"{folder.path}/{folder.sample(image.path)}", partial(samples.image, i))
                     written[k] += 1
             bar.set_postfix(images=f"{sum(written.values())}/{to_do}")
     return written, unreadable
@@ -203,25 +203,26 @@ def forward_backward(
     pictures: list[np.ndarray | UnreadableImage],
     args: argparse.Namespace,
     bar: tqdm,
-) -> np.ndarray:
-    """Noise the images of a unit by k steps and denoise them by k steps: (B, H, W, 3) of uint8.
+) -> Pixels:
+    """Noise the images of a unit by k steps and denoise them by k steps.
 
-    The place of a picture that cannot be read is left blank: the others keep theirs, and so their bytes.
+    The place of a picture that cannot be read is left blank: the others keep theirs, and so their bytes. Nothing here
+    waits for the GPU: it works on one unit while the next is prepared.
     """
     import torch
 
     from guided_diffusion import dist_util
-    from guided_diffusion.forward_backward import NoiseStreams, from_pixels, noised_image, to_pixels
+    from guided_diffusion.forward_backward import NoiseStreams, Pixels, from_pixels, noised_image
 
     device, k = dist_util.dev(), unit.step_reverse
     blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)
     pixels = np.stack([picture if isinstance(picture, np.ndarray) else blank for picture in pictures])
-    x_start = from_pixels(pixels).to(device)  # (B, 3, H, W)
+    x_start = dist_util.upload(from_pixels(pixels))  # (B, 3, H, W)
     noise = NoiseStreams(args.seed, [image.path for image in unit.images], k, device)
     x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape, device=device))
     labels = {}
     if args.class_cond:
-        labels["y"] = torch.tensor([image.label for image in unit.images], device=device)
+        labels["y"] = dist_util.upload(torch.tensor([image.label for image in unit.images]))
     loops = (diffusion.p_sample_loop_forw_back_progressive, diffusion.ddim_sample_loop_forw_back_progressive)
     steps = loops[args.use_ddim](
         model,
@@ -239,7 +240,7 @@ def forward_backward(
             bar.update()
     except torch.OutOfMemoryError as error:
         raise UserError(f"the GPU's memory does not hold {len(x)} images at once: lower --batch_size") from error
-    return to_pixels(x)
+    return Pixels(x)
 
 
 def readers(unit: Unit, args: argparse.Namespace) -> list[Callable[[], np.ndarray | UnreadableImage]]:

@@ -61,13 +61,38 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
     Raises UserError where an image holds what is not a number.
     """
-    if not torch.isfinite(images).all():
-        raise UserError(
-            "the model gave NaN or infinity, which cannot be written as an image: its weights may be damaged\n"
-            "(--model_path), or too large for half precision (--use_fp16 False)"
-        )
-    pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-    return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return Pixels(images).numpy()
+
+
+class Pixels:
+    """The result of `to_pixels` on its way from the GPU, which may go on with other work meanwhile.
+
+    Args:
+        images: (B, 3, H, W), in [-1, 1].
+    """
+
+    def __init__(self, images: torch.Tensor):
+        pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        on_device = (pixels.permute(0, 2, 3, 1).contiguous(), torch.isfinite(images).all())
+        self._pixels, self._finite = (x.to("cpu", non_blocking=True) for x in on_device)
+        self._arrived = torch.cuda.Event() if images.is_cuda else None
+        if self._arrived:
+            self._arrived.record()
+
+    def numpy(self) -> np.ndarray:
+        """All of them, (B, H, W, 3), once they are here. Raises UserError where an image holds what is not a number."""
+        if self._arrived:
+            self._arrived.synchronize()
+        if not self._finite:
+            raise UserError(
+                "the model gave NaN or infinity, which cannot be written as an image: its weights may be damaged\n"
+                "(--model_path), or too large for half precision (--use_fp16 False)"
+            )
+        return self._pixels.numpy()
+
+    def image(self, i: int) -> np.ndarray:
+        """The i-th, (H, W, 3); otherwise as `numpy`."""
+        return self.numpy()[i]
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class ImageWriter:
         self.written = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._room = threading.Semaphore(ahead)
-        self._failure: OSError | None = None
+        self._failure: OSError | UserError | None = None
 
     def __enter__(self) -> ImageWriter:
         return self
@@ -71,25 +71,33 @@ class ImageWriter:
         if kind is None:
             self._check()
 
-    def submit(self, path: str, pixels: np.ndarray) -> None:
-        """Have the image `pixels`, (H, W, 3) of uint8, written to `path`. Raises UserError for an earlier failure."""
+    def submit(self, path: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> None:
+        """Have an image written to `path`.
+
+        `pixels` is (H, W, 3) of uint8; or what gives it when the thread calls it, and may wait for it until then.
+
+        Raises UserError for an earlier failure.
+        """
         self._check()
         self._room.acquire()
         self._pool.submit(self._write, path, pixels)
 
-    def _write(self, path: str, pixels: np.ndarray) -> None:
+    def _write(self, path: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> None:
         try:
             if self._failure is None:
+                pixels = pixels() if callable(pixels) else pixels
                 write_whole(path, encode(pixels, self.image_format, self.jpeg_quality))
                 self.written += 1
-        except OSError as error:
+        except (OSError, UserError) as error:
             self._failure = error
         finally:
             self._room.release()
 
     def _check(self) -> None:
-        if self._failure is not None:
-            error = self._failure
+        error = self._failure
+        if isinstance(error, UserError):
+            raise error
+        if error is not None:
             raise UserError(
                 f"cannot write {error.filename or 'an image'}: {error.strerror or error} (--output). What is there is "
                 "whole:\nwhen there is room, the same command goes on from there"

@@ -111,6 +111,23 @@ def test_image_writer_writes_all_before_it_ends(tmp_path):
         assert (np.asarray(Image.open(tmp_path / f"{i}.png")) == image).all()
 
 
+def test_image_writer_waits_for_images_that_are_on_their_way(tmp_path):
+    arrived = threading.Event()
+    pixels = np.full((8, 8, 3), 77, np.uint8)
+    with ImageWriter("png", 95) as writer:
+        writer.submit(str(tmp_path / "0.png"), lambda: arrived.wait(10) and pixels)
+        assert not (tmp_path / "0.png").exists()  # `submit` has come back all the same
+        arrived.set()
+    assert (np.asarray(Image.open(tmp_path / "0.png")) == pixels).all()
+
+    def damaged():
+        raise UserError("the model gave NaN")
+
+    with pytest.raises(UserError, match="the model gave NaN"), ImageWriter("png", 95) as writer:
+        writer.submit(str(tmp_path / "1.png"), damaged)
+    assert not (tmp_path / "1.png").exists()
+
+
 def test_image_writer_reports_the_first_failure(tmp_path):
     (tmp_path / "0.png").mkdir()
 
