@@ -132,8 +132,9 @@ def measure(
     from guided_diffusion.activations import ActivationMoments
     from guided_diffusion.classifier_results import labels_of
     from guided_diffusion.pipeline import read_ahead
+    from guided_diffusion.transfer import download, upload
 
-    ranks, unreadable = [np.empty(0, np.int64)], {}
+    found, unreadable = [], {}
     processes, count = dist_util.get_world_size(), sum(map(len, batches))
     described = "measuring" if processes == 1 else f"measuring (process 1 of {processes})"
     bar = logger.progress_bar(count, described, "image")
@@ -143,7 +144,7 @@ def measure(
             unreadable |= {image.path: str(picture) for image, picture in both if isinstance(picture, Exception)}
             fine = [(image, picture) for image, picture in both if not isinstance(picture, Exception)]
             if fine:
-                x = torch.stack([picture for _, picture in fine]).to(dist_util.dev())  # (B, 3, S, S)
+                x = upload(torch.stack([picture for _, picture in fine]), dist_util.dev())  # (B, 3, S, S)
                 try:
                     with autocast:
                         logits = classifier.model(x)  # (B, classes)
@@ -151,8 +152,9 @@ def measure(
                     raise UserError(
                         f"the GPU's memory does not hold {len(x)} images at once: lower --batch_size"
                     ) from error
-                ranks.append(ranks_of(logits.float().cpu().numpy(), labels_of(image for image, _ in fine)))
+                found.append((download(logits.float()), labels_of(image for image, _ in fine)))
             bar.update(len(batch))
+    ranks = [np.empty(0, np.int64), *(ranks_of(*wait(), labels) for wait, labels in found)]
     return watch.moments, np.concatenate(ranks), unreadable
 
 

@@ -19,7 +19,7 @@ import argparse
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -34,7 +34,7 @@ from guided_diffusion.files import read_json, remove_scratch_of
 if TYPE_CHECKING:
     import torch
 
-    from guided_diffusion.activations import Normalization
+    from guided_diffusion.activations import Compared, Normalization
     from guided_diffusion.image_datasets import LabelledImage
     from guided_diffusion.parts import Parts
     from guided_diffusion.torch_classifiers import Classifier
@@ -253,6 +253,7 @@ def compare(
     from guided_diffusion.activations import Similarities
     from guided_diffusion.image_datasets import UnreadableImage
     from guided_diffusion.pipeline import read_ahead
+    from guided_diffusion.transfer import upload
 
     if not batches:
         return []
@@ -262,6 +263,7 @@ def compare(
     described = "comparing" if processes == 1 else f"comparing (process 1 of {processes})"
     blank = classifier.preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8))
     bar = logger.progress_bar(sum(len(batch.images) for batch in batches.values()) * (1 + times), described, "image")
+    last: Callable[[], None] | None = None  # writes what the batch before gave
     with torch.inference_mode(), Similarities(classifier, normalization, times) as watch, bar:
         for index, pictures in read_ahead(
             batches, lambda index: readers(classifier, batches[index], args), args.num_workers
@@ -274,22 +276,23 @@ def compare(
             x = torch.stack([blank if bad else p for p, bad in zip(pictures, unreadable, strict=True)])
             try:
                 with autocast:
-                    classifier.model(x.to(dist_util.dev()))  # ((1 + T) B, 3, S, S)
+                    classifier.model(upload(x, dist_util.dev()))  # ((1 + T) B, 3, S, S)
             except torch.OutOfMemoryError as error:
                 raise UserError(
                     f"the GPU's memory does not hold {len(x)} images at once: lower --batch_size,\n"
                     f"and remove {parts.folder}, which was begun with this one"
                 ) from error
-            parts.write(
-                index,
-                readable=~unreadable.reshape(1 + times, len(images)),
-                cosine=watch.cosine,  # (T, B, L)
-                L2=watch.L2,
-                L2_normalized=watch.L2_normalized,
-                logits=np.asarray(watch.logits),  # (1 + T, B, classes)
-            )
+            if last:
+                last()  # now, since this batch is under way: a GPU goes on meanwhile
+            last = partial(write_part, parts, index, ~unreadable.reshape(1 + times, len(images)), watch.latest)
             bar.update(len(x))
+        last()
     return lost
+
+
+def write_part(parts: Parts, index: int, readable: np.ndarray, found: Callable[[], Compared]) -> None:
+    """Write what a batch gave: `readable` (1 + T, B), similarities (T, B, L), logits (1 + T, B, classes)."""
+    parts.write(index, readable=readable, **found()._asdict())
 
 
 def readers(classifier: Classifier, batch: Batch, args: argparse.Namespace) -> list[partial]:

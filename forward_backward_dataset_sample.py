@@ -29,6 +29,7 @@ from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
+    bool_or_auto,
     diffusion_defaults,
     diffusion_from_flags,
     model_defaults,
@@ -39,9 +40,8 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from guided_diffusion.forward_backward import Pixels, SampleFolder, Unit
-    from guided_diffusion.gaussian_diffusion import GaussianDiffusion
+    from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
     from guided_diffusion.image_datasets import LabelledImage, UnreadableImage
-    from guided_diffusion.unet import UNetModel
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     # Imported here and not above, so that --help and misspelt flags are answered without waiting for torch.
     from guided_diffusion import dist_util, logger
     from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.compilation import compile_network, decide
     from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
     from guided_diffusion.inference import prepare
     from guided_diffusion.run_record import end_record, now, settings_of, weights_digest
@@ -65,11 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     weights = dist_util.on_main(weights_digest, model)
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    compiled = decide(args.compile, len(images), args.batch_size, times)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled)
 
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
-    settings = settings_of(args, flags, images, weights, circumstances["precision"])
+    settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
     records, units = dist_util.on_main(begin, folders, images, args.batch_size, settings, circumstances)
     processes = dist_util.get_world_size()
     to_do = sum(len(unit.todo) for unit in units)
@@ -81,9 +83,14 @@ def main(argv: list[str] | None = None) -> int:
         f"{processes} process(es) of {circumstances['threads']} thread(s), {circumstances['hardware']}, "
         f"{circumstances['precision']}; results in {output}"
     )
+    network = model
+    if compiled and to_do:
+        network = dist_util.on_every_rank(
+            compile_network, model, diffusion, min(args.batch_size, len(images)), args.image_size
+        )
 
     started, clock = now(), time.monotonic()
-    written, unreadable = sample(model, diffusion, units[dist_util.get_rank() :: processes], folders, args)
+    written, unreadable = sample(network, diffusion, units[dist_util.get_rank() :: processes], folders, args)
     reports = dist_util.gather_objects((written, unreadable))
     lost = {path: why for _, by_time in reports for bad in by_time.values() for path, why in bad.items()}
     if not dist_util.is_main():
@@ -154,7 +161,7 @@ def begin(
 
 
 def sample(
-    model: UNetModel,
+    network: Model,
     diffusion: GaussianDiffusion,
     units: list[Unit],
     folders: dict[int, SampleFolder],
@@ -187,7 +194,7 @@ def sample(
             if unit.todo == bad.keys():
                 bar.total -= k
                 continue
-            samples = forward_backward(model, diffusion, unit, pictures, args, bar)
+            samples = forward_backward(network, diffusion, unit, pictures, args, bar)
             for i, image in enumerate(unit.images):
                 if image.path in unit.todo - bad.keys():
                     writer.submit(f"{folder.path}/{folder.sample(image.path)}", partial(samples.image, i))
@@ -197,7 +204,7 @@ def sample(
 
 
 def forward_backward(
-    model: UNetModel,
+    network: Model,
     diffusion: GaussianDiffusion,
     unit: Unit,
     pictures: list[np.ndarray | UnreadableImage],
@@ -213,19 +220,20 @@ def forward_backward(
 
     from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import NoiseStreams, Pixels, from_pixels, noised_image
+    from guided_diffusion.transfer import upload
 
     device, k = dist_util.dev(), unit.step_reverse
     blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)
     pixels = np.stack([picture if isinstance(picture, np.ndarray) else blank for picture in pictures])
-    x_start = dist_util.upload(from_pixels(pixels))  # (B, 3, H, W)
+    x_start = upload(from_pixels(pixels), device)  # (B, 3, H, W)
     noise = NoiseStreams(args.seed, [image.path for image in unit.images], k, device)
     x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape, device=device))
     labels = {}
     if args.class_cond:
-        labels["y"] = dist_util.upload(torch.tensor([image.label for image in unit.images]))
+        labels["y"] = upload(torch.tensor([image.label for image in unit.images]), device)
     loops = (diffusion.p_sample_loop_forw_back_progressive, diffusion.ddim_sample_loop_forw_back_progressive)
     steps = loops[args.use_ddim](
-        model,
+        network,
         tuple(x.shape),
         k,
         noise=x,
@@ -344,6 +352,13 @@ def create_argparser() -> argparse.ArgumentParser:
         type=whole_number(0),
         metavar="INT",
         help="CPU threads per process that compute; 0: the cores, shared out among the processes (default: 0)",
+    )
+    add(
+        "--compile",
+        default="auto",
+        type=bool_or_auto,
+        metavar="True|False|auto",
+        help="compile the network for speed; auto: on a GPU, for a run of many steps (default: %(default)s)",
     )
     add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
     add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())

@@ -5,10 +5,10 @@ Nothing of a layer's activations is kept beyond its hook, so that memory does no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import logger
 from .errors import UserError, first_line
 from .torch_classifiers import Classifier
+from .transfer import download
 from .watched_layers import WatchedLayer
 
 NORMALIZATIONS = ("std", "rms", "none")
@@ -196,24 +197,32 @@ def _statistics(path: str, layer: WatchedLayer, arrays: Mapping[str, np.ndarray]
     return [arrays[name].astype(np.float64) for name in names]
 
 
-class Similarities(_Watch):
-    """Compares the activations of starting images and of their samples, layer by layer, within a `with` block.
-
-    The rows of a batch are B starting images, their B samples of the first time, of the second, ... of the last:
-    (1 + times) B in all. With a and b the standardised activations of a start and of a sample, all entries of a layer
-    in one vector, a forward pass sets float64 arrays of shape (times, B, layers):
-
-        cosine = a.b / (|a| |b|),    L2 = |a - b|,    L2_normalized = |a - b| / sqrt(|a| |b|)
-
-    The first and the last are NaN where a or b is 0. `logits` is float32, of shape (1 + times, B, classes).
-
-    Products are float32, sums float64: errors are below 1e-6, relative to |a| |b| for the cosine.
-    """
+class Compared(NamedTuple):
+    """What `Similarities` has found."""
 
     cosine: np.ndarray
     L2: np.ndarray
     L2_normalized: np.ndarray
     logits: np.ndarray
+
+
+class Similarities(_Watch):
+    """Compares the activations of starting images and of their samples, layer by layer, within a `with` block.
+
+    The rows of a batch are B starting images, their B samples of the first time, of the second, ... of the last:
+    (1 + times) B in all. After a forward pass, `latest()` gives what it has found, as soon as it is on the CPU; it may
+    be kept, and called after the next pass has begun. With a and b the standardised activations of a start and of a
+    sample, all entries of a layer in one vector, there are float64 arrays of shape (times, B, layers):
+
+        cosine = a.b / (|a| |b|),    L2 = |a - b|,    L2_normalized = |a - b| / sqrt(|a| |b|)
+
+    The first and the last are NaN where a or b is 0. `logits` is float32, of shape (1 + times, B, classes).
+
+    Products and sums are float32, the sums pairwise as PyTorch's are: errors are below 1e-6, relative to |a| |b| for
+    the cosine.
+    """
+
+    latest: Callable[[], Compared]
 
     def __init__(self, classifier: Classifier, normalization: Normalization, times: int):
         super().__init__(classifier)
@@ -228,12 +237,14 @@ class Similarities(_Watch):
         return self
 
     def _measure(self, layer: WatchedLayer, output: Tensor) -> None:
-        rows = self._standardised(layer, output).reshape(1 + self.times, -1, output[0].numel())  # (1 + T, B, D)
+        rows = self._standardised(layer, output)
+        as_in_memory = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)  # nothing is copied to flatten it
+        rows = rows.permute(0, *as_in_memory).reshape(1 + self.times, -1, output[0].numel())  # (1 + T, B, D)
         a, b = rows[:1], rows[1:]
-        aa = (a * a).sum(-1, dtype=torch.float64).expand(self.times, -1)  # (T, B)
-        bb, ab = ((b * other).sum(-1, dtype=torch.float64) for other in (b, a))
-        dd = (b - a).square_().sum(-1, dtype=torch.float64)  # not from the others: it may be much smaller than they
-        self._found[layer.name] = torch.stack([aa, bb, ab, dd])
+        aa = (a * a).sum(-1).expand(self.times, -1)  # (T, B)
+        bb, ab = ((b * other).sum(-1) for other in (b, a))
+        dd = (b - a).square_().sum(-1)  # not from the others: it may be much smaller than they
+        self._found[layer.name] = torch.stack([aa, bb, ab, dd]).double()
 
     def _standardised(self, layer: WatchedLayer, output: Tensor) -> Tensor:
         if layer.name not in self.normalization.mean:
@@ -253,10 +264,13 @@ class Similarities(_Watch):
         return (output.float() - mean).sub_(rest).div_(scale)
 
     def _finish(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        """Bring the results of a forward pass to the CPU, at once."""
-        sums = torch.stack([self._found.pop(layer.name) for layer in self.classifier.layers], -1).cpu().numpy()
-        aa, bb, ab, dd = sums  # each (T, B, L)
-        norms = np.sqrt(aa) * np.sqrt(bb)
-        norms[norms == 0] = np.nan
-        self.cosine, self.L2, self.L2_normalized = ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms)
-        self.logits = output.detach().float().cpu().numpy().reshape(1 + self.times, -1, output.shape[-1])
+        sums = torch.stack([self._found.pop(layer.name) for layer in self.classifier.layers], -1)  # (4, T, B, L)
+        logits = output.detach().float().unflatten(0, (1 + self.times, -1))
+        self.latest = partial(_compared, download(sums, logits))
+
+
+def _compared(wait: Callable[[], list[np.ndarray]]) -> Compared:
+    (aa, bb, ab, dd), logits = wait()
+    norms = np.sqrt(aa) * np.sqrt(bb)  # (T, B, L)
+    norms[norms == 0] = np.nan
+    return Compared(ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms), logits)

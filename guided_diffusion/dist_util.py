@@ -82,12 +82,6 @@ def dev() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if _world.gpu is None else _world.gpu)
 
 
-def upload(x: torch.Tensor) -> torch.Tensor:
-    """A CPU tensor on the device of this rank: on its way there, which nobody waits for."""
-    device = dev()
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-
-
 def get_rank() -> int:
     """Number of this process, 0 .. world size - 1."""
     return dist.get_rank() if dist.is_initialized() else 0

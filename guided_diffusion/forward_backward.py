@@ -19,6 +19,7 @@ from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
 from .image_datasets import LabelledImage, to_float
 from .noise import NoiseStreams as NoiseStreams
 from .noise import noise_seed as noise_seed
+from .transfer import download
 
 
 def noised_image(
@@ -73,22 +74,17 @@ class Pixels:
 
     def __init__(self, images: torch.Tensor):
         pixels = ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        on_device = (pixels.permute(0, 2, 3, 1).contiguous(), torch.isfinite(images).all())
-        self._pixels, self._finite = (x.to("cpu", non_blocking=True) for x in on_device)
-        self._arrived = torch.cuda.Event() if images.is_cuda else None
-        if self._arrived:
-            self._arrived.record()
+        self._wait = download(pixels.permute(0, 2, 3, 1).contiguous(), torch.isfinite(images).all())
 
     def numpy(self) -> np.ndarray:
         """All of them, (B, H, W, 3), once they are here. Raises UserError where an image holds what is not a number."""
-        if self._arrived:
-            self._arrived.synchronize()
-        if not self._finite:
+        pixels, finite = self._wait()
+        if not finite:
             raise UserError(
                 "the model gave NaN or infinity, which cannot be written as an image: its weights may be damaged\n"
                 "(--model_path), or too large for half precision (--use_fp16 False)"
             )
-        return self._pixels.numpy()
+        return pixels
 
     def image(self, i: int) -> np.ndarray:
         """The i-th, (H, W, 3); otherwise as `numpy`."""

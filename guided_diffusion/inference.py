@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from .unet import EncoderUNetModel, UNetModel
 
 
-def prepare(model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: int = 0) -> dict[str, Any]:
+def prepare(
+    model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: int = 0, compiled: bool = False
+) -> dict[str, Any]:
     """Move a network to this rank's device, in the precision asked for, so that it gives the same bytes every time.
 
     Args:
         model: the network, in float32.
         use_fp16: compute its torso in half precision.
         num_threads: CPU threads of this process; 0: the cores, shared out among the processes.
+        compiled: the network will be compiled, see `compilation`.
 
     Returns:
-        What decides the last digits: hardware, precision, threads and versions, by name.
+        What decides the last digits: hardware, precision, layout in memory, threads and versions, by name.
     """
     device = dist_util.dev()
     threads = compute_reproducibly(num_threads)
@@ -33,14 +36,22 @@ def prepare(model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: in
         model.convert_to_fp32()
     else:
         model.convert_to_fp16(dtype)
-    if dtype == torch.bfloat16 and model.model_channels >= 64:
-        # oneDNN's convolutions are faster so, where there are channels enough. In float32 the layout does not matter to
-        # them, and the exact normalisation would turn it back.
-        model.to(memory_format=torch.channels_last)
+    # Convolutions in half precision are faster with the channels last, where there are channels enough. But only some
+    # normalisations are: on a GPU the compiled one. In float32 on a CPU, the exact one would turn the layout back.
+    half_on_cpu = device.type == "cpu" and dtype != torch.float32
+    channels_last = model.model_channels >= 64 and (half_on_cpu or (compiled and device.type == "cuda"))
+    model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     precision = str(dtype).removeprefix("torch.")
     if use_fp16 and dtype != torch.float16:
         logger.info(f"--use_fp16 True: this CPU has no fast float16, the U-Net computes in {precision}")
-    return {"hardware": hardware(device), "precision": precision, "threads": threads, **versions()}
+    layout = "channels last" if channels_last else "channels first"
+    return {
+        "hardware": hardware(device),
+        "precision": precision,
+        "layout": layout,
+        "threads": threads,
+        **versions(),
+    }
 
 
 def compute_reproducibly(num_threads: int = 0) -> int:

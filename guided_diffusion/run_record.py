@@ -32,7 +32,12 @@ WITHOUT_EFFECT = ("use_checkpoint", "dropout")
 
 
 def settings_of(
-    args: argparse.Namespace, flags: Mapping[str, Any], images: Sequence[LabelledImage], weights: str, precision: str
+    args: argparse.Namespace,
+    flags: Mapping[str, Any],
+    images: Sequence[LabelledImage],
+    weights: str,
+    precision: str,
+    compiled: bool,
 ) -> dict[str, Any]:
     """What decides the bytes that a run writes, by the names that the user knows.
 
@@ -42,6 +47,7 @@ def settings_of(
         images: the chosen images.
         weights: digest of the model's weights.
         precision: number format of the U-Net's torso.
+        compiled: whether the U-Net is compiled.
     """
     settings = {f"--{name}": getattr(args, name) for name in DECISIVE_FLAGS}
     settings |= {f"--{name}": value for name, value in flags.items() if name not in WITHOUT_EFFECT}
@@ -51,6 +57,7 @@ def settings_of(
     settings["the list of images (--data_dir)"] = hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest()
     settings["the checkpoint (--model_path)"] = weights
     settings["the precision (--use_fp16)"] = precision
+    settings |= {"--compile": True} if compiled else {}  # a record without this entry is of one that was not
     return settings
 
 
@@ -129,7 +136,7 @@ def end_record(
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Say, a phrase each, which entries differ from those on record."""
     return [
-        f"{name} was {_short(recorded.get(name))} and is now {_short(current.get(name))}"
+        f"{name} was {_short(recorded.get(name, 'absent'))} and is now {_short(current.get(name, 'absent'))}"
         for name in dict.fromkeys([*recorded, *current])
         if recorded.get(name) != current.get(name)
     ]

@@ -490,3 +490,11 @@ def str2bool(text: str | bool) -> bool:
         return known[str(text).lower()]
     except KeyError:
         raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}") from None
+
+
+def bool_or_auto(text: str) -> bool | str:
+    """The type of a flag that is True, False or auto. Raises argparse.ArgumentTypeError."""
+    try:
+        return text if text == "auto" else str2bool(text)
+    except argparse.ArgumentTypeError:
+        raise argparse.ArgumentTypeError(f"expected True, False or auto, not {text!r}") from None

@@ -131,12 +131,13 @@ def check_against_everything_kept(classifier, tmp_path, size, number, kinds=("st
         with torch.inference_mode(), Similarities(classifier, normalization, times) as watch:
             output = classifier.model(x)
         expected = directly(kept, classifier.layers, statistics, kind, times)
-        assert watch.cosine.shape == (times, 4, len(classifier.layers)) and watch.cosine.dtype == np.float64
-        np.testing.assert_allclose(watch.cosine, expected[0], atol=1e-5)
-        np.testing.assert_allclose(watch.L2, expected[1], rtol=1e-5)
-        np.testing.assert_allclose(watch.L2_normalized, expected[2], rtol=1e-5)
+        assert watch.latest().cosine.shape == (times, 4, len(classifier.layers))
+        assert watch.latest().cosine.dtype == np.float64
+        np.testing.assert_allclose(watch.latest().cosine, expected[0], atol=1e-5)
+        np.testing.assert_allclose(watch.latest().L2, expected[1], rtol=1e-5)
+        np.testing.assert_allclose(watch.latest().L2_normalized, expected[2], rtol=1e-5)
         assert np.ptp(expected[0]) > 0.02  # there is something to compare
-        np.testing.assert_array_equal(watch.logits, output.reshape(1 + times, 4, -1))
+        np.testing.assert_array_equal(watch.latest().logits, output.reshape(1 + times, 4, -1))
 
 
 @pytest.mark.parametrize(
@@ -251,7 +252,7 @@ def test_dead_channels_are_divided_by_1_and_counted(tmp_path, monkeypatch):
     np.testing.assert_array_equal(rms.mean["features.0.0"], arrays["mean/features.0.0"])
     with torch.inference_mode(), Similarities(classifier, std, 1) as watch:
         classifier.model(pairs(2, 1, 64))
-    assert np.isfinite(watch.cosine).all()
+    assert np.isfinite(watch.latest().cosine).all()
 
 
 class Echo(nn.Module):
@@ -282,8 +283,8 @@ def test_a_mean_that_is_large_beside_the_scale_is_subtracted_exactly():
         watch.classifier.model(x)
     a, b = ((x.double().numpy() - mean) / 1e-3).reshape(2, 2, -1)
     norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
-    np.testing.assert_allclose(watch.cosine[0, :, 0], (a * b).sum(-1) / norms, atol=1e-6)
-    np.testing.assert_allclose(watch.L2[0, :, 0], np.linalg.norm(a - b, axis=-1), rtol=1e-6)
+    np.testing.assert_allclose(watch.latest().cosine[0, :, 0], (a * b).sum(-1) / norms, atol=1e-6)
+    np.testing.assert_allclose(watch.latest().L2[0, :, 0], np.linalg.norm(a - b, axis=-1), rtol=1e-6)
 
 
 def test_equal_images_similar_ones_and_nothing():
@@ -293,13 +294,13 @@ def test_equal_images_similar_ones_and_nothing():
     classifier, normalization = echo(0.0, 1.0)
     with torch.inference_mode(), Similarities(classifier, normalization, 2) as watch:
         classifier.model(torch.cat([start, start, similar]))
-        np.testing.assert_allclose(watch.cosine[0, :2, 0], 1, atol=1e-12)
-        assert (watch.L2[0] == 0).all() and (watch.L2_normalized[0, :2] == 0).all()
+        np.testing.assert_allclose(watch.latest().cosine[0, :2, 0], 1, atol=1e-12)
+        assert (watch.latest().L2[0] == 0).all() and (watch.latest().L2_normalized[0, :2] == 0).all()
         distance = np.linalg.norm((similar.double() - start.double()).reshape(3, -1), axis=-1)
-        np.testing.assert_allclose(watch.L2[1, :, 0], distance, rtol=1e-6)
-        assert np.isnan(watch.cosine[:, 2]).all() and np.isnan(watch.L2_normalized[:, 2]).all()
+        np.testing.assert_allclose(watch.latest().L2[1, :, 0], distance, rtol=1e-6)
+        assert np.isnan(watch.latest().cosine[:, 2]).all() and np.isnan(watch.latest().L2_normalized[:, 2]).all()
         classifier.model(torch.cat([start[:1]] * 3))  # a last batch with fewer
-    assert watch.cosine.shape == (2, 1, 1) and watch.logits.shape == (3, 1, 3)
+    assert watch.latest().cosine.shape == (2, 1, 1) and watch.latest().logits.shape == (3, 1, 3)
     assert not classifier.model.same._forward_hooks and not classifier.model._forward_hooks
 
 
@@ -314,9 +315,9 @@ def test_in_half_precision_the_measuring_is_not():
         classifier.model(x)
         hook.remove()
     logits = kept["logits"]
-    assert logits.dtype == torch.bfloat16 and watch.logits.dtype == np.float32
+    assert logits.dtype == torch.bfloat16 and watch.latest().logits.dtype == np.float32
     a, b = logits.double().reshape(3, 3, -1)[:1], logits.double().reshape(3, 3, -1)[1:]
-    np.testing.assert_allclose(watch.cosine[..., -1], torch.cosine_similarity(a, b, dim=-1), atol=1e-6)
+    np.testing.assert_allclose(watch.latest().cosine[..., -1], torch.cosine_similarity(a, b, dim=-1), atol=1e-6)
     np.testing.assert_allclose(moments.moments["classifier"].variance, logits.double().var(correction=0), rtol=1e-10)
 
 

@@ -35,6 +35,7 @@ from conftest import (
 from PIL import Image
 from reference import fill_weights
 
+from guided_diffusion import compilation
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import read_image
 from guided_diffusion.script_util import model_and_diffusion_defaults, model_from_flags
@@ -442,3 +443,40 @@ PUBLISHED_MODEL = {
     "resblock_updown": True,
     "learn_sigma": True,
 }
+
+
+def test_a_compiled_network_gives_the_same_to_rounding(flags, reference_run, tmp_path, capsys):
+    """The last batch has one image of three; nothing is compiled for it again. Another run of it has the same bytes."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    some = [*flags[: flags.index("--step_reverse")], "--step_reverse", "3"]
+    assert run_here(*some, "--compile", "True", "--output", first) == 0
+    assert "compiling the network" in capsys.readouterr().err
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    found = samples(first)
+    expected = {name: data for name, data in reference_run.items() if name in found}
+    assert len(expected) == 7
+    for name, data in expected.items():
+        pixels = [np.asarray(Image.open(io.BytesIO(d)), np.int16) for d in (data, found[name])]
+        assert np.abs(pixels[0] - pixels[1]).max() <= 8  # of JPEG's rounding
+        assert np.abs(pixels[0] - pixels[1]).mean() < 0.1
+
+    for path in list(first.rglob("*.JPEG"))[2:]:
+        path.unlink()
+    assert run_here(*some, "--compile", "True", "--output", first) == 0
+    assert samples(first) == found
+    assert run_here(*some, "--compile", "True", "--output", second) == 0
+    assert samples(second) == found
+    assert_refused(capsys, [*some, "--output", first], "--compile was True and is now absent")
+
+
+def test_whether_to_compile(capsys, flags):
+    assert not compilation.decide("auto", 10**6, 1, [250])  # on a CPU
+    assert compilation.decide(True, 1, 1, [0])
+    assert_refused(capsys, [*flags, "--compile", "maybe"], "--compile", "expected True, False or auto, not 'maybe'")
+
+
+def test_the_published_run_is_compiled_on_a_gpu_and_a_try_is_not(monkeypatch):
+    monkeypatch.setattr(compilation.dist_util, "dev", lambda: torch.device("cuda"))
+    assert compilation.decide("auto", 10_000, 32, [125])
+    assert not compilation.decide("auto", 1000, 32, [250])
+    assert not compilation.decide(False, 10_000, 32, [125])
