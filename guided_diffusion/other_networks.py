@@ -1,0 +1,124 @@
+"""The U-Net computed in other ways, to compare with: as it is written down, in float64, by the library diffusers."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+from .nn import GroupNorm32, PointwiseConv1d
+from .unet import AttentionBlock, QKVAttention, ResBlock, UNetModel
+
+
+def plain(model: UNetModel) -> UNetModel:
+    """The same network, sharing its weights, computed as it is written down.
+
+    Every step makes a new tensor, normalisation and softmax cast to float32 and back, and attention is not fused.
+    """
+    classes = {GroupNorm32: PlainNorm, ResBlock: PlainBlock, PointwiseConv1d: PlainConv1d, nn.SiLU: PlainSiLU}
+    model = copy.deepcopy(model, {id(w): w for w in model.parameters()})
+    for module in model.modules():
+        if isinstance(module, QKVAttention):
+            module.heads_first = module.heads_first  # which its class says as yet
+            module.__class__ = PlainAttention
+        elif type(module) in classes:
+            module.__class__ = classes[type(module)]
+    return model
+
+
+def exact(model: UNetModel) -> Callable[[Tensor, Tensor], Tensor]:
+    """The network in float64, but for the sines and cosines of time: (x, timesteps) -> output, both float32."""
+    network = plain(copy.deepcopy(model).double())
+    network.dtype = torch.float64
+    network.time_embed.register_forward_pre_hook(lambda _module, embedding: (embedding[0].double(),))
+    return lambda x, timesteps: network(x.double(), timesteps).float()
+
+
+def diffusers_unet(model: UNetModel) -> nn.Module:
+    """`diffusers.UNet2DModel` of the same architecture, with random weights in float32; called in the same way.
+
+    Raises UserError where diffusers is not installed or does not have the architecture.
+    """
+    if importlib.util.find_spec("diffusers") is None:
+        raise UserError("diffusers is not installed (pip install -e .[bench])")
+    blocks = [module for module in model.modules() if isinstance(module, AttentionBlock)]
+    heads = {block.norm.num_channels // block.num_heads for block in blocks}  # channels per head
+    if not (model.resblock_updown and model.use_scale_shift_norm and len(heads) == 1):
+        raise UserError("it has this one only with --resblock_updown, --use_scale_shift_norm and --num_head_channels")
+    from diffusers import UNet2DModel
+
+    attends = [2**level in model.attention_resolutions for level in range(len(model.channel_mult))]
+    theirs = UNet2DModel(
+        sample_size=model.image_size,
+        in_channels=model.in_channels,
+        out_channels=model.out_channels,
+        layers_per_block=model.num_res_blocks,
+        block_out_channels=[int(m * model.model_channels) for m in model.channel_mult],
+        down_block_types=["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends],
+        up_block_types=["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)],
+        downsample_type="resnet",
+        upsample_type="resnet",
+        resnet_time_scale_shift="scale_shift",
+        attention_head_dim=heads.pop(),
+    )
+    return theirs.eval().requires_grad_(False)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class PlainNorm(GroupNorm32):
+    """`GroupNorm32` in four steps."""
+
+    def forward(
+        self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        h = nn.GroupNorm.forward(self, _at_least_float32(x))
+        h = h if h.dtype == torch.float64 else h.to(dtype or x.dtype)
+        return h if scale is None else h * (1 + scale) + shift
+
+
+class PlainBlock(ResBlock):
+    """`ResBlock` whose steps share no memory."""
+
+    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h = activation(norm(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = conv(h)
+        emb = self.emb_layers(emb).to(h.dtype)[..., None, None]
+        norm, activation, dropout, conv = self.out_layers
+        h = norm(h, *emb.chunk(2, dim=1)) if self.use_scale_shift_norm else norm(h + emb)
+        return self.skip_connection(x) + conv(dropout(activation(h)))
+
+
+class PlainAttention(QKVAttention):
+    """`QKVAttention` in steps: all weights (B, heads, T, T) are in memory."""
+
+    def forward(self, qkv: Tensor) -> Tensor:
+        order = (self.n_heads, 3, -1) if self.heads_first else (3, self.n_heads, -1)
+        q, k, v = qkv.unflatten(1, order).unbind(2 if self.heads_first else 1)  # each (B, heads, C, T)
+        scale = q.shape[2] ** -0.25  # of both, so that float16 does not overflow
+        weights = torch.einsum("bhct,bhcs->bhts", q * scale, k * scale)
+        weights = _at_least_float32(weights).softmax(-1).to(q.dtype)
+        return torch.einsum("bhts,bhcs->bhct", weights, v).flatten(1, 2)
+
+
+class PlainConv1d(PointwiseConv1d):
+    """A convolution as `nn.Conv1d` computes it."""
+
+    forward = nn.Conv1d.forward
+
+
+class PlainSiLU(nn.SiLU):
+    """SiLU into a new tensor, whatever `inplace` says."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(x)

@@ -1,0 +1,700 @@
+"""Measure how fast this project is here, beside what else one could use, and how exact.
+
+Parts, each of which may be asked for alone (--parts):
+
+  network     a forward pass: this network, a plain one of the same weights, and diffusers' of the same architecture;
+              as a share of what the device does in matrix products, measured in the same minutes
+  small       the demo's U-Net, where the calls of the operations may cost more than they do
+  precision   the error of a forward pass, and of a whole trajectory with the same noise, against float64
+  loop        forward_backward_dataset_sample.py from images to samples, and the share of its time outside the network
+  processes   two processes of one thread each, beside one
+  startup     from the command to the first denoising step
+  classifier  evaluate_classifier.py for ten times at once, beside one pair of images after the other
+
+The network has the published model's flags unless others are given, and random weights. Contenders take turns, A B A B,
+so that whatever else the machine does meets all of them; ratios are of the same round, with their spread.
+
+  python scripts/benchmark.py --output benchmark.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from guided_diffusion import logger
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.errors import UserError
+from guided_diffusion.files import write_whole
+from guided_diffusion.script_util import add_dict_to_argparser, args_to_dict, bool_or_auto, model_defaults
+
+if TYPE_CHECKING:
+    import torch
+
+    from guided_diffusion.unet import UNetModel
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FLAGS = {  # of the network: the published model's
+    **model_defaults(),
+    "image_size": 256,
+    "num_channels": 256,
+    "num_res_blocks": 2,
+    "attention_resolutions": "32,16,8",
+    "num_head_channels": 64,
+    "learn_sigma": True,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+    "use_fp16": True,
+}
+N = 250  # denoising steps after respacing
+TIMES = [25 * i for i in range(1, 11)]  # of the classifier's series
+Row = dict[str, Any]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+    known = {part.__name__: part for part in (network, small, precision, loop, processes, startup, classifier)}
+    parts = args.parts.split(",") if args.parts else list(known)
+    if strange := [part for part in parts if part not in known]:
+        raise UserError(f"--parts {strange[0]}: expected some of {','.join(known)}")
+
+    import torch
+
+    from guided_diffusion import dist_util
+    from guided_diffusion.inference import compute_reproducibly
+    from guided_diffusion.run_record import hardware, versions
+
+    logger.configure()
+    threads = compute_reproducibly(args.num_threads)
+    device = dist_util.dev()
+    args.batch_size = args.batch_size or (32 if device.type == "cuda" else 1)
+    circumstances = {"hardware": hardware(device), "threads": threads, **versions()}
+    report: dict[str, Any] = {"circumstances": circumstances, "arguments": vars(args)}
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, device, threads, Path(folder))
+        for part in parts:
+            logger.info(f"{part} ...")
+            report[part] = known[part](bench)
+            sys.stdout.write(f"\n{part}: {known[part].__doc__}\n\n{table(report[part])}")
+            sys.stdout.flush()
+            write_whole(args.output, json.dumps(report, indent=1, default=str).encode())
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    sys.stdout.write(f"\n{circumstances}\n")
+    logger.info(f"all figures are in {args.output}")
+    return 0
+
+
+@dataclass
+class Bench:
+    """What the parts have in common."""
+
+    args: argparse.Namespace
+    device: torch.device
+    threads: int
+    folder: Path  # for files that are not kept
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags of the network."""
+        return args_to_dict(self.args, FLAGS)
+
+    def new_model(self) -> UNetModel:
+        """The network with random weights, none of which are 0 as in a freshly initialised one: float32, on the CPU."""
+        import torch
+
+        from guided_diffusion.checkpoints import load_model
+
+        model = load_model("untrained", self.flags).eval().requires_grad_(False)
+        model.convert_to_fp32()
+        generator = torch.Generator().manual_seed(0)
+        for w in model.parameters():
+            if not w.any():
+                w.normal_(0, 0.02, generator=generator)
+        return model
+
+    def checkpoint(self) -> str:
+        """A file of these weights, of the size of the published one."""
+        import torch
+
+        path = self.folder / "model.pt"
+        if not path.exists():
+            torch.save(self.new_model().state_dict(), path)
+        return str(path)
+
+    def pictures(self, count: int) -> str:
+        """A folder of JPEG images of the network's size: clouds, since noise would be slow to decode."""
+        from PIL import Image
+
+        folder, size = self.folder / f"pictures_{count}" / "class_0", self.args.image_size
+        folder.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(0)
+        for i in range(count):
+            coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.JPEG", quality=90)
+        return str(folder.parent)
+
+
+# Taking turns
+
+
+@dataclass(eq=False)
+class Contender:
+    """Something to be timed, again and again: `call()`, which is work for `images` images and `flops` operations."""
+
+    name: str
+    call: Callable[[], Any]
+    precision: str = ""
+    images: float = 0
+    flops: float = 0
+    seconds: list[float] = field(default_factory=list)
+    memory: int | None = None  # peak on a GPU, bytes
+
+
+def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.device) -> None:
+    """Time all contenders, one after the other, `repeats` times, after one round to warm up."""
+    import torch
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    contenders = list(contenders)
+    for turn in range(repeats + 1):
+        for contender in contenders:
+            finish()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            with torch.inference_mode():
+                contender.call()
+            finish()
+            if turn:
+                contender.seconds.append(time.perf_counter() - start)
+            if device.type == "cuda":
+                contender.memory = torch.cuda.max_memory_allocated()
+
+
+def ratio(slow: list[float], fast: list[float]) -> list[float]:
+    """How many times as long the first took, round by round: [median, least, most]."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as a table in Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([_cell(name, row.get(name, "")) for name in names] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "{:.2f} ({:.2f}..{:.2f})".format(*value)
+    if isinstance(value, float):
+        return f"{value:.1%}" if name.startswith("share") else f"{value:.1e}" if "error" in name else f"{value:.3g}"
+    return str(value)
+
+
+# The networks
+
+
+def half(model: UNetModel, dtype: torch.dtype) -> UNetModel:
+    """A copy whose torso is in half precision."""
+    model = copy.deepcopy(model)
+    model.convert_to_fp16(dtype)
+    return model
+
+
+def prepared(model: UNetModel, use_fp16: bool, threads: int, compiled: bool = False) -> UNetModel:
+    """A copy as the scripts use it."""
+    from guided_diffusion.inference import prepare
+
+    model = copy.deepcopy(model)
+    prepare(model, use_fp16, threads, compiled)
+    return model
+
+
+# The parts
+
+
+def network(bench: Bench) -> list[Row]:
+    """a forward pass"""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from guided_diffusion.compilation import compile_network
+    from guided_diffusion.fp16_util import half_precision_dtype
+    from guided_diffusion.other_networks import diffusers_unet, plain
+    from guided_diffusion.script_util import create_gaussian_diffusion
+
+    device, size, batch = bench.device, bench.args.image_size, bench.args.batch_size
+    dtype = half_precision_dtype(device)
+    short = {torch.float32: "float32", dtype: str(dtype).removeprefix("torch.")}
+    model = bench.new_model().to(device)
+    x = torch.randn(batch, 3, size, size, device=device)
+    t = torch.full((batch,), 500, device=device)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        model(x[:1], t[:1])
+    flops = counter.get_total_flops() * batch
+
+    def contender(name: str, precision: torch.dtype, call: Callable) -> Contender:
+        return Contender(name, call, short[precision], batch, flops)
+
+    f32 = contender("plain", torch.float32, partial(plain(model), x, t))
+    contenders = [f32, contender("this project", torch.float32, partial(prepared(model, False, bench.threads), x, t))]
+    if dtype != torch.float32:
+        contenders += [
+            contender("plain", dtype, partial(plain(half(model, dtype)), x, t)),
+            contender("this project", dtype, partial(prepared(model, True, bench.threads), x, t)),
+        ]
+    if bench.args.compile is True or (bench.args.compile == "auto" and device.type == "cuda"):
+        diffusion = create_gaussian_diffusion(timestep_respacing=str(N))
+        compiled = compile_network(prepared(model, True, bench.threads, True), diffusion, batch, size)
+        contenders.append(contender("this project, compiled", dtype, partial(compiled, x, t)))
+    why_not = ""
+    try:
+        other = diffusers_unet(model).to(device)
+        for precision in short:
+            theirs = copy.deepcopy(other).to(precision)
+            contenders.append(contender("diffusers", precision, partial(theirs, x.to(precision), t)))
+    except UserError as error:
+        why_not = str(error)
+    side = 8192 if device.type == "cuda" else 4096
+    matrices = {p: torch.randn(side, side, device=device).to(p) for p in short}
+    products = {
+        p: Contender("matrix product", partial(torch.mm, m, m), short[p], 0, 2 * side**3) for p, m in matrices.items()
+    }
+
+    take_turns([*contenders, *products.values()], bench.args.repeats, device)
+    peak = {p.precision: p.flops / min(p.seconds) for p in products.values()}
+    rows = []
+    plain_half = next((c for c in contenders if c.name == "plain" and c.precision != "float32"), f32)
+    for c in contenders:
+        seconds = statistics.median(c.seconds)
+        row = {"network": c.name, "precision": c.precision, "seconds": seconds, "images/s": batch / seconds}
+        row |= {"TFLOP/s": flops / seconds / 1e12, "share of peak": flops / seconds / peak[c.precision]}
+        row |= {f"times plain {p.precision}": ratio(p.seconds, c.seconds) for p in dict.fromkeys([f32, plain_half])}
+        rows.append(row | ({"peak memory, GiB": c.memory / 2**30} if c.memory else {}))
+    rows += [{"network": "matrix product", "precision": p, "TFLOP/s": rate / 1e12} for p, rate in peak.items()]
+    if why_not:
+        rows.append({"network": "diffusers", "precision": f"not measured: {why_not}"})
+    return rows
+
+
+def small(bench: Bench) -> list[Row]:
+    """the demo's U-Net: a batch of 64, and of one, which shows what the calls alone cost at most"""
+    import torch
+
+    from guided_diffusion.checkpoints import load_model
+    from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
+
+    flags = {**model_defaults(), "learn_sigma": False, **MODEL_FLAGS}
+    model = load_model(str(UNET_FILE), flags).eval().requires_grad_(False)
+    size, device, contenders = flags["image_size"], bench.device, []
+    for batch in (64, 1):
+        x, t = torch.randn(batch, 3, size, size, device=device), torch.full((batch,), 500, device=device)
+        for use_fp16 in (False, True):
+            network = prepared(model, use_fp16, bench.threads)
+            precision = str(network.dtype).removeprefix("torch.")
+            contenders.append(Contender(f"batch {batch}", partial(network, x, t), precision, batch))
+    take_turns(contenders, 10 * bench.args.repeats, device)
+    return [
+        {
+            "network": f"demo's U-Net, {c.name}",
+            "precision": c.precision,
+            "milliseconds": 1000 * statistics.median(c.seconds),
+            "images/s": c.images / statistics.median(c.seconds),
+        }
+        for c in contenders
+    ]
+
+
+def precision(bench: Bench) -> list[Row]:
+    """relative error against float64, of a forward pass and of a trajectory of all 250 steps with the same noise"""
+    import torch
+
+    from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.fp16_util import half_precision_dtype
+    from guided_diffusion.other_networks import exact, plain
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
+
+    device, dtype = bench.device, half_precision_dtype(bench.device)
+    big = bench.new_model().to(device)
+    demo_flags = {**model_defaults(), "learn_sigma": False, **MODEL_FLAGS}
+    little = load_model(str(UNET_FILE), demo_flags).eval().requires_grad_(False).to(device)
+    diffusion = create_gaussian_diffusion(timestep_respacing=str(N), predict_xstart=True)
+
+    def networks(model: UNetModel) -> dict[str, UNetModel]:
+        channels_last = partial(torch.nn.Module.to, memory_format=torch.channels_last)
+        made = {"plain, float32": plain(model), "plain, float16": plain(half(model, torch.float16))}
+        if dtype not in (torch.float16, torch.float32):
+            made[f"plain, {dtype}"] = plain(half(model, dtype))
+        made["this project, float32"] = prepared(model, False, bench.threads)
+        if dtype != torch.float32:
+            made[f"this project, {dtype}"] = half(model, dtype)
+            made[f"this project, {dtype}, channels last"] = channels_last(half(model, dtype))
+        return {name.replace("torch.", ""): network for name, network in made.items()}
+
+    side = min(64, bench.args.image_size)
+    x, t = torch.randn(2, 3, side, side, device=device), torch.tensor([900, 100], device=device)
+
+    def one_pass(model: Callable) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(x, t)
+
+    size = demo_flags["image_size"]
+    start = torch.randn(16, 3, size, size, device=device)
+
+    def trajectory(model: Callable) -> torch.Tensor:
+        noise = torch.Generator(device).manual_seed(0)
+        return diffusion.p_sample_loop(model, tuple(start.shape), noise=start, device=device, generator=noise)
+
+    def errors(model: UNetModel, act: Callable[[Callable], torch.Tensor]) -> dict[str, str]:
+        right = act(exact(model)).double()
+        found = {name: act(network).double() for name, network in networks(model).items()}
+        return {name: ((y - right).norm() / right.norm()).item() for name, y in found.items()}
+
+    passes, drifts = errors(big, one_pass), errors(little, trajectory)
+    return [
+        {
+            "network": name,
+            f"error of a forward pass, these flags, {side} pixels": passes[name],
+            "error of a trajectory, the demo's trained U-Net": drifts[name],
+        }
+        for name in passes
+    ]
+
+
+def loop(bench: Bench) -> list[Row]:
+    """forward_backward_dataset_sample.py: reading, noising, denoising, encoding and writing"""
+    batch = bench.args.batch_size
+    steps = bench.args.steps or (125 if bench.device.type == "cuda" else 2)
+    images = 2 * batch + -(-batch // 2)  # two batches, and a smaller one
+    script = load_script("forward_backward_dataset_sample.py")
+    clock = Clock(bench.device)
+    script.sample = clock.around(script.sample)
+    flags = {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": bench.threads}
+    flags = sampling_flags(bench, images, "loop") | flags | {"compile": bench.args.compile}
+    quietly(script, words(flags))
+    return [
+        {
+            "images": images,
+            "batch": batch,
+            "steps": steps,
+            "seconds": clock.total,
+            "images/s": images / clock.total,
+            "denoising steps of an image/s": images * steps / clock.total,
+            "share of the time that the network waits": 1 - clock.in_network / clock.total,
+        }
+    ]
+
+
+def processes(bench: Bench) -> list[Row]:
+    """the same script in several processes: one per GPU, or two of one thread each, beside one"""
+    import torch
+
+    on_gpu = bench.device.type == "cuda"
+    count = torch.cuda.device_count() if on_gpu else 2
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if count < 2 or (not on_gpu and len(os.sched_getaffinity(0)) < 2):
+        return [{"processes": "not measured: this machine has one GPU or one core"}]
+    if not mpiexec.exists():
+        return [{"processes": "not measured: mpiexec is not installed (pip install -e .[mpi])"}]
+    images = 2 * count * bench.args.batch_size
+    steps = bench.args.steps or (125 if on_gpu else 1)
+    flags = sampling_flags(bench, images, "processes")
+    flags |= {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": 1, "compile": False}
+    seconds: dict[int, list[float]] = {1: [], count: []}
+    for turn in range(bench.args.repeats):
+        for number, found in seconds.items():
+            output = f"{bench.folder}/processes_{number}_{turn}"
+            launch = [str(mpiexec), "--oversubscribe", "-n", str(number)] if number > 1 else []
+            finished = launched(launch, "forward_backward_dataset_sample.py", flags | {"output": output})
+            found.append(finished.record["seconds"])
+    return [
+        {
+            "processes": number,
+            "images": images,
+            "seconds": statistics.median(found),
+            "images/s": images / statistics.median(found),
+            "times one process": ratio(seconds[1], found),
+        }
+        for number, found in seconds.items()
+    ]
+
+
+def startup(bench: Bench) -> list[Row]:
+    """from the command to the first denoising step, with the checkpoint's file in the system's cache"""
+    batch = bench.args.batch_size
+    flags = sampling_flags(bench, batch, "startup")
+    flags |= {"num_classes": 1, "num_per_class": batch, "step_reverse": 1, "num_threads": bench.threads}
+    runs = [
+        launched([], "forward_backward_dataset_sample.py", flags | {"output": f"{bench.folder}/startup_{turn}"})
+        for turn in range(bench.args.repeats + 1)
+    ][1:]
+    seconds = [run.seconds - run.record["seconds"] for run in runs]
+    return [
+        {
+            "checkpoint, GB": os.path.getsize(bench.checkpoint()) / 1e9,
+            "seconds, least and most": [statistics.median(seconds), min(seconds), max(seconds)],
+            "peak memory of the process, GiB": max(run.memory for run in runs) / 2**30,
+        }
+    ]
+
+
+def classifier(bench: Bench) -> list[Row]:
+    """convnext_base with random weights, starting images and their samples of ten times"""
+    from guided_diffusion.torch_classifiers import load_classifier
+
+    starts = 64 if bench.device.type == "cuda" else 4
+    size = bench.args.image_size
+    folder, samples = bench.pictures(starts), bench.folder / "samples"
+    pairs = lay_out_samples(folder, samples)
+    script = load_script("evaluate_classifier.py")
+    clock = Clock(bench.device)
+    script.compare = clock.around(script.compare)
+    flags = {"classifier_name": "convnext_base", "classifier_path": "untrained", "normalization": "none"}
+    flags |= {"starting_data_dir": folder, "data_dir": samples, "timestep_respacing": N, "image_size": size}
+    flags |= {"batch_size": 128 if bench.device.type == "cuda" else 22, "num_threads": bench.threads}
+    one_by_one = load_classifier("convnext_base", "untrained", image_size=size)
+    one_by_one.model.to(bench.device)
+    kinds = {"one pair after the other, float32": None, "this project, float32": False, "this project, half": True}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for turn in range(bench.args.repeats + 1):
+        for kind, use_fp16 in kinds.items():
+            if use_fp16 is None:
+                start = time.perf_counter()
+                straightforward(one_by_one, pairs, size, flags["batch_size"], bench.device)
+                seconds[kind].append(time.perf_counter() - start)
+            else:
+                output = f"{bench.folder}/classifier_{turn}_{use_fp16}"
+                chosen = flags | {"output": output, "classifier_use_fp16": use_fp16}
+                quietly(script, [*words(chosen), "--time_series", *map(str, TIMES)])
+                seconds[kind].append(clock.total)
+    first, *_ = seconds = {kind: found[1:] for kind, found in seconds.items()}
+    return [
+        {
+            "way": kind,
+            "starting images": starts,
+            "times": len(TIMES),
+            "seconds": statistics.median(found),
+            "pairs/s": starts * len(TIMES) / statistics.median(found),
+            "times the first": ratio(seconds[first], found),
+        }
+        for kind, found in seconds.items()
+    ]
+
+
+def straightforward(classifier, pairs: dict[int, list[tuple[str, str]]], size: int, batch: int, device) -> list:
+    """Compare pair by pair: read both images, apply the classifier to both, keep all activations, compare them."""
+    import torch
+
+    from guided_diffusion.image_datasets import read_image
+
+    kept, found = {}, []
+
+    def keep(name: str, _module: Any, _args: Any, output: torch.Tensor) -> None:
+        kept[name] = output
+
+    modules = dict(classifier.model.named_modules())
+    hooks = [modules[layer.name].register_forward_hook(partial(keep, layer.name)) for layer in classifier.layers]
+    with torch.inference_mode():
+        for both in pairs.values():
+            for first in range(0, len(both), batch // 2):
+                activations = []
+                for paths in zip(*both[first : first + batch // 2], strict=True):
+                    x = torch.stack([classifier.preprocess(read_image(path, size)) for path in paths])
+                    classifier.model(x.to(device))
+                    activations.append(dict(kept))
+                for name in kept:
+                    a, b = (of[name].flatten(1).float() for of in activations)
+                    cosine = torch.cosine_similarity(a, b)
+                    distance = (a - b).norm(dim=1)
+                    found.append(
+                        (cosine.cpu(), distance.cpu(), (distance / (a.norm(dim=1) * b.norm(dim=1)).sqrt()).cpu())
+                    )
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+# Running the scripts
+
+
+class Clock:
+    """Measures a script's loop, and on request the part of it that is spent in the network."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.total = self.in_network = 0.0
+
+    def around(self, work: Callable) -> Callable:
+        """`work(network, ...)`, measured; where its first argument is not a function, the network is not."""
+        import torch
+
+        spans: list[tuple] = []
+
+        def timed(network: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                begin, end = self._mark(), None
+                result = network(*args, **kwargs)
+                end = self._mark()
+                spans.append((begin, end))
+                return result
+
+            return call
+
+        def measured(first: Any, *rest: Any) -> Any:
+            spans.clear()
+            start = time.perf_counter()
+            result = work(timed(first) if callable(first) else first, *rest)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.total = time.perf_counter() - start
+            self.in_network = sum(self._between(*span) for span in spans)
+            return result
+
+        return measured
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
+
+
+@dataclass
+class Finished:
+    """A process that has ended."""
+
+    seconds: float
+    memory: int  # at its peak, bytes
+    record: dict[str, Any]
+
+
+def launched(launch: list[str], script: str, flags: dict[str, Any]) -> Finished:
+    """Run the sampling script to its end. Raises UserError where it fails."""
+    environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONPATH": str(REPOSITORY)}
+    start = time.perf_counter()
+    command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        said.seek(0)
+        if process.returncode:
+            raise UserError(f"{' '.join(command)} failed:\n{said.read()[-1000:]}")
+    (record,) = Path(flags["output"]).glob("*_run.json")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return Finished(seconds, usage.ru_maxrss * scale, json.loads(record.read_text())["runs"][-1])
+
+
+def sampling_flags(bench: Bench, images: int, output: str) -> dict[str, Any]:
+    """Flags of the sampling script."""
+    flags = bench.flags | {"model_path": bench.checkpoint(), "data_dir": bench.pictures(images)}
+    return flags | {"output": bench.folder / output, "timestep_respacing": N, "batch_size": bench.args.batch_size}
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """Flags as on a command line."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def quietly(script: ModuleType, flags: list[str]) -> None:
+    """Run a script in this process, without its messages."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        script.main(flags)
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of the repository as a module, so that its parts can be measured."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, REPOSITORY / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lay_out_samples(folder: str, output: Path) -> dict[int, list[tuple[str, str]]]:
+    """Give every picture of a folder a "sample" of each time. Returns by time the pairs of paths."""
+    from guided_diffusion.forward_backward import SampleFolder
+
+    pairs: dict[int, list[tuple[str, str]]] = {}
+    for k in TIMES:
+        samples = SampleFolder(str(output), k, N, 1000)
+        for path in sorted(Path(folder).rglob("*.JPEG")):
+            sample = Path(samples.path) / samples.sample(str(path.relative_to(folder)))
+            sample.parent.mkdir(parents=True, exist_ok=True)
+            sample.write_bytes(path.read_bytes())
+            pairs.setdefault(k, []).append((str(path), str(sample)))
+    return pairs
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
+    add = parser.add_argument_group("what is measured").add_argument
+    add("--parts", default="", metavar="NAMES", help="separated by commas (default: all)")
+    add("--output", default="benchmark.json", metavar="FILE", help="all figures (default: %(default)s)")
+    add(
+        "--batch_size",
+        default=0,
+        type=whole_number(0),
+        metavar="INT",
+        help="images per forward pass; 0: 32 on a GPU, 1 on a CPU (default: 0)",
+    )
+    add("--repeats", default=3, type=whole_number(1), metavar="INT", help="rounds (default: %(default)s)")
+    add(
+        "--steps",
+        default=0,
+        type=whole_number(0),
+        metavar="INT",
+        help="denoising steps of the loop; 0: 125 on a GPU, 1 or 2 on a CPU (default: 0)",
+    )
+    add(
+        "--compile",
+        default="auto",
+        type=bool_or_auto,
+        metavar="True|False|auto",
+        help="measure the compiled network too; auto: on a GPU (default: %(default)s)",
+    )
+    add(
+        "--num_threads",
+        default=0,
+        type=whole_number(0),
+        metavar="INT",
+        help="CPU threads that compute; 0: the cores (default: 0)",
+    )
+    add_dict_to_argparser(parser.add_argument_group("the network"), FLAGS)
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
