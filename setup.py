@@ -12,6 +12,7 @@ setup(
     extras_require={
         "test": ["pytest", "pytest-xdist", "ruff", "matplotlib"],
         "figures": ["matplotlib"],
+        "bench": ["diffusers"],  # what scripts/benchmark.py compares with
         "mpi": ["openmpi"],  # an MPI library and its mpiexec, for machines that have none
     },
 )

@@ -20,7 +20,13 @@ def plain(model: UNetModel) -> UNetModel:
 
     Every step makes a new tensor, normalisation and softmax cast to float32 and back, and attention is not fused.
     """
-    classes = {GroupNorm32: PlainNorm, ResBlock: PlainBlock, PointwiseConv1d: PlainConv1d, nn.SiLU: PlainSiLU}
+    classes: dict[type, type] = {
+        GroupNorm32: PlainNorm,
+        ResBlock: PlainBlock,
+        nn.Conv2d: PlainConv2d,
+        PointwiseConv1d: PlainConv1d,
+        nn.SiLU: PlainSiLU,
+    }
     model = copy.deepcopy(model, {id(w): w for w in model.parameters()})
     for module in model.modules():
         if isinstance(module, QKVAttention):
@@ -31,12 +37,12 @@ def plain(model: UNetModel) -> UNetModel:
     return model
 
 
-def exact(model: UNetModel) -> Callable[[Tensor, Tensor], Tensor]:
-    """The network in float64, but for the sines and cosines of time: (x, timesteps) -> output, both float32."""
+def exact(model: UNetModel) -> Callable[..., Tensor]:
+    """The network in float64, but for the sines and cosines of time; called as it is, with float32 in and out."""
     network = plain(copy.deepcopy(model).double())
     network.dtype = torch.float64
     network.time_embed.register_forward_pre_hook(lambda _module, embedding: (embedding[0].double(),))
-    return lambda x, timesteps: network(x.double(), timesteps).float()
+    return lambda x, timesteps, **conditions: network(x.double(), timesteps, **conditions).float()
 
 
 def diffusers_unet(model: UNetModel) -> nn.Module:
@@ -111,10 +117,23 @@ class PlainAttention(QKVAttention):
         return torch.einsum("bhts,bhcs->bhct", weights, v).flatten(1, 2)
 
 
-class PlainConv1d(PointwiseConv1d):
-    """A convolution as `nn.Conv1d` computes it."""
+class PlainConv2d(nn.Conv2d):
+    """A convolution; float16 on a CPU, which has no kernel for it, is summed in float32 as on a GPU."""
 
-    forward = nn.Conv1d.forward
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float16:
+            weight, bias = self.weight.float(), self.bias.float()
+            return F.conv2d(x.float(), weight, bias, self.stride, self.padding).half()
+        return super().forward(x)
+
+
+class PlainConv1d(PointwiseConv1d):
+    """A convolution as `nn.Conv1d` computes it; on a CPU, float16 as `PlainConv2d`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type == "cpu" and x.dtype == torch.float16:
+            return F.conv1d(x.float(), self.weight.float(), self.bias.float()).half()
+        return nn.Conv1d.forward(self, x)
 
 
 class PlainSiLU(nn.SiLU):

@@ -20,22 +20,17 @@ so that whatever else the machine does meets all of them; ratios are of the same
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
-import importlib.util
-import io
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,13 +40,24 @@ from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_whole
 from guided_diffusion.script_util import add_dict_to_argparser, args_to_dict, bool_or_auto, model_defaults
+from guided_diffusion.timing import (
+    Clock,
+    Contender,
+    Row,
+    launched,
+    load_script,
+    quietly,
+    ratio,
+    table,
+    take_turns,
+    words,
+)
 
 if TYPE_CHECKING:
     import torch
 
     from guided_diffusion.unet import UNetModel
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 FLAGS = {  # of the network: the published model's
     **model_defaults(),
     "image_size": 256,
@@ -66,7 +72,6 @@ FLAGS = {  # of the network: the published model's
 }
 N = 250  # denoising steps after respacing
 TIMES = [25 * i for i in range(1, 11)]  # of the classifier's series
-Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,67 +157,6 @@ class Bench:
             coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
             coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.JPEG", quality=90)
         return str(folder.parent)
-
-
-# Taking turns
-
-
-@dataclass(eq=False)
-class Contender:
-    """Something to be timed, again and again: `call()`, which is work for `images` images and `flops` operations."""
-
-    name: str
-    call: Callable[[], Any]
-    precision: str = ""
-    images: float = 0
-    flops: float = 0
-    seconds: list[float] = field(default_factory=list)
-    memory: int | None = None  # peak on a GPU, bytes
-
-
-def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.device) -> None:
-    """Time all contenders, one after the other, `repeats` times, after one round to warm up."""
-    import torch
-
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    contenders = list(contenders)
-    for turn in range(repeats + 1):
-        for contender in contenders:
-            finish()
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            start = time.perf_counter()
-            with torch.inference_mode():
-                contender.call()
-            finish()
-            if turn:
-                contender.seconds.append(time.perf_counter() - start)
-            if device.type == "cuda":
-                contender.memory = torch.cuda.max_memory_allocated()
-
-
-def ratio(slow: list[float], fast: list[float]) -> list[float]:
-    """How many times as long the first took, round by round: [median, least, most]."""
-    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
-    return [statistics.median(ratios), min(ratios), max(ratios)]
-
-
-def table(rows: list[Row]) -> str:
-    """Rows as a table in Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names), *([_cell(name, row.get(name, "")) for name in names] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, list):
-        return "{:.2f} ({:.2f}..{:.2f})".format(*value)
-    if isinstance(value, float):
-        return f"{value:.1%}" if name.startswith("share") else f"{value:.1e}" if "error" in name else f"{value:.3g}"
-    return str(value)
 
 
 # The networks
@@ -539,107 +483,10 @@ def straightforward(classifier, pairs: dict[int, list[tuple[str, str]]], size: i
     return found
 
 
-# Running the scripts
-
-
-class Clock:
-    """Measures a script's loop, and on request the part of it that is spent in the network."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.total = self.in_network = 0.0
-
-    def around(self, work: Callable) -> Callable:
-        """`work(network, ...)`, measured; where its first argument is not a function, the network is not."""
-        import torch
-
-        spans: list[tuple] = []
-
-        def timed(network: Callable) -> Callable:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                begin, end = self._mark(), None
-                result = network(*args, **kwargs)
-                end = self._mark()
-                spans.append((begin, end))
-                return result
-
-            return call
-
-        def measured(first: Any, *rest: Any) -> Any:
-            spans.clear()
-            start = time.perf_counter()
-            result = work(timed(first) if callable(first) else first, *rest)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.total = time.perf_counter() - start
-            self.in_network = sum(self._between(*span) for span in spans)
-            return result
-
-        return measured
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        import torch
-
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, begin: Any, end: Any) -> float:
-        return begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
-
-
-@dataclass
-class Finished:
-    """A process that has ended."""
-
-    seconds: float
-    memory: int  # at its peak, bytes
-    record: dict[str, Any]
-
-
-def launched(launch: list[str], script: str, flags: dict[str, Any]) -> Finished:
-    """Run the sampling script to its end. Raises UserError where it fails."""
-    environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONPATH": str(REPOSITORY)}
-    start = time.perf_counter()
-    command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
-        said.seek(0)
-        if process.returncode:
-            raise UserError(f"{' '.join(command)} failed:\n{said.read()[-1000:]}")
-    (record,) = Path(flags["output"]).glob("*_run.json")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return Finished(seconds, usage.ru_maxrss * scale, json.loads(record.read_text())["runs"][-1])
-
-
 def sampling_flags(bench: Bench, images: int, output: str) -> dict[str, Any]:
     """Flags of the sampling script."""
     flags = bench.flags | {"model_path": bench.checkpoint(), "data_dir": bench.pictures(images)}
     return flags | {"output": bench.folder / output, "timestep_respacing": N, "batch_size": bench.args.batch_size}
-
-
-def words(flags: dict[str, Any]) -> list[str]:
-    """Flags as on a command line."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
-def quietly(script: ModuleType, flags: list[str]) -> None:
-    """Run a script in this process, without its messages."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        script.main(flags)
-
-
-def load_script(name: str) -> ModuleType:
-    """A script of the repository as a module, so that its parts can be measured."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, REPOSITORY / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def lay_out_samples(folder: str, output: Path) -> dict[int, list[tuple[str, str]]]:

@@ -1,0 +1,185 @@
+"""Timing: contenders that take turns, scripts and the parts of them, and tables of what was found."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+
+
+@dataclass(eq=False)
+class Contender:
+    """Something to be timed, again and again: `call()`, which is work for `images` images and `flops` operations."""
+
+    name: str
+    call: Callable[[], Any]
+    precision: str = ""
+    images: float = 0
+    flops: float = 0
+    seconds: list[float] = field(default_factory=list)
+    memory: int | None = None  # peak on a GPU, bytes
+
+
+def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.device) -> None:
+    """Time all contenders, one after the other, `repeats` times, after one round to warm up."""
+    import torch
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    contenders = list(contenders)
+    for turn in range(repeats + 1):
+        for contender in contenders:
+            finish()
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            start = time.perf_counter()
+            with torch.inference_mode():
+                contender.call()
+            finish()
+            if turn:
+                contender.seconds.append(time.perf_counter() - start)
+            if device.type == "cuda":
+                contender.memory = torch.cuda.max_memory_allocated()
+
+
+def ratio(slow: list[float], fast: list[float]) -> list[float]:
+    """How many times as long the first took, round by round: [median, least, most]."""
+    ratios = [a / b for a, b in zip(slow, fast, strict=True)]
+    return [statistics.median(ratios), min(ratios), max(ratios)]
+
+
+def table(rows: list[Row]) -> str:
+    """Rows as a table in Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [names, ["---"] * len(names), *([_cell(name, row.get(name, "")) for name in names] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "{:.2f} ({:.2f}..{:.2f})".format(*value)
+    if isinstance(value, float):
+        return f"{value:.1%}" if name.startswith("share") else f"{value:.1e}" if "error" in name else f"{value:.3g}"
+    return str(value)
+
+
+# Scripts
+
+
+class Clock:
+    """Measures a call, and within it those of a network.
+
+    Attributes:
+        total, in_network: seconds of the last call.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.total = self.in_network = 0.0
+
+    def around(self, work: Callable) -> Callable:
+        """`work` to be called in its place; where its first argument can be called, that is the network."""
+        import torch
+
+        spans: list[tuple] = []
+
+        def timed(network: Callable) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                begin = self._mark()
+                result = network(*args, **kwargs)
+                spans.append((begin, self._mark()))
+                return result
+
+            return call
+
+        def measured(first: Any, *rest: Any) -> Any:
+            spans.clear()
+            start = time.perf_counter()
+            result = work(timed(first) if callable(first) else first, *rest)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.total = time.perf_counter() - start
+            self.in_network = sum(self._between(*span) for span in spans)
+            return result
+
+        return measured
+
+    def _mark(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+            import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
+
+
+@dataclass
+class Finished:
+    """A process that has ended."""
+
+    seconds: float
+    memory: int  # at its peak, bytes
+    record: dict[str, Any]
+
+
+def launched(launch: list[str], script: str, flags: dict[str, Any]) -> Finished:
+    """Run a script that leaves one record in its --output, behind the words `launch`. Raises UserError if it fails."""
+    environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONPATH": str(REPOSITORY)}
+    start = time.perf_counter()
+    command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=said)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        said.seek(0)
+        if process.returncode:
+            raise UserError(f"{' '.join(command)} failed:\n{said.read()[-1000:]}")
+    (record,) = Path(flags["output"]).glob("*_run.json")
+    scale = 1 if sys.platform == "darwin" else 1024
+    return Finished(seconds, usage.ru_maxrss * scale, json.loads(record.read_text())["runs"][-1])
+
+
+def words(flags: dict[str, Any]) -> list[str]:
+    """Flags as on a command line."""
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+def quietly(script: ModuleType, flags: list[str]) -> None:
+    """Run a script in this process, without its messages."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        script.main(flags)
+
+
+def load_script(name: str) -> ModuleType:
+    """A script of the repository as a module, so that its parts can be measured."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, REPOSITORY / name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
