@@ -71,16 +71,18 @@ def compute_reproducibly(num_threads: int = 0) -> int:
     return threads
 
 
-def keep_memory() -> None:
-    """Have the C library keep the memory of tensors that are gone, for the next ones.
+def keep_memory(keep: bool = True) -> None:
+    """Have the C library keep the memory of tensors that are gone, for the next ones; or else do as it always does.
 
-    By default it hands large pieces back to the system, which clears them each time they are asked for again: a tenth
+    By default it hands large pieces back to the system, which clears them each time they are asked for again: a fifth
     of a forward pass on a CPU. Where the library is another than glibc, nothing happens.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    m_trim_threshold, m_mmap_max = -1, -4  # of malloc.h
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, -1)
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
+    # Otherwise: where its thresholds come to rest in a process that handles large pieces.
+    mallopt(mmap_threshold, 2**25)
+    mallopt(trim_threshold, -1 if keep else 2**26)
+    mallopt(mmap_max, 0 if keep else 2**16)

@@ -10,7 +10,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -29,13 +28,17 @@ Row = dict[str, Any]
 
 @dataclass(eq=False)
 class Contender:
-    """Something to be timed, again and again: `call()`, which is work for `images` images and `flops` operations."""
+    """Something to be timed, again and again: `call()`, which is work for `images` images and `flops` operations.
+
+    `ours`: it has its memory as the scripts have theirs, see `inference.keep_memory`.
+    """
 
     name: str
     call: Callable[[], Any]
     precision: str = ""
     images: float = 0
     flops: float = 0
+    ours: bool = True
     seconds: list[float] = field(default_factory=list)
     memory: int | None = None  # peak on a GPU, bytes
 
@@ -43,6 +46,8 @@ class Contender:
 def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.device) -> None:
     """Time all contenders, one after the other, `repeats` times, after one round to warm up."""
     import torch
+
+    from .inference import keep_memory
 
     def finish() -> None:
         if device.type == "cuda":
@@ -52,6 +57,7 @@ def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.devi
     for turn in range(repeats + 1):
         for contender in contenders:
             finish()
+            keep_memory(contender.ours)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
@@ -148,22 +154,29 @@ class Finished:
     record: dict[str, Any]
 
 
+_MEASURE = """
+import resource, subprocess, sys
+status = subprocess.call(sys.argv[1:])
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(status)
+"""
+
+
 def launched(launch: list[str], script: str, flags: dict[str, Any]) -> Finished:
     """Run a script that leaves one record in its --output, behind the words `launch`. Raises UserError if it fails."""
     environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONPATH": str(REPOSITORY)}
-    start = time.perf_counter()
     command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, env=os.environ | environment, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        seconds = time.perf_counter() - start
-        said.seek(0)
-        if process.returncode:
-            raise UserError(f"{' '.join(command)} failed:\n{said.read()[-1000:]}")
+    start = time.perf_counter()
+    # Of a process that was started by this one, the system would count this one's memory too.
+    done = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *command], env=os.environ | environment, capture_output=True, text=True
+    )
+    seconds = time.perf_counter() - start
+    if done.returncode:
+        raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-1000:]}")
+    memory = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
     (record,) = Path(flags["output"]).glob("*_run.json")
-    scale = 1 if sys.platform == "darwin" else 1024
-    return Finished(seconds, usage.ru_maxrss * scale, json.loads(record.read_text())["runs"][-1])
+    return Finished(seconds, memory, json.loads(record.read_text())["runs"][-1])
 
 
 def words(flags: dict[str, Any]) -> list[str]:

@@ -202,7 +202,7 @@ def network(bench: Bench) -> list[Row]:
     flops = counter.get_total_flops() * batch
 
     def contender(name: str, precision: torch.dtype, call: Callable) -> Contender:
-        return Contender(name, call, short[precision], batch, flops)
+        return Contender(name, call, short[precision], batch, flops, name.startswith("this project"))
 
     f32 = contender("plain", torch.float32, partial(plain(model), x, t))
     contenders = [f32, contender("this project", torch.float32, partial(prepared(model, False, bench.threads), x, t))]
@@ -226,7 +226,8 @@ def network(bench: Bench) -> list[Row]:
     side = 8192 if device.type == "cuda" else 4096
     matrices = {p: torch.randn(side, side, device=device).to(p) for p in short}
     products = {
-        p: Contender("matrix product", partial(torch.mm, m, m), short[p], 0, 2 * side**3) for p, m in matrices.items()
+        p: Contender("matrix product", partial(torch.mm, m, m, out=torch.empty_like(m)), short[p], 0, 2 * side**3)
+        for p, m in matrices.items()
     }
 
     take_turns([*contenders, *products.values()], bench.args.repeats, device)
