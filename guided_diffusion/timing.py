@@ -7,11 +7,12 @@ import importlib.util
 import io
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -28,26 +29,18 @@ Row = dict[str, Any]
 
 @dataclass(eq=False)
 class Contender:
-    """Something to be timed, again and again: `call()`, which is work for `images` images and `flops` operations.
-
-    `ours`: it has its memory as the scripts have theirs, see `inference.keep_memory`.
-    """
+    """Something to be timed, again and again: `call()`, which is work for `images` images."""
 
     name: str
     call: Callable[[], Any]
     precision: str = ""
     images: float = 0
-    flops: float = 0
-    ours: bool = True
     seconds: list[float] = field(default_factory=list)
-    memory: int | None = None  # peak on a GPU, bytes
 
 
 def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.device) -> None:
     """Time all contenders, one after the other, `repeats` times, after one round to warm up."""
     import torch
-
-    from .inference import keep_memory
 
     def finish() -> None:
         if device.type == "cuda":
@@ -57,17 +50,12 @@ def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.devi
     for turn in range(repeats + 1):
         for contender in contenders:
             finish()
-            keep_memory(contender.ours)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
             start = time.perf_counter()
             with torch.inference_mode():
                 contender.call()
             finish()
             if turn:
                 contender.seconds.append(time.perf_counter() - start)
-            if device.type == "cuda":
-                contender.memory = torch.cuda.max_memory_allocated()
 
 
 def ratio(slow: list[float], fast: list[float]) -> list[float]:
@@ -135,7 +123,7 @@ class Clock:
     def _mark(self) -> Any:
         if self.device.type != "cuda":
             return time.perf_counter()
-            import torch
+        import torch
 
         event = torch.cuda.Event(enable_timing=True)
         event.record()
@@ -143,6 +131,34 @@ class Clock:
 
     def _between(self, begin: Any, end: Any) -> float:
         return begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
+
+
+def time_alone(call: Callable[[], Any], device: torch.device, least: float = 2.0) -> dict[str, float]:
+    """Seconds per call, over at least `least` seconds, after one to warm up, and this process's peak memory in bytes.
+
+    The memory is the GPU's, or the process's on a CPU (where Linux tells it).
+    """
+    import torch
+
+    def finish() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    with torch.inference_mode():
+        call()
+        finish()
+        calls, start = 0, time.perf_counter()
+        while not calls or time.perf_counter() - start < least:
+            call()
+            finish()
+            calls += 1
+        passed = time.perf_counter() - start
+    found = {"seconds": passed / calls}
+    if device.type == "cuda":
+        found["memory"] = torch.cuda.max_memory_allocated()
+    elif (status := Path("/proc/self/status")).exists():
+        found["memory"] = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    return found
 
 
 @dataclass
@@ -162,21 +178,30 @@ sys.exit(status)
 """
 
 
-def launched(launch: list[str], script: str, flags: dict[str, Any]) -> Finished:
-    """Run a script that leaves one record in its --output, behind the words `launch`. Raises UserError if it fails."""
+def run_script(script: str, flags: dict[str, Any], launch: Sequence[str] = ()) -> str:
+    """Run a script of the repository, behind the words `launch`; returns what it writes to standard output.
+
+    Raises UserError, with the end of what it has said, where it fails.
+    """
     environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        said = done.stderr[done.stderr.rfind("error: ") :][-1000:].removeprefix("error: ").strip()
+        raise UserError(said or f"{' '.join(command)} ended with status {done.returncode}")
+    return done.stdout
+
+
+def launched(launch: list[str], script: str, flags: dict[str, Any]) -> Finished:
+    """Run a script that leaves one record in its --output, behind the words `launch`. Raises UserError if it fails."""
     start = time.perf_counter()
     # Of a process that was started by this one, the system would count this one's memory too.
-    done = subprocess.run(
-        [sys.executable, "-c", _MEASURE, *command], env=os.environ | environment, capture_output=True, text=True
-    )
+    memory = run_script(script, flags, [sys.executable, "-c", _MEASURE, *launch])
     seconds = time.perf_counter() - start
-    if done.returncode:
-        raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-1000:]}")
-    memory = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
     (record,) = Path(flags["output"]).glob("*_run.json")
-    return Finished(seconds, memory, json.loads(record.read_text())["runs"][-1])
+    return Finished(
+        seconds, int(memory) * (1 if sys.platform == "darwin" else 1024), json.loads(record.read_text())["runs"][-1]
+    )
 
 
 def words(flags: dict[str, Any]) -> list[str]:

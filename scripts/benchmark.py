@@ -28,7 +28,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +47,10 @@ from guided_diffusion.timing import (
     load_script,
     quietly,
     ratio,
+    run_script,
     table,
     take_turns,
+    time_alone,
     words,
 )
 
@@ -92,6 +93,9 @@ def main(argv: list[str] | None = None) -> int:
     threads = compute_reproducibly(args.num_threads)
     device = dist_util.dev()
     args.batch_size = args.batch_size or (32 if device.type == "cuda" else 1)
+    if args.contender:
+        sys.stdout.write(json.dumps(contend(args, device, threads)))
+        return 0
     circumstances = {"hardware": hardware(device), "threads": threads, **versions()}
     report: dict[str, Any] = {"circumstances": circumstances, "arguments": vars(args)}
     with tempfile.TemporaryDirectory() as folder:
@@ -109,14 +113,11 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-@dataclass
 class Bench:
-    """What the parts have in common."""
+    """What the parts have in common; `folder` is for files that are not kept."""
 
-    args: argparse.Namespace
-    device: torch.device
-    threads: int
-    folder: Path  # for files that are not kept
+    def __init__(self, args: argparse.Namespace, device: torch.device, threads: int, folder: Path):
+        self.args, self.device, self.threads, self.folder = args, device, threads, folder
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -182,68 +183,94 @@ def prepared(model: UNetModel, use_fp16: bool, threads: int, compiled: bool = Fa
 
 
 def network(bench: Bench) -> list[Row]:
-    """a forward pass"""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
+    """a forward pass; every contender in processes of its own, since one that handles memory well helps the others"""
 
-    from guided_diffusion.compilation import compile_network
     from guided_diffusion.fp16_util import half_precision_dtype
+
+    half_name = str(half_precision_dtype(bench.device)).removeprefix("torch.")
+    compiled = bench.args.compile is True or (bench.args.compile == "auto" and bench.device.type == "cuda")
+    ways = ["plain", "this project", *(["this project, compiled"] if compiled else []), "diffusers", "matrix product"]
+    contenders = [(way, precision) for precision in dict.fromkeys(["float32", half_name]) for way in ways]
+    contenders = [c for c in contenders if c != ("this project, compiled", "float32")]
+    found: dict[tuple[str, str], list[Row]] = {contender: [] for contender in contenders}
+    flags = bench.flags | {"batch_size": bench.args.batch_size, "num_threads": bench.threads}
+    rows: list[Row] = []
+    for _ in range(bench.args.repeats):
+        for contender in list(found):
+            try:
+                asked = f"{bench.checkpoint()}:{':'.join(contender)}"
+                found[contender].append(json.loads(run_script(__file__, flags | {"contender": asked})))
+            except UserError as error:
+                if contender[0] != "diffusers":
+                    raise
+                del found[contender]
+                rows.append({"network": "diffusers", "precision": contender[1], "seconds": f"not measured: {error}"})
+
+    seconds = {contender: [run["seconds"] for run in runs] for contender, runs in found.items()}
+    flops = count_flops(bench) * bench.args.batch_size
+    peak = {p: 2 * side(bench.device) ** 3 / min(all_) for (way, p), all_ in seconds.items() if way == "matrix product"}
+    measured: list[Row] = []
+    for (way, precision), runs in found.items():
+        if way == "matrix product":
+            continue
+        median = statistics.median(seconds[way, precision])
+        row = {"network": way, "precision": precision, "seconds": median, "images/s": bench.args.batch_size / median}
+        row |= {"TFLOP/s": flops / median / 1e12, "share of peak": flops / median / peak[precision]}
+        for against in dict.fromkeys(["float32", half_name]):
+            row[f"times plain {against}"] = ratio(seconds["plain", against], seconds[way, precision])
+        memory = {"peak memory, GiB": max(run["memory"] for run in runs) / 2**30} if "memory" in runs[0] else {}
+        measured.append(row | memory)
+    rows = measured + rows
+    return rows + [{"network": "matrix product", "precision": p, "TFLOP/s": rate / 1e12} for p, rate in peak.items()]
+
+
+def contend(args: argparse.Namespace, device: torch.device, threads: int) -> dict[str, float]:
+    """What a process of `network` measures: args.contender is FILE:WAY:PRECISION. Raises UserError."""
+    import torch
+
+    from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.compilation import compile_network
     from guided_diffusion.other_networks import diffusers_unet, plain
     from guided_diffusion.script_util import create_gaussian_diffusion
 
-    device, size, batch = bench.device, bench.args.image_size, bench.args.batch_size
-    dtype = half_precision_dtype(device)
-    short = {torch.float32: "float32", dtype: str(dtype).removeprefix("torch.")}
-    model = bench.new_model().to(device)
+    path, way, precision = args.contender.rsplit(":", 2)
+    dtype, batch, size = getattr(torch, precision), args.batch_size, args.image_size
+    if way == "matrix product":
+        m = torch.randn(side(device), side(device), device=device).to(dtype)
+        return time_alone(partial(torch.mm, m, m, out=torch.empty_like(m)), device)
+    flags = args_to_dict(args, FLAGS)
+    model = load_model(path, flags).eval().requires_grad_(False).to(device)
     x = torch.randn(batch, 3, size, size, device=device)
     t = torch.full((batch,), 500, device=device)
+    use_fp16 = dtype != torch.float32
+    if way == "plain":
+        network = plain(half(model, dtype) if use_fp16 else model)
+        network.dtype = dtype
+    elif way == "diffusers":
+        network, x = diffusers_unet(model).to(device, dtype), x.to(dtype)
+    else:
+        compiled = way == "this project, compiled"
+        network = prepared(model, use_fp16, threads, compiled)
+        if compiled:
+            network = compile_network(network, create_gaussian_diffusion(timestep_respacing=str(N)), batch, size)
+    del model
+    return time_alone(partial(network, x, t), device)
+
+
+def side(device: torch.device) -> int:
+    """Of the matrices whose product is timed."""
+    return 8192 if device.type == "cuda" else 4096
+
+
+def count_flops(bench: Bench) -> int:
+    """Floating-point operations of a forward pass of one image."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model, size = bench.new_model(), bench.args.image_size
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(x[:1], t[:1])
-    flops = counter.get_total_flops() * batch
-
-    def contender(name: str, precision: torch.dtype, call: Callable) -> Contender:
-        return Contender(name, call, short[precision], batch, flops, name.startswith("this project"))
-
-    f32 = contender("plain", torch.float32, partial(plain(model), x, t))
-    contenders = [f32, contender("this project", torch.float32, partial(prepared(model, False, bench.threads), x, t))]
-    if dtype != torch.float32:
-        contenders += [
-            contender("plain", dtype, partial(plain(half(model, dtype)), x, t)),
-            contender("this project", dtype, partial(prepared(model, True, bench.threads), x, t)),
-        ]
-    if bench.args.compile is True or (bench.args.compile == "auto" and device.type == "cuda"):
-        diffusion = create_gaussian_diffusion(timestep_respacing=str(N))
-        compiled = compile_network(prepared(model, True, bench.threads, True), diffusion, batch, size)
-        contenders.append(contender("this project, compiled", dtype, partial(compiled, x, t)))
-    why_not = ""
-    try:
-        other = diffusers_unet(model).to(device)
-        for precision in short:
-            theirs = copy.deepcopy(other).to(precision)
-            contenders.append(contender("diffusers", precision, partial(theirs, x.to(precision), t)))
-    except UserError as error:
-        why_not = str(error)
-    side = 8192 if device.type == "cuda" else 4096
-    matrices = {p: torch.randn(side, side, device=device).to(p) for p in short}
-    products = {
-        p: Contender("matrix product", partial(torch.mm, m, m, out=torch.empty_like(m)), short[p], 0, 2 * side**3)
-        for p, m in matrices.items()
-    }
-
-    take_turns([*contenders, *products.values()], bench.args.repeats, device)
-    peak = {p.precision: p.flops / min(p.seconds) for p in products.values()}
-    rows = []
-    plain_half = next((c for c in contenders if c.name == "plain" and c.precision != "float32"), f32)
-    for c in contenders:
-        seconds = statistics.median(c.seconds)
-        row = {"network": c.name, "precision": c.precision, "seconds": seconds, "images/s": batch / seconds}
-        row |= {"TFLOP/s": flops / seconds / 1e12, "share of peak": flops / seconds / peak[c.precision]}
-        row |= {f"times plain {p.precision}": ratio(p.seconds, c.seconds) for p in dict.fromkeys([f32, plain_half])}
-        rows.append(row | ({"peak memory, GiB": c.memory / 2**30} if c.memory else {}))
-    rows += [{"network": "matrix product", "precision": p, "TFLOP/s": rate / 1e12} for p, rate in peak.items()]
-    if why_not:
-        rows.append({"network": "diffusers", "precision": f"not measured: {why_not}"})
-    return rows
+        model(torch.zeros(1, 3, size, size), torch.zeros(1))
+    return counter.get_total_flops()
 
 
 def small(bench: Bench) -> list[Row]:
@@ -526,6 +553,7 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="INT",
         help="denoising steps of the loop; 0: 125 on a GPU, 1 or 2 on a CPU (default: 0)",
     )
+    add("--contender", default="", help=argparse.SUPPRESS)  # of a process that `network` starts
     add(
         "--compile",
         default="auto",
