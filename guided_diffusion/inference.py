@@ -41,7 +41,7 @@ def prepare(
     # Convolutions in half precision are faster with the channels last, where there are channels enough. But only some
     # normalisations are: on a GPU the compiled one. In float32 on a CPU, the exact one would turn the layout back.
     half_on_cpu = device.type == "cpu" and dtype != torch.float32
-    channels_last = model.model_channels >= 64 and (half_on_cpu or (compiled and device.type == "cuda"))
+    channels_last = getattr(model, "model_channels", 0) >= 64 and (half_on_cpu or (compiled and device.type == "cuda"))
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     precision = str(dtype).removeprefix("torch.")
     if use_fp16 and dtype != torch.float16:
