@@ -411,6 +411,15 @@ class _Encoder(nn.Module):
                 child.apply(function)
 
 
+class _Output(nn.Sequential):
+    """Normalisation, activation and convolution, in float32 whatever the precision of the input."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        norm, activation, conv = self
+        h = norm(h, dtype=torch.float32)
+        return conv(activation(h.clone() if norm._forward_hooks else h))  # a hook may have kept the other
+
+
 class UNetModel(_Encoder):
     """The U-Net of a diffusion model.
 
@@ -450,7 +459,7 @@ class UNetModel(_Encoder):
                 if level > 0 and i == self.num_res_blocks:
                     block.append(self._upsample(width))
                 self.output_blocks.append(TimestepEmbedSequential(*block))
-        self.out = nn.Sequential(
+        self.out = _Output(
             normalization(width),
             SiLU(inplace=True),
             zero_module(conv_nd(self.dims, width, self.out_channels, 3, padding=1)),
@@ -479,9 +488,7 @@ class UNetModel(_Encoder):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), emb)
         with torch.autocast(x.device.type, enabled=False):  # the output is in float32 in training too
-            norm, activation, conv = self.out
-            h = activation(norm(h, dtype=torch.float32))  # (B, C, H, W)
-            return conv(h).to(x.dtype)  # (B, out_channels, H, W)
+            return self.out(h).to(x.dtype)  # (B, out_channels, H, W)
 
 
 class SuperResModel(UNetModel):
