@@ -44,7 +44,8 @@ class GroupNorm32(nn.GroupNorm):
             h = super().forward(x.contiguous().float()).to(dtype)
         if scale is None:
             return h
-        return torch.addcmul(shift, h, 1 + scale, out=None if h.requires_grad else h)
+        in_place = not (h.requires_grad or torch.compiler.is_compiling())  # a compiler finds memory of its own
+        return torch.addcmul(shift, h, 1 + scale, out=h if in_place else None)
 
     def _channels_last(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`forward` on a CPU, in half precision, of x (B, C, H, W) whose channels are last in memory.
