@@ -131,6 +131,7 @@ def measure(
     from guided_diffusion import dist_util, logger
     from guided_diffusion.activations import ActivationMoments
     from guided_diffusion.classifier_results import labels_of
+    from guided_diffusion.inference import enough_memory
     from guided_diffusion.pipeline import read_ahead
     from guided_diffusion.transfer import download, upload
 
@@ -145,13 +146,8 @@ def measure(
             fine = [(image, picture) for image, picture in both if not isinstance(picture, Exception)]
             if fine:
                 x = upload(torch.stack([picture for _, picture in fine]), dist_util.dev())  # (B, 3, S, S)
-                try:
-                    with autocast:
-                        logits = classifier.model(x)  # (B, classes)
-                except torch.OutOfMemoryError as error:
-                    raise UserError(
-                        f"the GPU's memory does not hold {len(x)} images at once: lower --batch_size"
-                    ) from error
+                with autocast, enough_memory(len(x)):
+                    logits = classifier.model(x)  # (B, classes)
                 found.append((download(logits.float()), labels_of(image for image, _ in fine)))
             bar.update(len(batch))
     ranks = [np.empty(0, np.int64), *(ranks_of(*wait(), labels) for wait, labels in found)]

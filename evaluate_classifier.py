@@ -252,6 +252,7 @@ def compare(
     from guided_diffusion import dist_util, logger
     from guided_diffusion.activations import Similarities
     from guided_diffusion.image_datasets import UnreadableImage
+    from guided_diffusion.inference import enough_memory
     from guided_diffusion.pipeline import read_ahead
     from guided_diffusion.transfer import upload
 
@@ -274,14 +275,8 @@ def compare(
                 lost.append((images[row % len(images)].path, str(pictures[row]), int(row) // len(images)))
             # The place of a picture that cannot be read is left blank: the others keep theirs, and so their numbers.
             x = torch.stack([blank if bad else p for p, bad in zip(pictures, unreadable, strict=True)])
-            try:
-                with autocast:
-                    classifier.model(upload(x, dist_util.dev()))  # ((1 + T) B, 3, S, S)
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"the GPU's memory does not hold {len(x)} images at once: lower --batch_size,\n"
-                    f"and remove {parts.folder}, which was begun with this one"
-                ) from error
+            with autocast, enough_memory(len(x), f",\nand remove {parts.folder}, which was begun with this one"):
+                classifier.model(upload(x, dist_util.dev()))  # ((1 + T) B, 3, S, S)
             if last:
                 last()  # now, since this batch is under way: a GPU goes on meanwhile
             last = partial(write_part, parts, index, ~unreadable.reshape(1 + times, len(images)), watch.latest)

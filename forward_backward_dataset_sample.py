@@ -220,6 +220,7 @@ def forward_backward(
 
     from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import NoiseStreams, Pixels, from_pixels, noised_image
+    from guided_diffusion.inference import enough_memory
     from guided_diffusion.transfer import upload
 
     device, k = dist_util.dev(), unit.step_reverse
@@ -242,12 +243,10 @@ def forward_backward(
         device=device,
         generator=noise,
     )
-    try:
+    with enough_memory(len(x)):
         for step in steps:
             x = step["sample"]
             bar.update()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory does not hold {len(x)} images at once: lower --batch_size") from error
     return Pixels(x)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import dist_util, logger
 from .errors import UserError, first_line
+from .inference import enough_memory
 
 if TYPE_CHECKING:
     from .gaussian_diffusion import GaussianDiffusion
@@ -61,11 +62,11 @@ def compile_network(
     first = torch.zeros(batch_size, dtype=torch.long, device=device)
     labels = {} if model.num_classes is None else {"y": first}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), enough_memory(batch_size):
             x = torch.zeros(batch_size, 3, image_size, image_size, device=device)
             call(x, diffusion.scale_timesteps(first), **labels)
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory does not hold {batch_size} images at once: lower --batch_size") from error
+    except UserError:
+        raise
     except Exception as error:  # a compiler fails in many ways
         raise UserError(f"the network cannot be compiled: {first_line(error)}.\nUse --compile False") from error
     return call

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import dist_util, logger
+from .errors import UserError
 from .fp16_util import half_precision_dtype
 from .run_record import hardware, versions
 
@@ -47,13 +50,8 @@ def prepare(
     if use_fp16 and dtype != torch.float16:
         logger.info(f"--use_fp16 True: this CPU has no fast float16, the U-Net computes in {precision}")
     layout = "channels last" if channels_last else "channels first"
-    return {
-        "hardware": hardware(device),
-        "precision": precision,
-        "layout": layout,
-        "threads": threads,
-        **versions(),
-    }
+    facts = {"hardware": hardware(device), "precision": precision, "layout": layout, "threads": threads}
+    return {**facts, **versions()}
 
 
 def compute_reproducibly(num_threads: int = 0) -> int:
@@ -71,8 +69,8 @@ def compute_reproducibly(num_threads: int = 0) -> int:
     return threads
 
 
-def keep_memory(keep: bool = True) -> None:
-    """Have the C library keep the memory of tensors that are gone, for the next ones; or else do as it always does.
+def keep_memory() -> None:
+    """Have the C library keep the memory of tensors that are gone, for the next ones.
 
     By default it hands large pieces back to the system, which clears them each time they are asked for again: a fifth
     of a forward pass on a CPU. Where the library is another than glibc, nothing happens.
@@ -81,8 +79,15 @@ def keep_memory(keep: bool = True) -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # of malloc.h
-    # Otherwise: where its thresholds come to rest in a process that handles large pieces.
-    mallopt(mmap_threshold, 2**25)
-    mallopt(trim_threshold, -1 if keep else 2**26)
-    mallopt(mmap_max, 0 if keep else 2**16)
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
+
+
+@contextmanager
+def enough_memory(images: int, more: str = "") -> Iterator[None]:
+    """Raise UserError where the GPU's memory does not suffice for so many images; `more` ends the message."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"the GPU's memory does not hold {images} images at once: lower --batch_size{more}") from error

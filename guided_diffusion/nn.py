@@ -55,9 +55,9 @@ class GroupNorm32(nn.GroupNorm):
         multiplication and addition of two numbers per channel, in one pass.
         """
         images = []
+        unused = torch.zeros_like(self.bias), torch.zeros_like(self.bias)  # running averages, which it insists on
         for i, image in enumerate(x.split(1)):  # (1, C, H, W)
-            unused = torch.zeros_like(self.bias)  # running averages, which it insists on
-            mean, variance = torch.batch_norm_update_stats(image, unused, unused.clone(), 0.0)
+            mean, variance = torch.batch_norm_update_stats(image, *unused, 0.0)
             mean, variance = mean.view(self.num_groups, -1), variance.view(self.num_groups, -1)  # (G, C / G)
             spread, group_mean = torch.var_mean(mean, dim=1, correction=0, keepdim=True)
             group_variance = variance.mean(dim=1, keepdim=True) + spread  # (G, 1)
@@ -84,13 +84,18 @@ class PointwiseConv1d(nn.Conv1d):
 
 
 def normalize_and_activate(
-    norm: GroupNorm32, activation: nn.Module, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None
+    norm: GroupNorm32,
+    activation: nn.Module,
+    x: Tensor,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """activation(norm(x, scale, shift)), where `activation` may overwrite its input.
+    """activation(norm(x, scale, shift, dtype)), where `activation` may overwrite its input.
 
     On a CPU most of the time of such steps goes into new memory.
     """
-    h = norm(x, scale, shift)
+    h = norm(x, scale, shift, dtype)
     return activation(h.clone() if norm._forward_hooks else h)  # a hook may have kept the other
 
 

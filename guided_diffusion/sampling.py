@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from . import dist_util, logger
-from .errors import UserError
 from .files import whole_file, write_json, write_whole
 from .forward_backward import to_pixels
+from .inference import enough_memory
 from .noise import NoiseStreams, noise_seed
 from .parts import Parts, finished_record, plain_write_errors, record_of, remove_parts
 from .pipeline import encode
@@ -76,12 +76,10 @@ def denoise(
         device=device,
         generator=NoiseStreams(args.seed, [f"sample {i}" for i in indices], 0, device),
     )
-    try:
+    with enough_memory(len(indices)):
         for step in steps:
             x = step["sample"]
             bar.update()
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory does not hold {len(indices)} images at once: lower --batch_size") from error
     return x
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
-import os
 import re
 import statistics
 import subprocess
@@ -19,11 +17,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .other_scripts import REPOSITORY, environment, words
 
 if TYPE_CHECKING:
     import torch
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 
 
@@ -42,20 +40,24 @@ def take_turns(contenders: Iterable[Contender], repeats: int, device: torch.devi
     """Time all contenders, one after the other, `repeats` times, after one round to warm up."""
     import torch
 
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     contenders = list(contenders)
     for turn in range(repeats + 1):
         for contender in contenders:
-            finish()
+            wait_for(device)
             start = time.perf_counter()
             with torch.inference_mode():
                 contender.call()
-            finish()
+            wait_for(device)
             if turn:
                 contender.seconds.append(time.perf_counter() - start)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when a GPU has done all that it was told."""
+    if device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
 
 
 def ratio(slow: list[float], fast: list[float]) -> list[float]:
@@ -95,8 +97,6 @@ class Clock:
 
     def around(self, work: Callable) -> Callable:
         """`work` to be called in its place; where its first argument can be called, that is the network."""
-        import torch
-
         spans: list[tuple] = []
 
         def timed(network: Callable) -> Callable:
@@ -112,8 +112,7 @@ class Clock:
             spans.clear()
             start = time.perf_counter()
             result = work(timed(first) if callable(first) else first, *rest)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(self.device)
             self.total = time.perf_counter() - start
             self.in_network = sum(self._between(*span) for span in spans)
             return result
@@ -140,17 +139,13 @@ def time_alone(call: Callable[[], Any], device: torch.device, least: float = 2.0
     """
     import torch
 
-    def finish() -> None:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
     with torch.inference_mode():
         call()
-        finish()
+        wait_for(device)
         calls, start = 0, time.perf_counter()
         while not calls or time.perf_counter() - start < least:
             call()
-            finish()
+            wait_for(device)
             calls += 1
         passed = time.perf_counter() - start
     found = {"seconds": passed / calls}
@@ -183,9 +178,8 @@ def run_script(script: str, flags: dict[str, Any], launch: Sequence[str] = ()) -
 
     Raises UserError, with the end of what it has said, where it fails.
     """
-    environment = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
-    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:
         said = done.stderr[done.stderr.rfind("error: ") :][-1000:].removeprefix("error: ").strip()
         raise UserError(said or f"{' '.join(command)} ended with status {done.returncode}")
@@ -204,20 +198,7 @@ def launched(launch: list[str], script: str, flags: dict[str, Any]) -> Finished:
     )
 
 
-def words(flags: dict[str, Any]) -> list[str]:
-    """Flags as on a command line."""
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-
-
 def quietly(script: ModuleType, flags: list[str]) -> None:
     """Run a script in this process, without its messages."""
     with contextlib.redirect_stderr(io.StringIO()):
         script.main(flags)
-
-
-def load_script(name: str) -> ModuleType:
-    """A script of the repository as a module, so that its parts can be measured."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, REPOSITORY / name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

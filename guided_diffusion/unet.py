@@ -416,8 +416,7 @@ class _Output(nn.Sequential):
 
     def forward(self, h: Tensor) -> Tensor:
         norm, activation, conv = self
-        h = norm(h, dtype=torch.float32)
-        return conv(activation(h.clone() if norm._forward_hooks else h))  # a hook may have kept the other
+        return conv(normalize_and_activate(norm, activation, h, dtype=torch.float32))
 
 
 class UNetModel(_Encoder):

@@ -38,20 +38,19 @@ from guided_diffusion import logger
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_whole
+from guided_diffusion.other_scripts import find_mpiexec, load_script, words
 from guided_diffusion.script_util import add_dict_to_argparser, args_to_dict, bool_or_auto, model_defaults
 from guided_diffusion.timing import (
     Clock,
     Contender,
     Row,
     launched,
-    load_script,
     quietly,
     ratio,
     run_script,
     table,
     take_turns,
     time_alone,
-    words,
 )
 
 if TYPE_CHECKING:
@@ -124,27 +123,18 @@ class Bench:
         """The flags of the network."""
         return args_to_dict(self.args, FLAGS)
 
-    def new_model(self) -> UNetModel:
-        """The network with random weights, none of which are 0 as in a freshly initialised one: float32, on the CPU."""
-        import torch
-
-        from guided_diffusion.checkpoints import load_model
-
-        model = load_model("untrained", self.flags).eval().requires_grad_(False)
-        model.convert_to_fp32()
-        generator = torch.Generator().manual_seed(0)
-        for w in model.parameters():
-            if not w.any():
-                w.normal_(0, 0.02, generator=generator)
-        return model
-
     def checkpoint(self) -> str:
-        """A file of these weights, of the size of the published one."""
+        """A file of random weights, none of which are 0 as in a freshly initialised network."""
         import torch
 
         path = self.folder / "model.pt"
         if not path.exists():
-            torch.save(self.new_model().state_dict(), path)
+            model = loaded("untrained", self.flags)
+            generator = torch.Generator().manual_seed(0)
+            for w in model.parameters():
+                if not w.any():
+                    w.normal_(0, 0.02, generator=generator)
+            torch.save(model.state_dict(), path)
         return str(path)
 
     def pictures(self, count: int) -> str:
@@ -161,6 +151,22 @@ class Bench:
 
 
 # The networks
+
+
+def loaded(path: str, flags: dict[str, Any]) -> UNetModel:
+    """The network of a checkpoint, in float32 on the CPU."""
+    from guided_diffusion.checkpoints import load_model
+
+    model = load_model(path, flags).eval().requires_grad_(False)
+    model.convert_to_fp32()
+    return model
+
+
+def demo_unet() -> UNetModel:
+    """The demo's, which is trained."""
+    from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
+
+    return loaded(str(UNET_FILE), {**model_defaults(), "learn_sigma": False, **MODEL_FLAGS})
 
 
 def half(model: UNetModel, dtype: torch.dtype) -> UNetModel:
@@ -184,7 +190,6 @@ def prepared(model: UNetModel, use_fp16: bool, threads: int, compiled: bool = Fa
 
 def network(bench: Bench) -> list[Row]:
     """a forward pass; every contender in processes of its own, since one that handles memory well helps the others"""
-
     from guided_diffusion.fp16_util import half_precision_dtype
 
     half_name = str(half_precision_dtype(bench.device)).removeprefix("torch.")
@@ -228,7 +233,6 @@ def contend(args: argparse.Namespace, device: torch.device, threads: int) -> dic
     """What a process of `network` measures: args.contender is FILE:WAY:PRECISION. Raises UserError."""
     import torch
 
-    from guided_diffusion.checkpoints import load_model
     from guided_diffusion.compilation import compile_network
     from guided_diffusion.other_networks import diffusers_unet, plain
     from guided_diffusion.script_util import create_gaussian_diffusion
@@ -238,14 +242,12 @@ def contend(args: argparse.Namespace, device: torch.device, threads: int) -> dic
     if way == "matrix product":
         m = torch.randn(side(device), side(device), device=device).to(dtype)
         return time_alone(partial(torch.mm, m, m, out=torch.empty_like(m)), device)
-    flags = args_to_dict(args, FLAGS)
-    model = load_model(path, flags).eval().requires_grad_(False).to(device)
+    model = loaded(path, args_to_dict(args, FLAGS)).to(device)
     x = torch.randn(batch, 3, size, size, device=device)
     t = torch.full((batch,), 500, device=device)
     use_fp16 = dtype != torch.float32
     if way == "plain":
         network = plain(half(model, dtype) if use_fp16 else model)
-        network.dtype = dtype
     elif way == "diffusers":
         network, x = diffusers_unet(model).to(device, dtype), x.to(dtype)
     else:
@@ -267,7 +269,7 @@ def count_flops(bench: Bench) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    model, size = bench.new_model(), bench.args.image_size
+    model, size = loaded(bench.checkpoint(), bench.flags), bench.args.image_size
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(torch.zeros(1, 3, size, size), torch.zeros(1))
     return counter.get_total_flops()
@@ -277,12 +279,8 @@ def small(bench: Bench) -> list[Row]:
     """the demo's U-Net: a batch of 64, and of one, which shows what the calls alone cost at most"""
     import torch
 
-    from guided_diffusion.checkpoints import load_model
-    from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
-
-    flags = {**model_defaults(), "learn_sigma": False, **MODEL_FLAGS}
-    model = load_model(str(UNET_FILE), flags).eval().requires_grad_(False)
-    size, device, contenders = flags["image_size"], bench.device, []
+    model, device, contenders = demo_unet(), bench.device, []
+    size = model.image_size
     for batch in (64, 1):
         x, t = torch.randn(batch, 3, size, size, device=device), torch.full((batch,), 500, device=device)
         for use_fp16 in (False, True):
@@ -305,16 +303,12 @@ def precision(bench: Bench) -> list[Row]:
     """relative error against float64, of a forward pass and of a trajectory of all 250 steps with the same noise"""
     import torch
 
-    from guided_diffusion.checkpoints import load_model
     from guided_diffusion.fp16_util import half_precision_dtype
     from guided_diffusion.other_networks import exact, plain
     from guided_diffusion.script_util import create_gaussian_diffusion
-    from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
 
     device, dtype = bench.device, half_precision_dtype(bench.device)
-    big = bench.new_model().to(device)
-    demo_flags = {**model_defaults(), "learn_sigma": False, **MODEL_FLAGS}
-    little = load_model(str(UNET_FILE), demo_flags).eval().requires_grad_(False).to(device)
+    big, little = loaded(bench.checkpoint(), bench.flags).to(device), demo_unet().to(device)
     diffusion = create_gaussian_diffusion(timestep_respacing=str(N), predict_xstart=True)
 
     def networks(model: UNetModel) -> dict[str, UNetModel]:
@@ -335,14 +329,13 @@ def precision(bench: Bench) -> list[Row]:
         with torch.inference_mode():
             return model(x, t)
 
-    size = demo_flags["image_size"]
-    start = torch.randn(16, 3, size, size, device=device)
+    start = torch.randn(16, 3, little.image_size, little.image_size, device=device)
 
     def trajectory(model: Callable) -> torch.Tensor:
         noise = torch.Generator(device).manual_seed(0)
         return diffusion.p_sample_loop(model, tuple(start.shape), noise=start, device=device, generator=noise)
 
-    def errors(model: UNetModel, act: Callable[[Callable], torch.Tensor]) -> dict[str, str]:
+    def errors(model: UNetModel, act: Callable[[Callable], torch.Tensor]) -> dict[str, float]:
         right = act(exact(model)).double()
         found = {name: act(network).double() for name, network in networks(model).items()}
         return {name: ((y - right).norm() / right.norm()).item() for name, y in found.items()}
@@ -388,10 +381,10 @@ def processes(bench: Bench) -> list[Row]:
 
     on_gpu = bench.device.type == "cuda"
     count = torch.cuda.device_count() if on_gpu else 2
-    mpiexec = Path(sys.executable).with_name("mpiexec")
+    mpiexec = find_mpiexec()
     if count < 2 or (not on_gpu and len(os.sched_getaffinity(0)) < 2):
         return [{"processes": "not measured: this machine has one GPU or one core"}]
-    if not mpiexec.exists():
+    if mpiexec is None:
         return [{"processes": "not measured: mpiexec is not installed (pip install -e .[mpi])"}]
     images = 2 * count * bench.args.batch_size
     steps = bench.args.steps or (125 if on_gpu else 1)
@@ -401,7 +394,7 @@ def processes(bench: Bench) -> list[Row]:
     for turn in range(bench.args.repeats):
         for number, found in seconds.items():
             output = f"{bench.folder}/processes_{number}_{turn}"
-            launch = [str(mpiexec), "--oversubscribe", "-n", str(number)] if number > 1 else []
+            launch = [mpiexec, "--oversubscribe", "-n", str(number)] if number > 1 else []
             finished = launched(launch, "forward_backward_dataset_sample.py", flags | {"output": output})
             found.append(finished.record["seconds"])
     return [

@@ -14,13 +14,10 @@ down to the leaves. It is drawn beside what the networks do. See random_hierarch
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,6 +38,7 @@ from guided_diffusion.figures import (
     style,
 )
 from guided_diffusion.files import write_whole
+from guided_diffusion.other_scripts import REPOSITORY, find_mpiexec, load_script, words
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
 
 if TYPE_CHECKING:
@@ -49,7 +47,6 @@ if TYPE_CHECKING:
     from guided_diffusion.respace import SpacedDiffusion
     from random_hierarchy_model import TreeImages
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 EXACT, LOOP, UNET, CONVNEXT = "exact posterior", "loop, exact denoiser", "loop, U-Net", "U-Net, seen by ConvNeXt"
 STATISTICS_IMAGES = 512  # of which the classifier's statistics are taken; a part of them is noised
 
@@ -139,32 +136,25 @@ def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, l
         ("evaluate_classifier.py", {**results, **both, **steps}, ["--time_series", *times]),
         ("scripts/plot_figures.py", {**drawing, **both, **steps}, []),
     ):
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))] + more
         logger.info(f"\n{script}")
-        run_script(script, words, launch if script != "scripts/plot_figures.py" else [])
+        run_script(script, [*words(flags), *more], launch if script != "scripts/plot_figures.py" else [])
 
 
 def launcher(processes: int) -> list[str]:
     """The words before the name of a script that runs in so many processes; none for one. Raises UserError."""
     if processes == 1:
         return []
-    beside = Path(sys.executable).with_name("mpiexec")
-    mpiexec = str(beside) if beside.exists() else shutil.which("mpiexec")
-    if mpiexec is None:
+    if (mpiexec := find_mpiexec()) is None:
         raise UserError(f'--processes {processes} needs mpiexec, and there is none: pip install -e ".[mpi]"')
     return [mpiexec, "-n", str(processes), sys.executable]
 
 
-def run_script(script: str, words: list[str], launch: list[str]) -> None:
+def run_script(script: str, flags: list[str], launch: list[str]) -> None:
     """Run a script: its `main` in this process, or with a launcher in others. Raises UserError where it fails."""
-    path = REPOSITORY / script
     if launch:
-        status = subprocess.run([*launch, str(path), *words], check=False).returncode
+        status = subprocess.run([*launch, str(REPOSITORY / script), *flags], check=False).returncode
     else:
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        status = module.main(words)
+        status = load_script(script).main(flags)
     if status:
         raise UserError(f"{script} ended with status {status}: see above what was wrong")
 

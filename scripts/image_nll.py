@@ -179,6 +179,7 @@ def bits(
 
     from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import from_pixels
+    from guided_diffusion.inference import enough_memory
     from guided_diffusion.noise import NoiseStreams
 
     device = dist_util.dev()
@@ -189,7 +190,7 @@ def bits(
         return answer
 
     labels = {"y": torch.tensor([image.label for image in images], device=device)} if args.class_cond else {}
-    try:
+    with enough_memory(len(images)):
         out = diffusion.calc_bpd_loop(
             counted,
             from_pixels(pixels).to(device),
@@ -197,8 +198,6 @@ def bits(
             model_kwargs=labels,
             generator=NoiseStreams(args.seed, [image.path for image in images], 0, device),
         )
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory does not hold {len(images)} images at once: lower --batch_size") from error
     return {name: values.cpu().numpy() for name, values in out.items()}
 
 

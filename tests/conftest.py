@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 # The networks here are so small that threads would only wait for each other. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,9 +15,11 @@ import torch
 from PIL import Image
 from reference import fill_weights
 
+from guided_diffusion.other_scripts import REPOSITORY, environment
+from guided_diffusion.other_scripts import load_script as load_script
+from guided_diffusion.other_scripts import words as as_flags  # noqa: F401
 from guided_diffusion.script_util import model_defaults, model_from_flags
 
-REPOSITORY = Path(__file__).parents[1]
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 
 # A network of the published architecture, small enough for many forward passes.
@@ -34,11 +34,6 @@ SMALL_MODEL = {
     "resblock_updown": True,
     "class_cond": False,
 }
-
-
-def as_flags(settings: dict) -> list[str]:
-    """{"num_heads": 4} -> ["--num_heads", "4"]."""
-    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
 def save_checkpoint(path: Path, settings: dict) -> Path:
@@ -100,20 +95,6 @@ def launcher(kind: str, processes: int) -> list[str]:
     if kind == "torchrun":
         return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     return [sys.executable]
-
-
-def environment(**changes: str) -> dict[str, str]:
-    """The environment of a process that is started: the repository importable, and root may use mpiexec."""
-    allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **allowed, **changes}
-
-
-def load_script(path: str) -> ModuleType:
-    """A script, named by its path in the repository, as a module: its `main` can be called in the tests' process."""
-    spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 MAIN_SCRIPT = "forward_backward_dataset_sample.py"

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from guided_diffusion import script_util
+
 HERE = Path(__file__).parent
 
 
@@ -40,6 +42,25 @@ def golden(name):
         arrays = {key: z[key] for key in z.files}
     meta = json.loads(str(arrays.pop("meta")))
     return SimpleNamespace(meta=SimpleNamespace(**meta), **arrays)
+
+
+def reference_model(name, **changes):
+    """The network of a golden file, with the reference weights."""
+    meta = golden(name).meta
+    return fill_weights(getattr(script_util, meta.factory)(**meta.kwargs | changes))
+
+
+def reference_inputs(name):
+    """The images, and the rest of the arguments, of a golden file."""
+    g = golden(name)
+    side = g.meta.kwargs.get("image_size") or g.meta.kwargs["large_size"]
+    rest = {"timesteps": torch.from_numpy(g.t)}
+    if hasattr(g, "y"):
+        rest["y"] = torch.from_numpy(g.y)
+    if hasattr(g.meta, "seed_low_res"):
+        small = g.meta.kwargs["small_size"]
+        rest["low_res"] = seeded((g.meta.n, 3, small, small), g.meta.seed_low_res)
+    return seeded((g.meta.n, 3, side, side), g.meta.seed), rest
 
 
 def published_checkpoints():

@@ -100,7 +100,7 @@ def test_mistakes_of_the_demo(demo, tmp_path, monkeypatch, capsys):
     with pytest.raises(UserError, match="begun with other settings"):  # another seed, in a folder with results
         script.main([*SMALL, "--seed", "1", "--output", str(demo)])
     monkeypatch.setattr(script.sys, "executable", "/nowhere/python")
-    monkeypatch.setattr(script.shutil, "which", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(
         UserError, match=r'^--processes 2 needs mpiexec, and there is none: pip install -e "\.\[mpi\]"$'
     ):

@@ -12,10 +12,10 @@ from functools import partial
 import pytest
 import torch
 from conftest import SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint
-from reference import fill_weights, golden, relative_error, seeded
+from reference import golden, reference_inputs, reference_model, relative_error
 from torch import nn
 
-from guided_diffusion import inference, script_util
+from guided_diffusion import inference
 from guided_diffusion.checkpoints import load_model
 from guided_diffusion.compilation import compile_network
 from guided_diffusion.errors import UserError
@@ -32,11 +32,8 @@ def _one_thread(one_thread):
 
 def reference(name):
     """The network of a golden file, what it is given, and what it is to make of that."""
-    g = golden(name)
-    model = fill_weights(script_util.create_model(**g.meta.kwargs)).requires_grad_(False)
-    x = seeded((g.meta.n, 3, g.meta.kwargs["image_size"], g.meta.kwargs["image_size"]), g.meta.seed)
-    rest = {"y": torch.from_numpy(g.y)} if hasattr(g, "y") else {}
-    return model, partial(_call, x=x, timesteps=torch.from_numpy(g.t), **rest), g.out
+    x, rest = reference_inputs(name)
+    return reference_model(name).requires_grad_(False), partial(_call, x=x, **rest), golden(name).out
 
 
 def _call(network, **given):
@@ -148,7 +145,8 @@ def test_benchmark(tmp_path, capsys):
     (loop,) = report["loop"]
     assert (loop["images"], loop["steps"]) == (3, 2)
     assert 0 < loop["share of the time that the network waits"] < 1
-    assert [row.get("processes") for row in report["processes"]] in ([1, 2], [report["processes"][0]["processes"]])
+    several = [row["processes"] for row in report["processes"]]
+    assert several == [1, 2] or several[0].startswith("not measured: ")
     assert 0 < report["startup"][0]["seconds, least and most"][0] < 300
     assert "| this project | float32 |" in capsys.readouterr().out
 

@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import fill_weights, golden, published_checkpoints, relative_error, seeded
+from reference import (
+    fill_weights,
+    golden,
+    published_checkpoints,
+    reference_inputs,
+    reference_model,
+    relative_error,
+    seeded,
+)
 from torch import nn
 
 from guided_diffusion import script_util
@@ -52,25 +60,6 @@ NETWORKS = [
     "classifier_spatial_pool",
 ]
 PUBLISHED = published_checkpoints()
-
-
-def reference_model(name, **changes):
-    """The network of a golden file, with the reference weights."""
-    meta = golden(name).meta
-    return fill_weights(getattr(script_util, meta.factory)(**meta.kwargs | changes))
-
-
-def reference_inputs(name):
-    """The images, and the rest of the arguments, of a golden file."""
-    g = golden(name)
-    side = g.meta.kwargs.get("image_size") or g.meta.kwargs["large_size"]
-    rest = {"timesteps": torch.from_numpy(g.t)}
-    if hasattr(g, "y"):
-        rest["y"] = torch.from_numpy(g.y)
-    if hasattr(g.meta, "seed_low_res"):
-        small = g.meta.kwargs["small_size"]
-        rest["low_res"] = seeded((g.meta.n, 3, small, small), g.meta.seed_low_res)
-    return seeded((g.meta.n, 3, side, side), g.meta.seed), rest
 
 
 @cache
