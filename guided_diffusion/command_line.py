@@ -54,8 +54,13 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
+# What asks a process to end. Open MPI's mpiexec kills its processes half a second after a SIGTERM or Ctrl-C, which is less
+# than a checkpoint may take; a SIGUSR1 it only passes on.
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
 class Stopped(BaseException):
-    """Raised in the main thread when the process is asked to end (SIGTERM, or Ctrl-C)."""
+    """Raised in the main thread when the process is asked to end by one of `STOP_SIGNALS`."""
 
     on_all_ranks = True  # a launcher that is stopped hands the signal to every rank
 
@@ -65,7 +70,7 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Lets a loop end where it likes: within the `with` block, SIGTERM and Ctrl-C are only noted.
+    """Lets a loop end where it likes: within the `with` block, `STOP_SIGNALS` are only noted.
 
     A second signal is not: it ends the process as it would have without the block.
 
@@ -79,7 +84,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # others may not ask for signals
-            for signum in (signal.SIGTERM, signal.SIGINT):
+            for signum in STOP_SIGNALS:
                 self._before[signum] = signal.signal(signum, self._note)
         return self
 
@@ -96,15 +101,16 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
     A UserError is printed without a traceback and ends with status 2; an error of the operating system (disk full, no
-    permission) likewise, with status 1; SIGTERM and Ctrl-C end with 143 and 130. What all ranks meet is said once. A
-    rank that fails alone leaves without waiting for the others, so that the launcher ends them all.
+    permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number. What all
+    ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
+    them all.
     """
 
     def stop(signum, frame):
         signal.signal(signum, signal.SIG_DFL)  # a second signal ends the process at once
         raise Stopped(signum)
 
-    for signum in (signal.SIGTERM, signal.SIGINT):
+    for signum in STOP_SIGNALS:
         signal.signal(signum, stop)
     try:
         sys.exit(main() or 0)

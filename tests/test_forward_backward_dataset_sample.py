@@ -165,7 +165,7 @@ def test_same_bytes_after_being_killed_again_and_again(flags, reference_run, tmp
     assert json.loads((tmp_path / "t_3_20_run.json").read_text())["finished"]
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_signal_leaves_a_tidy_state(signum, status, flags, reference_run, tmp_path):
     process = start_script(*flags, "--output", tmp_path)
     while not count(tmp_path) and process.poll() is None:
