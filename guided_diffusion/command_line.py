@@ -54,8 +54,8 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
-# What asks a process to end. Open MPI's mpiexec kills its processes half a second after a SIGTERM or Ctrl-C, which is less
-# than a checkpoint may take; a SIGUSR1 it only passes on.
+# What asks a process to end. Open MPI's mpiexec kills its processes half a second after a SIGTERM or Ctrl-C, which may
+# be too early for a checkpoint; a SIGUSR1 it only passes on.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 

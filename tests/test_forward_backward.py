@@ -16,6 +16,7 @@ from guided_diffusion.forward_backward import (
     from_pixels,
     noise_seed,
     noised_image,
+    share_of,
     to_pixels,
     unfinished_units,
 )
@@ -75,6 +76,9 @@ def test_units_keep_their_composition():
     assert left.images == everything[1].images
     assert left.todo == {"4.png", "5.png"}
     assert not list(unfinished_units(images, 3, 5, done={image.path for image in images}))
+    shares = [share_of(everything, rank, 2) for rank in range(2)]
+    assert [len(share) for share in shares] == [2, 1]
+    assert sorted(unit.images[0].path for share in shares for unit in share) == ["0.png", "3.png", "6.png"]
 
 
 def test_pixels_survive_the_way_there_and_back():
