@@ -77,7 +77,9 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, list):
         return "{:.2f} ({:.2f}..{:.2f})".format(*value)
     if isinstance(value, float):
-        return f"{value:.1%}" if name.startswith("share") else f"{value:.1e}" if "error" in name else f"{value:.3g}"
+        if name.startswith("share"):
+            return f"{value:.1%}"
+        return f"{value:.1e}" if "error" in name else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
 
 

@@ -97,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     circumstances = {"hardware": hardware(device), "threads": threads, **versions()}
     report: dict[str, Any] = {"circumstances": circumstances, "arguments": vars(args)}
+    write_report(report, args.output)  # a mistake shows at once, not after minutes
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, threads, Path(folder))
         for part in parts:
@@ -104,12 +105,20 @@ def main(argv: list[str] | None = None) -> int:
             report[part] = known[part](bench)
             sys.stdout.write(f"\n{part}: {known[part].__doc__}\n\n{table(report[part])}")
             sys.stdout.flush()
-            write_whole(args.output, json.dumps(report, indent=1, default=str).encode())
+            write_report(report, args.output)
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     sys.stdout.write(f"\n{circumstances}\n")
     logger.info(f"all figures are in {args.output}")
     return 0
+
+
+def write_report(report: dict[str, Any], path: str) -> None:
+    """Write the JSON. Raises UserError where that cannot be."""
+    try:
+        write_whole(path, json.dumps(report, indent=1, default=str).encode())
+    except OSError as error:
+        raise UserError(f"--output {path} cannot be written: {error.strerror or error}") from error
 
 
 class Bench:
@@ -548,7 +557,12 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
     add = parser.add_argument_group("what is measured").add_argument
     add("--parts", default="", metavar="NAMES", help="separated by commas (default: all)")
-    add("--output", default="benchmark.json", metavar="FILE", help="all figures (default: %(default)s)")
+    add(
+        "--output",
+        default="benchmark.json",
+        metavar="FILE",
+        help="all figures, written anew after each part (default: %(default)s)",
+    )
     add(
         "--batch_size",
         default=0,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from functools import partial
 
 import pytest
@@ -154,3 +155,6 @@ def test_benchmark(tmp_path, capsys):
 
     with pytest.raises(UserError, match="--parts speed: expected some of network,"):
         script.main([*flags, "--parts", "speed"])
+    blocked = str(output / "benchmark.json")  # a file is in the way
+    with pytest.raises(UserError, match=f"--output {re.escape(blocked)} cannot be written: "):
+        script.main([*flags, "--parts", "network", "--output", blocked])
