@@ -9,6 +9,7 @@ import copy
 import json
 import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.compilation import compile_network
 from guided_diffusion.errors import UserError
 from guided_diffusion.other_networks import exact, plain
+from guided_diffusion.other_scripts import environment
 from guided_diffusion.script_util import create_gaussian_diffusion, model_defaults
 
 UNETS = ["unet_readme_like", "unet_conv_resample_heads", "unet_new_attention_order"]
@@ -111,24 +113,28 @@ def test_layout_and_precision_go_on_record(monkeypatch):
         assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "last")
 
 
-def test_same_bytes_with_channels_last(photographs, tmp_path):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_same_bytes_with_channels_last(compiled, photographs, tmp_path):
     """A network wide enough for the fast layout: one process, two, and a run that goes on, write the same."""
     wide = {**SMALL_MODEL, "num_channels": 64, "num_head_channels": 32}
     weights = save_checkpoint(tmp_path / "wide.pt", wide)
-    flags = [*as_flags({**wide, "use_fp16": True}), "--model_path", weights, "--timestep_respacing", "20"]
-    flags += ["--data_dir", photographs, "--batch_size", "3", "--num_threads", "1", "--step_reverse", "4"]
-    outputs = {processes: tmp_path / f"{processes}" for processes in (1, 2)}
-    for processes, output in outputs.items():
-        kind = "mpiexec" if processes > 1 else "python"
-        done = run_script(*flags, "--output", output, kind=kind, processes=processes)
+    flags = [*as_flags({**wide, "use_fp16": True, "compile": compiled}), "--model_path", weights]
+    flags += ["--timestep_respacing", "20", "--step_reverse", "4", "--data_dir", photographs]
+    flags += ["--batch_size", "3", "--num_threads", "1"]  # of seven images: the last batch has one
+
+    def run(output: Path, **launch) -> dict[str, bytes]:
+        own = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / f"compiler_{output.name}"))  # compiled anew
+        done = run_script(*flags, "--output", output, env=own, **launch)
         assert done.returncode == 0, done.stderr
-    files = [{path.name: path.read_bytes() for path in output.rglob("*.JPEG")} for output in outputs.values()]
-    assert len(files[0]) == 7
-    assert files[0] == files[1]
-    for path in list(outputs[1].rglob("*.JPEG"))[::2]:
+        assert ("compiling the network" in done.stderr) == compiled
+        return {path.name: path.read_bytes() for path in output.rglob("*.JPEG")}
+
+    files = run(tmp_path / "1")
+    assert len(files) == 7
+    assert run(tmp_path / "2", kind="mpiexec", processes=2) == files
+    for path in list((tmp_path / "2").rglob("*.JPEG"))[::2]:
         path.unlink()
-    assert run_script(*flags, "--output", outputs[1]).returncode == 0
-    assert {path.name: path.read_bytes() for path in outputs[1].rglob("*.JPEG")} == files[0]
+    assert run(tmp_path / "2") == files
 
 
 def test_benchmark(tmp_path, capsys):
