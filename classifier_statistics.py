@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
     started, clock = now(), time.monotonic()
     batches = [images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size)]
-    measured = measure(classifier, autocast, batches[dist_util.get_rank() :: processes], args)
+    measured = measure(classifier, autocast, dist_util.share_of(batches), args)
     reports = dist_util.gather_objects(measured)
     unreadable = {path: why for _, _, bad in reports for path, why in bad.items()}
     facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3), "processes": processes}

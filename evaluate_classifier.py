@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     started, clock = now(), time.monotonic()
-    mine = {index: batches[index] for index in left[dist_util.get_rank() :: processes]}
+    mine = {index: batches[index] for index in dist_util.share_of(left)}
     lost = compare(classifier, normalization, autocast, mine, parts, args)
     lost = [loss for found in dist_util.gather_objects(lost) for loss in found]
     facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3), "processes": processes}

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion import dist_util, logger
     from guided_diffusion.checkpoints import load_model
     from guided_diffusion.compilation import compile_network, decide
-    from guided_diffusion.forward_backward import SampleFolder, check_times, default_output, share_of
+    from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
     from guided_diffusion.inference import prepare
     from guided_diffusion.run_record import end_record, now, settings_of, weights_digest
 
@@ -90,8 +90,7 @@ def main(argv: list[str] | None = None) -> int:
         )
 
     started, clock = now(), time.monotonic()
-    mine = share_of(units, dist_util.get_rank(), processes)
-    written, unreadable = sample(network, diffusion, mine, folders, args)
+    written, unreadable = sample(network, diffusion, dist_util.share_of(units), folders, args)
     reports = dist_util.gather_objects((written, unreadable))
     lost = {path: why for _, by_time in reports for bad in by_time.values() for path, why in bad.items()}
     if not dist_util.is_main():

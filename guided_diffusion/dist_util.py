@@ -7,10 +7,10 @@ import atexit
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ CHUNK_SIZE = 2**28  # bytes per broadcast
 
 
 _world = World()
+Item = TypeVar("Item")
 
 
 def setup_dist() -> None:
@@ -90,6 +91,12 @@ def get_rank() -> int:
 def get_world_size() -> int:
     """Number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def share_of(items: Sequence[Item], rank: int | None = None, processes: int | None = None) -> Sequence[Item]:
+    """The items that this process works on, or process `rank` of `processes`: number rank, rank + processes, ..."""
+    rank = get_rank() if rank is None else rank
+    return items[rank :: processes or get_world_size()]
 
 
 def get_local_rank() -> int:

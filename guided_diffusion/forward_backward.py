@@ -121,11 +121,6 @@ def unfinished_units(
             yield Unit(step_reverse, batch, todo)
 
 
-def share_of(units: Sequence[Unit], rank: int, processes: int) -> Sequence[Unit]:
-    """The units that one of several processes does: every so many-th, so that each has all times alike."""
-    return units[rank::processes]
-
-
 def default_output(data_dir: str) -> str:
     """results/diffused_ILSVRC2012_validation, for datasets/ILSVRC2012/validation."""
     return f"results/diffused_{folder_name(data_dir)}"

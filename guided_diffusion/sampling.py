@@ -148,7 +148,7 @@ def write_samples(
     )
 
     started, clock = now(), time.monotonic()
-    mine = to_do[dist_util.get_rank() :: processes]
+    mine = dist_util.share_of(to_do)
     described = "denoising" if processes == 1 else f"denoising (process 1 of {processes})"
     with logger.progress_bar(len(mine) * num_steps, described, "step") as bar:
         for number, index in enumerate(mine, 1):

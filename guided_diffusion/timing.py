@@ -79,7 +79,9 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, float):
         if name.startswith("share"):
             return f"{value:.1%}"
-        return f"{value:.1e}" if "error" in name else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+        if "error" in name:
+            return f"{value:.1e}"
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
     return str(value)
 
 

@@ -386,15 +386,20 @@ def loop(bench: Bench) -> list[Row]:
 
 def processes(bench: Bench) -> list[Row]:
     """the same script in several processes: one per GPU, or two of one thread each, beside one; then counted"""
+    return side_by_side(bench) + dealt_out()
+
+
+def side_by_side(bench: Bench) -> list[Row]:
+    """One process and several, in turns."""
     import torch
 
     on_gpu = bench.device.type == "cuda"
     count = torch.cuda.device_count() if on_gpu else 2
     mpiexec = find_mpiexec()
     if count < 2 or (not on_gpu and len(os.sched_getaffinity(0)) < 2):
-        return [{"processes": "not measured: this machine has one GPU or one core"}, *dealt_out()]
+        return [{"processes": "not measured: this machine has one GPU or one core"}]
     if mpiexec is None:
-        return [{"processes": "not measured: mpiexec is not installed (pip install -e .[mpi])"}, *dealt_out()]
+        return [{"processes": "not measured: mpiexec is not installed (pip install -e .[mpi])"}]
     images = 2 * count * bench.args.batch_size
     steps = bench.args.steps or (125 if on_gpu else 4)  # enough that the first pass, which prepares, counts little
     flags = sampling_flags(bench, images, "processes")
@@ -415,7 +420,7 @@ def processes(bench: Bench) -> list[Row]:
             "times one process": ratio(seconds[1], found),
         }
         for number, found in seconds.items()
-    ] + dealt_out()
+    ]
 
 
 def dealt_out() -> list[Row]:
@@ -423,7 +428,8 @@ def dealt_out() -> list[Row]:
 
     Of the README's 10,000 images in batches of 32, at the time 125 of 250 and at ten times.
     """
-    from guided_diffusion.forward_backward import share_of, unfinished_units
+    from guided_diffusion.dist_util import share_of
+    from guided_diffusion.forward_backward import unfinished_units
     from guided_diffusion.image_datasets import LabelledImage
 
     images, rows = [LabelledImage(f"{i}.JPEG", None, "") for i in range(10_000)], []

@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     started, clock = now(), time.monotonic()
-    mine = {index: batches[index] for index in to_do[dist_util.get_rank() :: processes]}
+    mine = {index: batches[index] for index in dist_util.share_of(to_do)}
     unreadable = measure(model, diffusion, mine, parts, args)
     unreadable = {path: why for found in dist_util.gather_objects(unreadable) for path, why in found.items()}
     facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3), "processes": processes}

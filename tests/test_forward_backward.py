@@ -7,6 +7,7 @@ import pytest
 import torch
 from reference import seeded
 
+from guided_diffusion.dist_util import share_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
     NoiseStreams,
@@ -16,7 +17,6 @@ from guided_diffusion.forward_backward import (
     from_pixels,
     noise_seed,
     noised_image,
-    share_of,
     to_pixels,
     unfinished_units,
 )

@@ -166,16 +166,23 @@ def test_two_processes_follow_one(pictures, trained, tmp_path, kind):
     assert apart < 0.05 * moved
 
 
-@pytest.mark.parametrize(("kind", "signum"), [("mpiexec", signal.SIGUSR1), ("torchrun", signal.SIGTERM)])
-def test_a_signal_saves_a_checkpoint(kind, signum, pictures, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "signum", "to_one_rank"),
+    [("mpiexec", signal.SIGUSR1, False), ("mpiexec", signal.SIGTERM, True), ("torchrun", signal.SIGTERM, False)],
+)
+def test_a_signal_saves_a_checkpoint(kind, signum, to_one_rank, pictures, tmp_path):
     """SIGUSR1 to mpiexec: half a second after a SIGTERM it kills, whether or not a checkpoint is written by then."""
     flags = flags_of(pictures, tmp_path, save_interval=1000, log_interval=1)
     process = start_script(*flags, script="scripts/image_train.py", kind=kind, processes=2)
     deadline = time.monotonic() + 120
     while not (tmp_path / "progress.csv").exists() and time.monotonic() < deadline:
         time.sleep(0.02)
-    process.send_signal(signum)
-    process.communicate(timeout=120)
+    if to_one_rank:  # both stop
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+        os.kill(int(found.stdout.split()[-1]), signum)
+    else:
+        process.send_signal(signum)
+    process.communicate(timeout=60)
     assert process.returncode != 0
     steps = [int(path.stem.removeprefix("model")) for path in tmp_path.glob("model*.pt")]
     assert len(steps) == 1 and steps[0] >= 1
