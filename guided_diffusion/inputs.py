@@ -1,0 +1,225 @@
+"""The identity of the files that a run reads, by content: results of different data are never mixed.
+
+A run records the name and the size of every file that it selects, and the SHA-256 of each file as it is read. A rerun
+compares all sizes, and the contents of all files if they total less than 1 GB, else of 64 files spread evenly over
+those that were read, the first and the last among them. So ImageNet's 50,000 files cost seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import blobfile as bf
+import numpy as np
+
+from .errors import UserError
+from .files import is_remote, read_json, write_whole
+
+HASH_ALL = 10**9  # bytes: the total size below which a rerun compares the contents of all files
+SPREAD = 64  # files whose contents a rerun compares if they total more
+THREADS = 16  # threads that wait for the file system
+
+T = TypeVar("T")
+
+
+class Entry(NamedTuple):
+    """What is known of a file: its size in bytes, and the SHA-256 of its content, None if it has not been read."""
+
+    size: int
+    sha256: str | None
+
+
+Entries = dict[str, Entry]  # by path relative to the folder
+
+
+class Inputs:
+    """The files of one folder that a run reads, and what is known of them from earlier runs and from reading them.
+
+    Args:
+        folder: local or remote folder.
+        flag: flag that names the folder, for messages.
+        known: entries that earlier runs recorded.
+    """
+
+    def __init__(self, folder: str, flag: str, known: Mapping[str, Entry] | None = None):
+        self.folder, self.flag = folder, flag
+        self.known: Entries = dict(known or {})
+
+    def compare(self, paths: Sequence[str], owner: str) -> None:
+        """Compare the files as they are now with what is known of them, and take note of the sizes of all.
+
+        Args:
+            paths: files that the run selects.
+            owner: output that was computed from the known files, for the message.
+
+        Raises:
+            UserError: a file differs, or is missing.
+        """
+        sizes = file_sizes(self.folder, paths)
+        known = {path: self.known[path] for path in paths if path in self.known}
+        differing = [path for path, entry in known.items() if entry.size != sizes.get(path)]
+        if not differing:
+            read = [path for path, entry in known.items() if entry.sha256]
+            digests = self._digests(read, sizes)
+            differing = [path for path, digest in digests.items() if digest != known[path].sha256]
+        if differing:
+            path = differing[0]
+            then, now = known[path].size, sizes.get(path)
+            change = "its content has changed" if then == now else f"it had {then:,} bytes"
+            if now != then:
+                change += f" and has {now:,}" if now is not None else " and is missing"
+            more = f" ({len(differing)} such files)" if len(differing) > 1 else ""
+            raise UserError(
+                f"{owner} was computed from other files: {self.folder}/{path} differs, {change}{more}.\n"
+                f"Choose another --output, or give the files that it was begun with ({self.flag})"
+            )
+        self.known |= {path: Entry(size, known[path].sha256 if path in known else None) for path, size in sizes.items()}
+
+    def read_all(self, paths: Sequence[str]) -> None:
+        """Take note of the contents of files that an earlier version has read; of 64 if they total 1 GB or more."""
+        sizes = file_sizes(self.folder, paths)
+        digests = self._digests([path for path in paths if path in sizes], sizes)
+        self.known |= {path: Entry(sizes[path], digest) for path, digest in digests.items()}
+
+    def note(self, path: str) -> Callable[[bytes], None]:
+        """What to call with the bytes of a file when it is read. It raises UserError if they are not those known."""
+        return partial(self._note, path)
+
+    def _note(self, path: str, data: bytes) -> None:
+        entry, known = Entry(len(data), hashlib.sha256(data).hexdigest()), self.known.get(path)
+        if known and known != (entry.size, known.sha256 and entry.sha256):
+            raise UserError(
+                f"{self.folder}/{path} has changed since this run, or an earlier one with the same output, looked at "
+                f"it ({self.flag}).\nRestore the file, or start again with another --output"
+            )
+        self.known[path] = entry
+
+    def forget(self, path: str) -> None:
+        """Forget an unreadable file: it may be replaced by a good one."""
+        self.known.pop(path, None)
+
+    def entries(self, paths: Iterable[str]) -> Entries:
+        """What is known of these files."""
+        return {path: self.known[path] for path in paths if path in self.known}
+
+    def _digests(self, paths: Sequence[str], sizes: Mapping[str, int]) -> dict[str, str]:
+        """SHA-256 of the files, or of `SPREAD` of them if all files of `sizes` total too much."""
+        if sum(sizes.values()) >= HASH_ALL:
+            paths = spread(paths, SPREAD)
+        return dict(zip(paths, _in_threads(lambda path: file_digest(f"{self.folder}/{path}"), paths), strict=True))
+
+
+def spread(paths: Sequence[str], most: int) -> Sequence[str]:
+    """At most `most` of the paths, spread evenly over the list, the first and the last among them."""
+    if len(paths) <= most:
+        return paths
+    return [paths[i] for i in np.linspace(0, len(paths) - 1, most).round().astype(int)]
+
+
+def file_sizes(folder: str, paths: Sequence[str]) -> dict[str, int]:
+    """Size in bytes of each of the files that are there."""
+    if is_remote(folder):
+        sizes = dict(_remote_sizes(folder.rstrip("/"), ""))
+        return {path: sizes[path] for path in paths if path in sizes}
+
+    def size(path: str) -> int | None:
+        try:
+            return os.stat(f"{folder}/{path}").st_size
+        except OSError:
+            return None  # a broken link, for instance: reading it says so
+
+    found = zip(paths, _in_threads(size, paths), strict=True)
+    return {path: size for path, size in found if size is not None}
+
+
+def _remote_sizes(folder: str, prefix: str) -> Iterable[tuple[str, int]]:
+    """Path and size of every file below a remote folder: a listing has both, a request per file would take minutes."""
+    for entry in bf.scandir(folder):
+        if entry.is_dir:
+            yield from _remote_sizes(bf.join(folder, entry.name), f"{prefix}{entry.name}/")
+        elif entry.stat is not None:
+            yield prefix + entry.name, entry.stat.size
+
+
+def file_digest(path: str) -> str:
+    """SHA-256 of a file, local or remote; "" if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as f:
+            while piece := f.read(2**24):
+                digest.update(piece)
+    except (OSError, bf.Error):
+        return ""
+    return digest.hexdigest()
+
+
+def _in_threads(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
+    """The results of a function that waits for the file system, in the order of the paths."""
+    size = max(1, min(256, len(paths) // THREADS))
+    pieces = [paths[start : start + size] for start in range(0, len(paths), size)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [result for results in pool.map(lambda piece: list(map(function, piece)), pieces) for result in results]
+
+
+# The file NAME_inputs.json
+
+
+def write_entries(path: str, entries: Mapping[str, Mapping[str, Entry]]) -> None:
+    """Write entries by what the files are, such as "images": a line per file. Raises OSError."""
+    groups = []
+    for name, of_group in entries.items():
+        lines = ",\n".join(f"{json.dumps(file)}: {json.dumps(entry)}" for file, entry in of_group.items())
+        groups.append(f"{json.dumps(name)}: {{\n{lines}\n}}")
+    write_whole(path, ("{\n" + ",\n".join(groups) + "\n}\n").encode())
+
+
+def read_entries(path: str) -> dict[str, Entries] | None:
+    """What `write_entries` wrote; None if there is no such file. Raises UserError if the file is damaged."""
+    try:
+        groups = read_json(path)
+        if groups is None:
+            return None
+        return {
+            name: {file: Entry(int(size), digest and str(digest)) for file, (size, digest) in group.items()}
+            for name, group in groups.items()
+        }
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged: it should list the files that were read. Remove it, to have it made again"
+        ) from error
+
+
+def compare_with_record(folder: str, paths: Sequence[str], flag: str, record: str, owner: str) -> bool:
+    """Compare a data set with a record of it, or record it: for a run that reads its files again and again.
+
+    Args:
+        folder: folder of the data set.
+        paths: its files, relative to the folder.
+        flag: flag that names the folder, for messages.
+        record: path of the record, a file as `write_entries` writes it.
+        owner: output that was computed from the data set, for messages.
+
+    Returns:
+        whether there was a record.
+
+    Raises:
+        UserError: the data set differs, or the record cannot be read or written.
+    """
+    recorded = read_entries(record)
+    if recorded is not None:
+        Inputs(folder, flag, recorded.get("images")).compare(paths, owner)
+        return True
+    inputs = Inputs(folder, flag)
+    inputs.compare(paths, owner)
+    inputs.read_all(paths)
+    try:
+        write_entries(record, {"images": inputs.entries(paths)})
+    except OSError as error:
+        raise UserError(f"cannot write {record}: {error.strerror or error}. Choose another --output") from error
+    return False
