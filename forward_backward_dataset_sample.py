@@ -35,6 +35,7 @@ from guided_diffusion.script_util import (
     model_defaults,
     str2bool,
 )
+from guided_diffusion.shards import Shard, add_shard_flags, shard_of
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from guided_diffusion.forward_backward import Pixels, SampleFolder, Unit
     from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
     from guided_diffusion.image_datasets import LabelledImage, UnreadableImage
+    from guided_diffusion.inputs import Inputs
+    from guided_diffusion.locks import Locks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -54,7 +57,9 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.compilation import compile_network, decide
     from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
     from guided_diffusion.inference import prepare
-    from guided_diffusion.run_record import end_record, now, settings_of, weights_digest
+    from guided_diffusion.locks import hold
+    from guided_diffusion.run_record import digest_of, now, settings_of, weights_digest
+    from guided_diffusion.sample_folders import open_folders
 
     dist_util.setup_dist()
     logger.configure()
@@ -62,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     num_steps = diffusion.num_timesteps
     times = dist_util.on_every_rank(check_times, args.step_reverse, num_steps)
+    shard = dist_util.on_every_rank(shard_of, args)
     images = dist_util.on_main(find_images, args)
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
@@ -72,42 +78,29 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
     settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
-    records, units = dist_util.on_main(begin, folders, images, args.batch_size, settings, circumstances)
-    processes = dist_util.get_world_size()
-    to_do = sum(len(unit.todo) for unit in units)
-    logger.info(
-        f"{len(images)} images from {args.data_dir}, at k = {', '.join(map(str, times))} of N = {num_steps}: "
-        f"{to_do} samples to make, {len(images) * len(times) - to_do} are there"
-    )
-    logger.info(
-        f"{processes} process(es) of {circumstances['threads']} thread(s), {circumstances['hardware']}, "
-        f"{circumstances['precision']}; results in {output}"
-    )
-    network = model
-    if compiled and to_do:
-        network = dist_util.on_every_rank(
-            compile_network, model, diffusion, min(args.batch_size, len(images)), args.image_size
+    with hold({shard.lock(f.unit): f.path for f in folders.values()}, about=digest_of(settings)) as locks:
+        units, inputs = dist_util.on_main(
+            open_folders, folders, images, args.batch_size, settings, circumstances, args.data_dir, shard, locks
         )
+        logger.info(
+            f"{len(images)} images from {args.data_dir}, at k = {', '.join(map(str, times))} of N = {num_steps}: "
+            f"{describe_work(units, len(images) * len(times), shard)}"
+        )
+        logger.info(
+            f"{dist_util.get_world_size()} process(es) of {circumstances['threads']} thread(s), "
+            f"{circumstances['hardware']}, {circumstances['precision']}; results in {output}"
+        )
+        network = model
+        if compiled and units:
+            network = dist_util.on_every_rank(
+                compile_network, model, diffusion, min(args.batch_size, len(images)), args.image_size
+            )
 
-    started, clock = now(), time.monotonic()
-    written, unreadable = sample(network, diffusion, dist_util.share_of(units), folders, args)
-    reports = dist_util.gather_objects((written, unreadable))
-    lost = {path: why for _, by_time in reports for bad in by_time.values() for path, why in bad.items()}
-    if not dist_util.is_main():
-        return 1 if lost else 0
-
-    facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3), "processes": processes}
-    facts |= {**circumstances, "arguments": vars(args)}
-    for k, folder in folders.items():
-        made = sum(written[k] for written, _ in reports)
-        bad = {path: why for _, by_time in reports for path, why in by_time[k].items()}
-        end_record(folder, records[k], {"samples_written": made, **facts}, len(images), bad)
-        logger.info(f"k = {k}: {len(images) - len(bad)} of {len(images)} samples are in {folder.path}")
-    for why in lost.values():
-        logger.warn(why)
-    if lost:
-        logger.error(f"{len(lost)} of {len(images)} images could not be read: they have no sample")
-    return 1 if lost else 0
+        started, clock = now(), time.monotonic()
+        done = sample(network, diffusion, dist_util.share_of(units), folders, inputs, locks, args)
+        facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3)}
+        facts |= {"processes": dist_util.get_world_size(), **circumstances, "arguments": vars(args)}
+        return dist_util.on_main(finish, folders, images, shard, dist_util.gather_objects(done), facts, locks, args)
 
 
 def find_images(args: argparse.Namespace) -> list[LabelledImage]:
@@ -133,31 +126,12 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
     return images
 
 
-def begin(
-    folders: dict[int, SampleFolder],
-    images: list[LabelledImage],
-    batch_size: int,
-    settings: dict[str, Any],
-    circumstances: dict[str, Any],
-) -> tuple[dict[int, dict[str, Any]], list[Unit]]:
-    """Open the record of every folder and see what is left to do in it. Returns (records by k, units of work)."""
-    from guided_diffusion import logger
-    from guided_diffusion.files import remove_scratch, remove_scratch_of, walk
-    from guided_diffusion.forward_backward import unfinished_units
-    from guided_diffusion.run_record import begin_record, differences
-
-    records = {k: begin_record(folder, settings, circumstances) for k, folder in folders.items()}
-    units = []
-    for k, folder in folders.items():
-        remove_scratch(folder.path)
-        remove_scratch_of(folder.record)
-        present = set(walk(folder.path))
-        done = {image.path for image in images if folder.sample(image.path) in present}
-        left = list(unfinished_units(images, batch_size, k, done))
-        if left and (changes := differences(records[k]["begun_with"], circumstances)):
-            logger.warn(f"{folder.path}: {'; '.join(changes)}. Samples will agree to rounding, not to the byte")
-        units += left
-    return records, units
+def describe_work(units: list[Unit], total: int, shard: Shard) -> str:
+    """How many of `total` samples are to be made, in words."""
+    to_do = sum(len(unit.todo) for unit in units)
+    if shard.count > 1:
+        return f"{to_do} samples to make for {shard}"
+    return f"{to_do} samples to make, {total - to_do} are there"
 
 
 def sample(
@@ -165,6 +139,8 @@ def sample(
     diffusion: GaussianDiffusion,
     units: list[Unit],
     folders: dict[int, SampleFolder],
+    inputs: Inputs,
+    locks: Locks,
     args: argparse.Namespace,
 ) -> tuple[Counter[int], dict[int, dict[str, str]]]:
     """Take every unit forward and back, and write its samples.
@@ -174,6 +150,7 @@ def sample(
     """
     from guided_diffusion import dist_util, logger
     from guided_diffusion.image_datasets import UnreadableImage
+    from guided_diffusion.inputs import write_entries
     from guided_diffusion.pipeline import ImageWriter, read_ahead
 
     written, unreadable = Counter(), {k: {} for k in folders}
@@ -182,24 +159,26 @@ def sample(
     steps = sum(unit.step_reverse for unit in units)
     described = "denoising" if processes == 1 else f"denoising (process 1 of {processes})"
     bar = logger.progress_bar(steps, described, "step")
-    with ImageWriter(args.image_format, args.jpeg_quality) as writer, bar:
-        for unit, pictures in read_ahead(units, lambda unit: readers(unit, args), args.num_workers):
-            k, folder = unit.step_reverse, folders[unit.step_reverse]
-            bad = {
-                image.path: str(picture)
-                for image, picture in zip(unit.images, pictures, strict=True)
-                if isinstance(picture, UnreadableImage) and image.path in unit.todo
-            }
-            unreadable[k] |= bad
-            if unit.todo == bad.keys():
-                bar.total -= k
-                continue
-            samples = forward_backward(network, diffusion, unit, pictures, args, bar)
-            for i, image in enumerate(unit.images):
-                if image.path in unit.todo - bad.keys():
-                    writer.submit(f"{folder.path}/{folder.sample(image.path)}", partial(samples.image, i))
-                    written[k] += 1
-            bar.set_postfix(images=f"{sum(written.values())}/{to_do}")
+    with bar:
+        with ImageWriter(args.image_format, args.jpeg_quality) as writer:
+            for unit, pictures in read_ahead(units, lambda unit: readers(unit, inputs, args), args.num_workers):
+                locks.check()
+                k, folder = unit.step_reverse, folders[unit.step_reverse]
+                both = list(zip(unit.images, pictures, strict=True))
+                bad = {image.path: str(picture) for image, picture in both if isinstance(picture, UnreadableImage)}
+                unreadable[k] |= {path: why for path, why in bad.items() if path in unit.todo}
+                if unit.todo <= bad.keys():
+                    bar.total -= k
+                    continue
+                samples = forward_backward(network, diffusion, unit, pictures, args, bar)
+                read = {"images": inputs.entries(image.path for image in unit.images if image.path not in bad)}
+                writer.call(partial(write_entries, f"{folder.inputs_parts}/{unit.index:06d}.json", read))
+                for i, image in enumerate(unit.images):
+                    if image.path in unit.todo - bad.keys():
+                        path = f"{folder.path}/{folder.sample(image.path)}"
+                        writer.submit(path, partial(samples.image, i), partial(written.update, [k]))
+                bar.set_postfix(images=f"{written.total()}/{to_do}")
+        bar.set_postfix(images=f"{written.total()}/{to_do}")
     return written, unreadable
 
 
@@ -250,17 +229,43 @@ def forward_backward(
     return Pixels(x)
 
 
-def readers(unit: Unit, args: argparse.Namespace) -> list[Callable[[], np.ndarray | UnreadableImage]]:
+def readers(unit: Unit, inputs: Inputs, args: argparse.Namespace) -> list[Callable[[], np.ndarray | UnreadableImage]]:
     """The calls that read a unit's images, one each; they return the exception for one that cannot be read."""
     from guided_diffusion.image_datasets import UnreadableImage, read_image
 
     def read(path: str) -> np.ndarray | UnreadableImage:
         try:
-            return read_image(f"{args.data_dir}/{path}", args.image_size)
+            return read_image(f"{args.data_dir}/{path}", args.image_size, inputs.note(path))
         except UnreadableImage as error:
+            inputs.forget(path)
             return error
 
     return [partial(read, image.path) for image in unit.images]
+
+
+def finish(
+    folders: dict[int, SampleFolder],
+    images: list[LabelledImage],
+    shard: Shard,
+    reports: list[tuple[Counter[int], dict[int, dict[str, str]]]],
+    facts: dict[str, Any],
+    locks: Locks,
+    args: argparse.Namespace,
+) -> int:
+    """Record what all processes did. Returns the exit status; raises UserError."""
+    from guided_diffusion import logger
+    from guided_diffusion.sample_folders import close_folders
+
+    locks.check()
+    runs = {k: {"samples_written": sum(written[k] for written, _ in reports), **facts} for k in folders}
+    unreadable = {k: {path: why for _, bad in reports for path, why in bad[k].items()} for k in folders}
+    close_folders(folders, images, args.batch_size, shard, runs, unreadable)
+    lost = {path: why for bad in unreadable.values() for path, why in bad.items()}
+    for why in lost.values():
+        logger.warn(why)
+    if lost:
+        logger.error(f"{len(lost)} of {len(images)} images could not be read: they have no sample")
+    return 1 if lost else 0
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -359,6 +364,7 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="True|False|auto",
         help="compile the network for speed; auto: on a GPU, for a run of many steps (default: %(default)s)",
     )
+    add_shard_flags(add)
     add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
     add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser

@@ -100,7 +100,7 @@ class StopRequest:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
-    A UserError is printed without a traceback and ends with status 2; an error of the operating system (disk full, no
+    A UserError is printed without a traceback and ends with its status; an error of the operating system (disk full, no
     permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number. What all
     ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
     them all.
@@ -115,7 +115,7 @@ def run(main: Callable[[], int | None]) -> None:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        status, words = 2, f"error: {error}"
+        status, words = error.status, f"error: {error}"
         reason = error
     except OSError as error:
         status, words = 1, f"error: {error}"

@@ -8,6 +8,17 @@ class UserError(ValueError):
     print it without a traceback and end with status 2.
     """
 
+    status = 2  # exit status of a script
+
+
+class ResultError(UserError):
+    """A result that must not be reported or recorded: a number that is not finite, or files that have disappeared.
+
+    The scripts print it as they do a UserError, and end with status 1.
+    """
+
+    status = 1
+
 
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its kind where it has none, for use in another message."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import blobfile as bf
+
+from .errors import ResultError
 
 SCRATCH = ".part"  # the end of the names of files that are being written
 
@@ -68,8 +71,12 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Write JSON, indented, whole or not at all. Raises OSError."""
-    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+    """Write JSON, indented, whole or not at all. Raises OSError, and ResultError for numbers that are not finite."""
+    try:
+        text = json.dumps(content, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ResultError(f"{path} is not written: it would contain NaN or infinity") from error
+    write_whole(path, (text + "\n").encode())
 
 
 def read_json(path: str) -> Any:
@@ -108,5 +115,7 @@ def remove_scratch_of(path: str) -> None:
 
 
 def _scratch_prefix(name: str) -> str:
-    """How the scratch files of a file begin; cut short, since a file's name may be as long as names can be."""
-    return f".{name[:40]}."
+    """Start of the names of a file's scratch files, and of no other file's; short, since a name may be as long as names
+    can be.
+    """
+    return f".{name[:20]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}."

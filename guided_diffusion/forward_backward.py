@@ -7,13 +7,13 @@ phase transition in diffusion models reveals the hierarchical nature of data", P
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .errors import UserError
+from .errors import ResultError
 from .files import folder_name
 from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
 from .image_datasets import LabelledImage, to_float
@@ -60,7 +60,7 @@ def from_pixels(pixels: np.ndarray) -> torch.Tensor:
 def to_pixels(images: torch.Tensor) -> np.ndarray:
     """Pixels (B, H, W, 3) of uint8, rounded and cut to 0..255, from images in [-1, 1] of shape (B, 3, H, W).
 
-    Raises UserError where an image holds what is not a number.
+    Raises ResultError if an image contains NaN or infinity.
     """
     return Pixels(images).numpy()
 
@@ -77,10 +77,10 @@ class Pixels:
         self._wait = download(pixels.permute(0, 2, 3, 1).contiguous(), torch.isfinite(images).all())
 
     def numpy(self) -> np.ndarray:
-        """All of them, (B, H, W, 3), once they are here. Raises UserError where an image holds what is not a number."""
+        """All of them, (B, H, W, 3), once they are here. Raises ResultError if an image contains NaN or infinity."""
         pixels, finite = self._wait()
         if not finite:
-            raise UserError(
+            raise ResultError(
                 "the model gave NaN or infinity, which cannot be written as an image: its weights may be damaged\n"
                 "(--model_path), or too large for half precision (--use_fp16 False)"
             )
@@ -96,18 +96,25 @@ class Unit:
     """A batch of fixed composition, taken to one time and back.
 
     Sums in a network may depend, in their last digit, on the size of the batch and on an image's place in it. So a
-    batch is computed as it was cut, also where some of its samples are there already: only `todo` is written.
+    batch is computed as it was cut, even if some of its samples are there already: only `todo` is written.
+
+    Attributes:
+        step_reverse: k.
+        index: number of the batch in the list of images.
+        images: the images of the batch.
+        todo: paths of the images whose sample is missing.
     """
 
     step_reverse: int
+    index: int
     images: tuple[LabelledImage, ...]
     todo: frozenset[str]
 
 
-def unfinished_units(
-    images: Sequence[LabelledImage], batch_size: int, step_reverse: int, done: Collection[str]
-) -> Iterator[Unit]:
-    """Cut the list, in order, every `batch_size` images, and leave out the batches that are done.
+def cut_units(
+    images: Sequence[LabelledImage], batch_size: int, step_reverse: int, done: Collection[str] = ()
+) -> list[Unit]:
+    """Cut the list of images, in order, every `batch_size` images.
 
     Args:
         images: the chosen images.
@@ -115,10 +122,11 @@ def unfinished_units(
         step_reverse: k.
         done: paths of the images whose sample is there.
     """
-    for start in range(0, len(images), batch_size):
-        batch = tuple(images[start : start + batch_size])
-        if todo := frozenset(image.path for image in batch if image.path not in done):
-            yield Unit(step_reverse, batch, todo)
+    batches = [tuple(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    return [
+        Unit(step_reverse, index, batch, frozenset(image.path for image in batch if image.path not in done))
+        for index, batch in enumerate(batches)
+    ]
 
 
 def default_output(data_dir: str) -> str:
@@ -145,14 +153,29 @@ class SampleFolder:
     image_format: str = "jpeg"
 
     @property
+    def unit(self) -> str:
+        """Start of the paths of everything that belongs to this time: OUTPUT/t_K_N."""
+        return f"{self.output}/t_{self.step_reverse}_{self.num_steps}"
+
+    @property
     def path(self) -> str:
         """The folder itself: OUTPUT/t_K_N_images."""
-        return f"{self.output}/t_{self.step_reverse}_{self.num_steps}_images"
+        return f"{self.unit}_images"
 
     @property
     def record(self) -> str:
         """The record of the run: OUTPUT/t_K_N_run.json."""
-        return f"{self.output}/t_{self.step_reverse}_{self.num_steps}_run.json"
+        return f"{self.unit}_run.json"
+
+    @property
+    def inputs(self) -> str:
+        """The list of the starting images, with sizes and digests: OUTPUT/t_K_N_inputs.json."""
+        return f"{self.unit}_inputs.json"
+
+    @property
+    def inputs_parts(self) -> str:
+        """The folder of the same lists for single units of work, until they are joined."""
+        return f"{self.unit}_inputs_parts"
 
     def sample(self, image_path: str) -> str:
         """The sample of an image, relative to the folder: [sub/folders/]NAME_t0500.JPEG."""

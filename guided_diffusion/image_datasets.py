@@ -13,7 +13,7 @@ import random
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -311,21 +311,27 @@ def shortage(
 # Reading
 
 
-def read_image(path: str, image_size: int) -> np.ndarray:
+def read_image(path: str, image_size: int, check: Callable[[bytes], None] | None = None) -> np.ndarray:
     """Read an image file, local or remote, as its middle square: uint8 of shape (image_size, image_size, 3), RGB.
 
-    Raises UnreadableImage.
+    `check` is called with the bytes of the file, before they are decoded. Raises UnreadableImage.
     """
-    return center_crop_arr(open_image(path), image_size)
+    return center_crop_arr(open_image(path, check), image_size)
 
 
-def open_image(path: str) -> Image.Image:
+def open_image(path: str, check: Callable[[bytes], None] | None = None) -> Image.Image:
     """Read an image file, local or remote, as an upright RGB image; what is transparent becomes white.
 
-    Raises UnreadableImage.
+    `check` is called with the bytes of the file, before they are decoded. Raises UnreadableImage.
     """
     try:
-        with Image.open(io.BytesIO(_read_bytes(path)), formats=FORMATS) as image:
+        data = _read_bytes(path)
+    except Exception as error:  # remote storage raises kinds of its own
+        raise UnreadableImage(f"image {path!r} cannot be read: {_reason(error)}") from error
+    if check is not None:
+        check(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             return _to_rgb(_upright(image))
     except Exception as error:  # Pillow's decoders raise nearly any kind

@@ -14,13 +14,13 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache
 from typing import Any
 
-from . import logger
+from . import dist_util, logger
 from .errors import UserError
 from .files import SCRATCH, is_remote
 
@@ -35,6 +35,7 @@ class Locks:
     Args:
         units: path of each lock file -> what it protects, for messages.
         wait: seconds to wait for a unit that another run is using.
+        about: what this process does with the units, in a few characters, for other runs to compare.
 
     A lock that a previous run left behind is taken over: at once if that run's process no longer exists on this
     computer or if Slurm has requeued its job, else after three minutes without a heartbeat. Remote storage has no
@@ -44,22 +45,22 @@ class Locks:
         UserError: another run is using a unit, or the folder cannot be written.
     """
 
-    def __init__(self, units: Mapping[str, str], wait: float = 0.0):
+    def __init__(self, units: Mapping[str, str], wait: float = 0.0, about: str = ""):
         self._units = {path: what for path, what in units.items() if not is_remote(path)}
         self._remote = next((what for path, what in units.items() if is_remote(path)), None)
-        self._wait = wait
+        self._wait, self._about = wait, about
         self._mine: dict[str, str] = {}  # path -> token
         self._lost = ""
         self._ended = threading.Event()
         self._heart: threading.Thread | None = None
 
     def __enter__(self) -> Locks:
-        if self._remote:
+        if self._remote and not self._wait:
             _warn_once(f"{self._remote} is on remote storage, which has no locks: make sure that no other run uses it")
         deadline = time.monotonic() + self._wait
         try:
-            for path, what in self._units.items():
-                self._mine[path] = _acquire(path, what, deadline if self._wait else None)
+            for path, what in sorted(self._units.items()):  # in one order: runs do not wait for each other in a circle
+                self._mine[path] = _acquire(path, what, self._about, deadline if self._wait else None)
         except BaseException:
             self.__exit__()
             raise
@@ -101,6 +102,10 @@ class Locks:
             and now - beat < EXPIRY
         ]
 
+    def agree_with(self, others: Sequence[str]) -> bool:
+        """Whether the owners of other locks do with their units what this process does with its own."""
+        return all((_owner(path) or {}).get("about") == self._about for path in others)
+
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
             for path, token in self._mine.items():
@@ -112,7 +117,16 @@ class Locks:
                     pass  # a file server that does not answer now may answer at the next beat
 
 
-def _acquire(path: str, what: str, deadline: float | None) -> str:
+@contextmanager
+def hold(units: Mapping[str, str], wait: float = 0.0, about: str = "") -> Iterator[Locks]:
+    """`Locks` that rank 0 holds for all ranks, which must all call this. Raises UserError on all of them."""
+    with ExitStack() as stack:
+        locks = Locks(units, wait, about)
+        dist_util.on_main(lambda: stack.enter_context(locks) and None)
+        yield locks
+
+
+def _acquire(path: str, what: str, about: str, deadline: float | None) -> str:
     """Create a lock file, or take over one whose owner is gone. Returns its token.
 
     With a `deadline` (of time.monotonic), wait until then for an owner that is alive. Raises UserError.
@@ -124,7 +138,7 @@ def _acquire(path: str, what: str, deadline: float | None) -> str:
     try:
         os.makedirs(folder, exist_ok=True)
         with open(draft, "w") as f:
-            json.dump({"token": token, **_identity(), "since": _now()}, f)
+            json.dump({"token": token, **_identity(), "about": about, "since": _now()}, f)
         try:
             while not _link(draft, path):
                 try:

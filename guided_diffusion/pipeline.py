@@ -6,6 +6,7 @@ import io
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -45,23 +46,22 @@ def read_ahead(units: Iterable[T], read: Callable[[T], list[Callable[[], R]]], n
 
 
 class ImageWriter:
-    """Encodes and writes images in a thread of its own.
+    """Encodes and writes images in a thread of its own, in the order in which they are submitted.
 
-    An image appears whole or not at all. The first failure ends the run at the next `submit`, or at the end of the
-    `with` block: what had been written is whole, what had not is absent.
+    An image appears whole or not at all. The first failure of any kind ends the run at the next `submit`, or at the end
+    of the `with` block: the images before it are written, those after it are absent.
 
     Args:
         image_format: "jpeg" or "png".
         jpeg_quality: 1..100; colours are stored at full resolution.
-        ahead: how many images may wait; `submit` waits for the thread beyond that.
+        ahead: number of images that may wait; beyond it, `submit` waits for the thread.
     """
 
     def __init__(self, image_format: str, jpeg_quality: int, ahead: int = 256):
         self.image_format, self.jpeg_quality = image_format, jpeg_quality
-        self.written = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="write")
         self._room = threading.Semaphore(ahead)
-        self._failure: OSError | UserError | None = None
+        self._failure: BaseException | None = None
 
     def __enter__(self) -> ImageWriter:
         return self
@@ -71,37 +71,52 @@ class ImageWriter:
         if kind is None:
             self._check()
 
-    def submit(self, path: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> None:
+    def submit(
+        self,
+        path: str,
+        pixels: np.ndarray | Callable[[], np.ndarray],
+        written: Callable[[], None] = lambda: None,
+    ) -> None:
         """Have an image written to `path`.
 
-        `pixels` is (H, W, 3) of uint8; or what gives it when the thread calls it, and may wait for it until then.
+        Args:
+            path: file of the image.
+            pixels: uint8 (H, W, 3), or a function that returns them when the thread calls it, and may wait for them.
+            written: called by the thread once the file is on the disk.
 
-        Raises UserError for an earlier failure.
+        Raises the exception of an earlier failure; a UserError if a file could not be written.
         """
+        self.call(partial(self._write, path, pixels, written))
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Have the thread call a function, after the images that were submitted before. Raises as `submit` does."""
         self._check()
         self._room.acquire()
-        self._pool.submit(self._write, path, pixels)
+        self._pool.submit(self._run, work)
 
-    def _write(self, path: str, pixels: np.ndarray | Callable[[], np.ndarray]) -> None:
+    def _write(self, path: str, pixels: np.ndarray | Callable[[], np.ndarray], written: Callable[[], None]) -> None:
+        pixels = pixels() if callable(pixels) else pixels
+        write_whole(path, encode(pixels, self.image_format, self.jpeg_quality))
+        written()
+
+    def _run(self, work: Callable[[], None]) -> None:
         try:
             if self._failure is None:
-                pixels = pixels() if callable(pixels) else pixels
-                write_whole(path, encode(pixels, self.image_format, self.jpeg_quality))
-                self.written += 1
-        except (OSError, UserError) as error:
+                work()
+        except BaseException as error:  # raised again in the main thread, whatever it is
             self._failure = error
         finally:
             self._room.release()
 
     def _check(self) -> None:
         error = self._failure
-        if isinstance(error, UserError):
-            raise error
-        if error is not None:
+        if isinstance(error, OSError):
             raise UserError(
                 f"cannot write {error.filename or 'an image'}: {error.strerror or error} (--output). What is there is "
-                "whole:\nwhen there is room, the same command goes on from there"
+                "whole:\nwhen there is space, rerun the same command to resume"
             ) from error
+        if error is not None:
+            raise error
 
 
 def encode(pixels: np.ndarray, image_format: str, jpeg_quality: int) -> bytes:

@@ -1,12 +1,9 @@
-"""The record of a run: t_K_N_run.json beside the folder of samples.
-
-It is written when a folder is begun, so that a later run with other settings stops instead of mixing two experiments,
-and again at the end, with what was done, where and how fast.
-"""
+"""What decides the bytes of a run's samples: its settings, and the hardware and versions that it runs on."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -16,13 +13,9 @@ import numpy as np
 import PIL
 import torch
 
-from .errors import UserError
-from .files import read_json, walk, write_json
-
 if TYPE_CHECKING:
     import argparse
 
-    from .forward_backward import SampleFolder
     from .image_datasets import LabelledImage
 
 # The flags that decide, with the weights, the images and the precision, what is written.
@@ -70,67 +63,9 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def begin_record(folder: SampleFolder, settings: Mapping[str, Any], circumstances: Mapping[str, Any]) -> dict[str, Any]:
-    """Write a folder's record, or read it and see that the folder was begun with the same settings.
-
-    Args:
-        folder: whose record it is.
-        settings: of `settings_of`.
-        circumstances: hardware, threads and versions, which decide the last digits; not compared here.
-
-    Returns:
-        the record, for `end_record`.
-
-    Raises:
-        UserError: the folder holds another experiment, or cannot be written.
-    """
-    try:
-        record = read_json(folder.record)
-    except ValueError:
-        record = "damaged"
-    if record is None:
-        if next(walk(folder.path), None) is not None:
-            raise UserError(
-                f"{folder.path} holds files, but {folder.record} is missing: their settings are not known.\n"
-                "Choose another --output, or move the folder away"
-            )
-        record = {"finished": False, "settings": dict(settings), "begun_with": dict(circumstances), "runs": []}
-        _write(folder.record, record)
-    elif not isinstance(record, dict) or not record.keys() >= {"settings", "begun_with", "runs"}:
-        raise UserError(
-            f"{folder.record} is damaged: it is no record of a run. Choose another --output, or remove it and "
-            f"{folder.path}"
-        )
-    elif changes := differences(record["settings"], settings):
-        raise UserError(
-            f"{folder.path} was begun with other settings: {'; '.join(changes)}.\n"
-            "Go on with the settings on record, choose another --output, or move the folder away"
-        )
-    return record
-
-
-def end_record(
-    folder: SampleFolder,
-    record: Mapping[str, Any],
-    run: Mapping[str, Any],
-    chosen: int,
-    unreadable: Mapping[str, str],
-) -> None:
-    """Close a folder's record.
-
-    Args:
-        folder: whose record it is.
-        record: what `begin_record` returned.
-        run: what there is to say of the run that ends; a run that had nothing to do leaves no trace.
-        chosen: number of images that were to have a sample.
-        unreadable: path of each image that could not be read, and why.
-
-    Raises:
-        UserError: the record cannot be written.
-    """
-    runs = [*record["runs"], run] if run["samples_written"] or not record["runs"] else record["runs"]
-    counts = {"chosen": chosen, "with_sample": chosen - len(unreadable), "unreadable": dict(unreadable)}
-    _write(folder.record, {**record, "finished": not unreadable, "images": counts, "runs": runs})
+def digest_of(settings: Mapping[str, Any]) -> str:
+    """A few characters that two runs have in common if their settings are the same."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
@@ -164,10 +99,3 @@ def _short(value: Any) -> str:
     """A value for a message: a digest is recognised by its beginning."""
     text = "empty" if value == "" else str(value)
     return text[:12] + "..." if len(text) == 64 else text
-
-
-def _write(path: str, record: Mapping[str, Any]) -> None:
-    try:
-        write_json(path, record)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error

@@ -429,12 +429,12 @@ def dealt_out() -> list[Row]:
     Of the README's 10,000 images in batches of 32, at the time 125 of 250 and at ten times.
     """
     from guided_diffusion.dist_util import share_of
-    from guided_diffusion.forward_backward import unfinished_units
+    from guided_diffusion.forward_backward import cut_units
     from guided_diffusion.image_datasets import LabelledImage
 
     images, rows = [LabelledImage(f"{i}.JPEG", None, "") for i in range(10_000)], []
     for times in ([125], TIMES):
-        units = [unit for k in times for unit in unfinished_units(images, 32, k, done=())]
+        units = [unit for k in times for unit in cut_units(images, 32, k)]
         for processes in (2, 8, 64):
             steps = [sum(unit.step_reverse for unit in share_of(units, r, processes)) for r in range(processes)]
             name = f"{processes}, counted, {len(times)} time{'s' if len(times) > 1 else ''}"

@@ -103,10 +103,13 @@ def test_the_next_unit_is_read_while_one_is_worked_on():
 
 def test_image_writer_writes_all_before_it_ends(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    written = []
     with ImageWriter("png", 95, ahead=3) as writer:
         for i, image in enumerate(pixels):
-            writer.submit(str(tmp_path / f"{i}.png"), image)
-    assert writer.written == 20
+            writer.submit(
+                str(tmp_path / f"{i}.png"), image, lambda i=i: written.append((tmp_path / f"{i}.png").exists())
+            )
+    assert written == [True] * 20
     for i, image in enumerate(pixels):
         assert (np.asarray(Image.open(tmp_path / f"{i}.png")) == image).all()
 
@@ -140,6 +143,22 @@ def test_image_writer_reports_the_first_failure(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*0\.png: Is a directory"):
         write_two()
     assert not (tmp_path / "1.png").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: an illegal memory access"), MemoryError(), SystemExit(3)])
+def test_any_exception_in_the_writer_s_thread_surfaces(tmp_path, error):
+    def fail():
+        raise error
+
+    def write_two():
+        with ImageWriter("png", 95) as writer:
+            writer.submit(str(tmp_path / "0.png"), fail)
+            writer.submit(str(tmp_path / "1.png"), np.zeros((8, 8, 3), np.uint8))
+
+    with pytest.raises(type(error)) as caught:
+        write_two()
+    assert caught.value is error
+    assert os.listdir(tmp_path) == []
 
 
 def test_jpegs_keep_their_colours():

@@ -13,12 +13,12 @@ from guided_diffusion.forward_backward import (
     NoiseStreams,
     SampleFolder,
     check_times,
+    cut_units,
     default_output,
     from_pixels,
     noise_seed,
     noised_image,
     to_pixels,
-    unfinished_units,
 )
 from guided_diffusion.image_datasets import LabelledImage
 from guided_diffusion.script_util import create_gaussian_diffusion
@@ -69,13 +69,12 @@ def test_seeds_take_any_file_name():
 
 def test_units_keep_their_composition():
     images = [LabelledImage(f"{i}.png", None, "") for i in range(7)]
-    everything = list(unfinished_units(images, 3, 5, done=()))
+    everything = cut_units(images, 3, 5)
     assert [len(unit.images) for unit in everything] == [3, 3, 1]
     assert [image for unit in everything for image in unit.images] == images
-    (left,) = unfinished_units(images, 3, 5, done={"0.png", "1.png", "2.png", "3.png", "6.png"})
-    assert left.images == everything[1].images
-    assert left.todo == {"4.png", "5.png"}
-    assert not list(unfinished_units(images, 3, 5, done={image.path for image in images}))
+    some = cut_units(images, 3, 5, done={"0.png", "1.png", "2.png", "3.png", "6.png"})
+    assert [unit.images for unit in some] == [unit.images for unit in everything]
+    assert [unit.todo for unit in some] == [set(), {"4.png", "5.png"}, set()]
     shares = [share_of(everything, rank, 2) for rank in range(2)]
     assert [len(share) for share in shares] == [2, 1]
     assert sorted(unit.images[0].path for share in shares for unit in share) == ["0.png", "3.png", "6.png"]

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -56,6 +57,8 @@ def reference_run(flags, tmp_path_factory):
     output = tmp_path_factory.mktemp("reference")
     done = run_script(*flags, "--output", output)
     assert done.returncode == 0, done.stderr
+    kinds = ("images", "inputs.json", "run.json")
+    assert sorted(path.name for path in output.iterdir()) == sorted(f"t_{k}_20_{kind}" for k in TIMES for kind in kinds)
     return samples(output)
 
 
@@ -73,8 +76,9 @@ def run_here(*flags) -> int:
 
 
 def samples(output: Path) -> dict[str, bytes]:
-    """Every file but the records, hidden ones too."""
-    files = (path for path in output.rglob("*") if path.is_file() and not path.name.endswith("_run.json"))
+    """Every file but the records, the locks and the lists of inputs, hidden ones too."""
+    apart = re.compile(r"/t_\d+_\d+(_run\.json|_inputs\.json|_inputs_parts/.*|[^/]*\.lock)$")
+    files = (path for path in output.rglob("*") if path.is_file() and not apart.search(str(path)))
     return {str(path.relative_to(output)): path.read_bytes() for path in files}
 
 
