@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from reference import fill_weights
+from slurm import Slurm, missing
 
 from guided_diffusion.other_scripts import REPOSITORY, environment
 from guided_diffusion.other_scripts import load_script as load_script
@@ -57,6 +58,17 @@ def one_thread():
 def small_checkpoint(tmp_path_factory) -> Path:
     """A checkpoint that fits `SMALL_MODEL`."""
     return save_checkpoint(tmp_path_factory.mktemp("models") / "small.pt", SMALL_MODEL)
+
+
+@pytest.fixture(scope="session")
+def slurm():
+    """A running Slurm of two nodes, see slurm.py."""
+    if reason := missing():
+        pytest.skip(reason)
+    cluster = Slurm()
+    cluster.start()
+    yield cluster
+    cluster.stop()
 
 
 def lay_out_photographs(folder: Path) -> Path:
