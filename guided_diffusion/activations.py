@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import logger
-from .errors import UserError, first_line
+from .errors import ResultError, UserError, first_line
 from .torch_classifiers import Classifier
 from .transfer import download
 from .watched_layers import WatchedLayer
@@ -81,6 +81,21 @@ class Moments:
         """mean, variance, second_moment and count, by name."""
         moments = {name: getattr(self, name) for name in ("mean", "variance", "second_moment")}
         return {**moments, "count": np.int64(self.count)}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Everything that `merge` needs, exactly, for `from_state`."""
+        sums = {"shift": self._shift, "mean": self._mean, "squares": self._squares}
+        return {"count": np.int64(self.count), **{name: value.cpu().numpy() for name, value in sums.items()}}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, np.ndarray]) -> Moments:
+        """The moments whose `state` was kept."""
+        moments = cls()
+        moments.count = int(state["count"])
+        moments._shift, moments._mean, moments._squares = (
+            torch.from_numpy(np.asarray(state[name])) for name in ("shift", "mean", "squares")
+        )
+        return moments
 
     def __getstate__(self) -> dict[str, Any]:  # pickled from the CPU, since another process may not have this one's GPU
         return {name: v.cpu() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
@@ -216,7 +231,8 @@ class Similarities(_Watch):
 
         cosine = a.b / (|a| |b|),    L2 = |a - b|,    L2_normalized = |a - b| / sqrt(|a| |b|)
 
-    The first and the last are NaN where a or b is 0. `logits` is float32, of shape (1 + times, B, classes).
+    The first and the last are undefined, and NaN, if a or b is 0. Any other NaN or infinity is a ResultError, which
+    `latest()` raises. `logits` is float32, of shape (1 + times, B, classes).
 
     Products and sums are float32, the sums pairwise as PyTorch's are: errors are below 1e-6, relative to |a| |b| for
     the cosine.
@@ -271,6 +287,11 @@ class Similarities(_Watch):
 
 def _compared(wait: Callable[[], list[np.ndarray]]) -> Compared:
     (aa, bb, ab, dd), logits = wait()
+    if not all(np.isfinite(values).all() for values in (aa, bb, ab, dd, logits)):
+        raise ResultError(
+            "the classifier gave NaN or infinity: nothing is recorded.\n"
+            "Its weights may be damaged (--classifier_path), or too large for --classifier_use_fp16"
+        )
     norms = np.sqrt(aa) * np.sqrt(bb)  # (T, B, L)
     norms[norms == 0] = np.nan
     return Compared(ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms), logits)

@@ -15,7 +15,7 @@ import blobfile as bf
 import numpy as np
 
 from .command_line import whole_number
-from .errors import UserError, first_line
+from .errors import ResultError, UserError, first_line
 from .imagenet_classes import CLASS_INDEX
 from .script_util import str2bool
 
@@ -87,7 +87,8 @@ class TimeResult(NamedTuple):
 def read_series(folder: str, name: str) -> list[TimeResult]:
     """Every time in a folder of results, in the order of k/N.
 
-    Raises UserError where there is none, a file is damaged, or a time lacks one of its two files.
+    Raises UserError where there is none, a file is damaged, or a time lacks one of its two files; ResultError if logits
+    are NaN or infinite.
     """
     pattern = re.compile(rf"(act_diff|logits)_{re.escape(name)}-t_(\d+)_(\d+)\.npz")
     matches = [pattern.fullmatch(entry) for entry in (bf.listdir(folder) if bf.isdir(folder) else ())]
@@ -99,6 +100,11 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
     for k, n in sorted(times, key=lambda time: (time[0] / time[1], time)):
         differences = read_arrays(differences_file(folder, name, k, n), DIFFERENCES_ARRAYS)
         logits = read_arrays(logits_file(folder, name, k, n), LOGITS_ARRAYS)
+        if not all(np.isfinite(logits[name]).all() for name in ("logits_start", "logits_sample")):
+            raise ResultError(
+                f"{logits_file(folder, name, k, n)} contains NaN or infinity: the classifier's weights were damaged,\n"
+                "or too large for half precision. Remove the file, and run evaluate_classifier.py again"
+            )
         if not np.array_equal(differences["names"], logits["names"]):
             raise UserError(
                 f"{differences_file(folder, name, k, n)} and {logits_file(folder, name, k, n)} are of different "
@@ -126,8 +132,10 @@ def read_arrays(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
 # The classifier and its images
 
 
-def add_flags(parser: argparse.ArgumentParser, output: str, batch_size: str) -> None:
+def add_flags(parser: argparse.ArgumentParser, output: str, batch_size: str) -> Callable:
     """Add the flags that the two scripts have in common, from the classifier on.
+
+    Returns the `add_argument` of the last group, that of the run.
 
     Args:
         parser: of the script.
@@ -190,6 +198,7 @@ def add_flags(parser: argparse.ArgumentParser, output: str, batch_size: str) -> 
         metavar="INT",
         help="CPU threads per process that compute; 0: the cores, shared out among the processes (default: 0)",
     )
+    return add
 
 
 def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager, dict[str, Any]]:

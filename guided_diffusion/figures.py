@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .errors import UserError
+from .errors import ResultError, UserError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -74,7 +75,15 @@ def early_to_late() -> Colormap:
 
 
 def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:
-    """The bytes of a figure's files, by name; the same for the same figure."""
+    """The bytes of a figure's files, by name; the same for the same figure.
+
+    Raises ResultError if a number in the rows is NaN or infinite. A value that is not defined is "".
+    """
+    for row in rows:
+        for column, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                about = ", ".join(f"{key} {row[key]}" for key in list(row)[:4] if key != column)
+                raise ResultError(f"{column} is {value} in the figure {name} ({about}): nothing is drawn")
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()

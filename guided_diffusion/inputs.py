@@ -51,12 +51,13 @@ class Inputs:
         self.folder, self.flag = folder, flag
         self.known: Entries = dict(known or {})
 
-    def compare(self, paths: Sequence[str], owner: str) -> None:
+    def compare(self, paths: Sequence[str], owner: str, remedy: str = "choose another --output") -> None:
         """Compare the files as they are now with what is known of them, and take note of the sizes of all.
 
         Args:
             paths: files that the run selects.
             owner: output that was computed from the known files, for the message.
+            remedy: what else to do than to restore the files, for the message.
 
         Raises:
             UserError: a file differs, or is missing.
@@ -77,9 +78,24 @@ class Inputs:
             more = f" ({len(differing)} such files)" if len(differing) > 1 else ""
             raise UserError(
                 f"{owner} was computed from other files: {self.folder}/{path} differs, {change}{more}.\n"
-                f"Choose another --output, or give the files that it was begun with ({self.flag})"
+                f"Give the files that it was computed from ({self.flag}), or {remedy}"
             )
         self.known |= {path: Entry(size, known[path].sha256 if path in known else None) for path, size in sizes.items()}
+
+    def merge(self, entries: Mapping[str, Entry], owner: str) -> None:
+        """Add what is known from elsewhere, such as the entries of another output.
+
+        Raises UserError if it contradicts what is known: `owner`, named in the message, was computed from other files.
+        """
+        for path, entry in entries.items():
+            known = self.known.get(path)
+            if known and (known.size != entry.size or (None not in (known.sha256, entry.sha256) and known != entry)):
+                raise UserError(
+                    f"{owner} was computed from another file {path} than what it is used with ({self.flag}).\n"
+                    "Choose another --output, or restore the file"
+                )
+            if known is None or entry.sha256:
+                self.known[path] = entry
 
     def read_all(self, paths: Sequence[str]) -> None:
         """Take note of the contents of files that an earlier version has read; of 64 if they total 1 GB or more."""
@@ -170,6 +186,11 @@ def _in_threads(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
 # The file NAME_inputs.json
 
 
+def inputs_of(result: str) -> str:
+    """The list of the files that a result was computed from: NAME_inputs.json for NAME.npz."""
+    return f"{os.path.splitext(result)[0]}_inputs.json"
+
+
 def write_entries(path: str, entries: Mapping[str, Mapping[str, Entry]]) -> None:
     """Write entries by what the files are, such as "images": a line per file. Raises OSError."""
     groups = []
@@ -185,14 +206,19 @@ def read_entries(path: str) -> dict[str, Entries] | None:
         groups = read_json(path)
         if groups is None:
             return None
-        return {
-            name: {file: Entry(int(size), digest and str(digest)) for file, (size, digest) in group.items()}
-            for name, group in groups.items()
-        }
+        return as_entries(groups)
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is damaged: it should list the files that were read. Remove it, to have it made again"
         ) from error
+
+
+def as_entries(groups: Mapping[str, Mapping[str, Iterable]]) -> dict[str, Entries]:
+    """Entries by what the files are, from lists [size, SHA-256] as JSON has them."""
+    return {
+        name: {file: Entry(int(size), digest and str(digest)) for file, (size, digest) in group.items()}
+        for name, group in groups.items()
+    }
 
 
 def compare_with_record(folder: str, paths: Sequence[str], flag: str, record: str, owner: str) -> bool:

@@ -76,7 +76,9 @@ def open_folders(
     with _update(folders):
         states = {k: _look(folder, settings, images, batch_size, shard, locks) for k, folder in folders.items()}
         done = {k: {i.path for i in images if folders[k].sample(i.path) in state.files} for k, state in states.items()}
-        inputs = _known_inputs(folders, states, data_dir)
+        inputs = Inputs(data_dir, "--data_dir")
+        for k, state in states.items():
+            inputs.merge(state.entries or {}, folders[k].path)
         paths = [image.path for image in images]
         inputs.compare(paths, next(iter(folders.values())).output)
         if unlisted := sorted({path for k, state in states.items() if state.entries is None for path in done[k]}):
@@ -210,25 +212,6 @@ def _look(
     for path in _earlier_unreadable(record):
         entries.pop(path, None)
     return _State(record, files, entries)
-
-
-def _known_inputs(folders: Mapping[int, SampleFolder], states: Mapping[int, _State], data_dir: str) -> Inputs:
-    """What the folders know of the starting images, together. Raises UserError if they contradict each other."""
-    inputs, owners = Inputs(data_dir, "--data_dir"), {}
-    for k, state in states.items():
-        for path, entry in (state.entries or {}).items():
-            known = inputs.known.get(path)
-            same = (
-                known is None or (known.size == entry.size and None in (known.sha256, entry.sha256)) or known == entry
-            )
-            if not same:
-                raise UserError(
-                    f"{folders[owners[path]].path} and {folders[k].path} were computed from different files {path}.\n"
-                    "Choose another --output, or run the two times one by one"
-                )
-            if known is None or entry.sha256:
-                inputs.known[path], owners[path] = entry, k
-    return inputs
 
 
 def _read_record(folder: SampleFolder) -> Record | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import blobfile as bf
 import numpy as np
@@ -140,9 +140,12 @@ def check_sizes(folders: Mapping[int, SampleFolder], samples: Mapping[int, Seque
         readable_or_error(read_sample, f"{folder.path}/{samples[k][0]}", image_size)
 
 
-def read_sample(path: str, image_size: int) -> np.ndarray:
-    """The pixels of a sample: uint8 (H, W, 3). Raises UserError where it has another size, UnreadableImage."""
-    pixels = np.array(open_image(path))
+def read_sample(path: str, image_size: int, check: Callable[[bytes], None] | None = None) -> np.ndarray:
+    """The pixels of a sample: uint8 (H, W, 3). Raises UserError where it has another size, UnreadableImage.
+
+    `check` is called with the bytes of the file.
+    """
+    pixels = np.array(open_image(path, check))
     if pixels.shape[:2] != (image_size, image_size):
         height, width = pixels.shape[:2]
         raise UserError(f"{path} has {width}x{height} pixels, expected {image_size}x{image_size} (--image_size)")

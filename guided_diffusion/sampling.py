@@ -20,8 +20,9 @@ from . import dist_util, logger
 from .files import whole_file, write_json, write_whole
 from .forward_backward import to_pixels
 from .inference import enough_memory
+from .locks import hold
 from .noise import NoiseStreams, noise_seed
-from .parts import Parts, finished_record, plain_write_errors, record_of, remove_parts
+from .parts import Parts, finished_record, lock_of, plain_write_errors, record_of, remove_parts
 from .pipeline import encode
 from .run_record import now
 from .script_util import NUM_CLASSES
@@ -128,38 +129,42 @@ def write_samples(
     shape = (args.num_samples, image_size, image_size, 3)
     stem = f"{logger.choose_dir(args.output, otherwise)}/samples_{'x'.join(map(str, shape))}"
     result, folder = f"{stem}.npz", f"{stem}_parts"
-    if dist_util.on_main(finished_record, result, settings):
-        dist_util.on_main(remove_parts, folder)  # of a run that was killed just before
-        logger.info(f"{result} is there already, made with the same settings: nothing to do")
-        return
-    parts = Parts(folder, settings, circumstances)
-    batches = [
-        range(start, min(start + args.batch_size, args.num_samples))
-        for start in range(0, args.num_samples, args.batch_size)
-    ]
-    done = parts.done()
-    to_do = [index for index in range(len(batches)) if index not in done]
-    processes = dist_util.get_world_size()
-    there = sum(len(batches[index]) for index in done)
-    logger.info(f"{args.num_samples} samples for {result}: {args.num_samples - there} to make, {there} are there")
-    logger.info(
-        f"{processes} process(es) of {circumstances['threads']} thread(s), {circumstances['hardware']}, "
-        f"{circumstances['precision']}"
-    )
+    with hold({lock_of(result): result}) as locks:
+        if dist_util.on_main(finished_record, result, settings):
+            dist_util.on_main(remove_parts, folder)  # of a run that was killed just before
+            logger.info(f"{result} is there already, made with the same settings: nothing to do")
+            return
+        parts = Parts(folder, settings, circumstances)
+        batches = [
+            range(start, min(start + args.batch_size, args.num_samples))
+            for start in range(0, args.num_samples, args.batch_size)
+        ]
+        done = parts.done()
+        to_do = [index for index in range(len(batches)) if index not in done]
+        processes = dist_util.get_world_size()
+        there = sum(len(batches[index]) for index in done)
+        logger.info(f"{args.num_samples} samples for {result}: {args.num_samples - there} to make, {there} are there")
+        logger.info(
+            f"{processes} process(es) of {circumstances['threads']} thread(s), {circumstances['hardware']}, "
+            f"{circumstances['precision']}"
+        )
 
-    started, clock = now(), time.monotonic()
-    mine = dist_util.share_of(to_do)
-    described = "denoising" if processes == 1 else f"denoising (process 1 of {processes})"
-    with logger.progress_bar(len(mine) * num_steps, described, "step") as bar:
-        for number, index in enumerate(mine, 1):
-            parts.write(index, pixels=to_pixels(make(batches[index], bar)))
-            bar.set_postfix(batches=f"{number}/{len(mine)}")
-    dist_util.barrier()
+        started, clock = now(), time.monotonic()
+        mine = dist_util.share_of(to_do)
+        described = "denoising" if processes == 1 else f"denoising (process 1 of {processes})"
+        with logger.progress_bar(len(mine) * num_steps, described, "step") as bar:
+            for number, index in enumerate(mine, 1):
+                locks.check()
+                parts.write(index, pixels=to_pixels(make(batches[index], bar)))
+                bar.set_postfix(batches=f"{number}/{len(mine)}")
+        dist_util.barrier()
 
-    run = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3), "processes": processes}
-    run |= {"samples_made": args.num_samples - there, **circumstances, "arguments": vars(args)}
-    record = {"finished": True, "settings": settings, "samples": args.num_samples, "last_run": run}
-    dist_util.on_main(_finish, result, parts, len(batches), shape, labels, record)
+        seconds = round(time.monotonic() - clock, 3)
+        run = {"started": started, "ended": now(), "seconds": seconds, "processes": processes}
+        run |= {"samples_made": args.num_samples - there, **circumstances, "arguments": vars(args)}
+        record = {"finished": True, "settings": settings, "samples": args.num_samples, "last_run": run}
+        locks.check()
+        dist_util.on_main(_finish, result, parts, len(batches), shape, labels, record)
     logger.info(f"{args.num_samples} samples are in {result}")
 
 

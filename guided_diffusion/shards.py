@@ -37,6 +37,9 @@ class Shard:
         return f"shard {self.index} of {self.count} (0..{self.count - 1})"
 
 
+WHOLE = Shard()  # all of the work
+
+
 def add_shard_flags(add) -> None:
     """Add the flags of a shard by a parser's or a group's `add_argument`."""
     add(

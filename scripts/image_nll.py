@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
     from guided_diffusion.image_datasets import LabelledImage, UnreadableImage
+    from guided_diffusion.inputs import Inputs
+    from guided_diffusion.locks import Locks
     from guided_diffusion.parts import Parts
 
 TERMS = ("vb", "mse", "xstart_mse")
@@ -54,7 +56,17 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion import dist_util, logger
     from guided_diffusion.checkpoints import load_model
     from guided_diffusion.inference import prepare
-    from guided_diffusion.parts import Parts, finished_record, remove_parts, settings_of
+    from guided_diffusion.inputs import Inputs
+    from guided_diffusion.locks import hold
+    from guided_diffusion.parts import (
+        Parts,
+        compare_with_parts,
+        compare_with_result,
+        finished_record,
+        lock_of,
+        remove_parts,
+        settings_of,
+    )
     from guided_diffusion.run_record import now, weights_digest
 
     dist_util.setup_dist()
@@ -73,38 +85,35 @@ def main(argv: list[str] | None = None) -> int:
 
     output = logger.choose_dir(args.output, f"results/image_nll_{folder_name(args.data_dir)}")
     result, folder = f"{output}/image_nll.npz", f"{output}/image_nll_parts"
-    if dist_util.on_main(finished_record, result, settings):
-        dist_util.on_main(remove_parts, folder)  # of a run that was killed just before
-        logger.info(f"{result} is there already, made with the same settings: nothing to do")
-        dist_util.on_main(report, result)
-        return 0
-    parts = Parts(folder, settings, circumstances)
-    batches = [images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size)]
-    to_do = dist_util.on_main(unfinished, parts, parts.done(), len(batches))
-    processes = dist_util.get_world_size()
-    logger.info(f"{len(images)} images from {args.data_dir}: {len(to_do)} of {len(batches)} batches are to be measured")
-    logger.info(
-        f"{processes} process(es) of {circumstances['threads']} thread(s), {circumstances['hardware']}, "
-        f"{circumstances['precision']}; results in {output}"
-    )
+    inputs = {"images": Inputs(args.data_dir, "--data_dir")}
+    paths = {"images": [image.path for image in images]}
+    with hold({lock_of(result): result}) as locks:
+        if dist_util.on_main(finished_record, result, settings):
+            dist_util.on_main(compare_with_result, inputs, paths, result)
+            dist_util.on_main(remove_parts, folder)  # of a run that was killed just before
+            logger.info(f"{result} is there already, made with the same settings: nothing to do")
+            dist_util.on_main(report, result)
+            return 0
+        parts = Parts(folder, settings, circumstances)
+        dist_util.on_main(compare_with_parts, inputs, paths, parts)
+        batches = [images[start : start + args.batch_size] for start in range(0, len(images), args.batch_size)]
+        to_do = dist_util.on_main(unfinished, parts, parts.done(), len(batches))
+        processes = dist_util.get_world_size()
+        logger.info(
+            f"{len(images)} images from {args.data_dir}: {len(to_do)} of {len(batches)} batches are to be measured"
+        )
+        logger.info(
+            f"{processes} process(es) of {circumstances['threads']} thread(s), {circumstances['hardware']}, "
+            f"{circumstances['precision']}; results in {output}"
+        )
 
-    started, clock = now(), time.monotonic()
-    mine = {index: batches[index] for index in dist_util.share_of(to_do)}
-    unreadable = measure(model, diffusion, mine, parts, args)
-    unreadable = {path: why for found in dist_util.gather_objects(unreadable) for path, why in found.items()}
-    facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3), "processes": processes}
-    record = {
-        "finished": not unreadable,
-        "settings": settings,
-        "images": {"chosen": len(images), "unreadable": unreadable},
-        "last_run": {**facts, **circumstances, "arguments": vars(args)},
-    }
-    dist_util.on_main(finish, output, parts, batches, record)
-    for why in unreadable.values():
-        logger.warn(why)
-    if unreadable and dist_util.is_main():
-        logger.error(f"{len(unreadable)} of {len(images)} images could not be read: the numbers are without them")
-    return 1 if unreadable else 0
+        started, clock = now(), time.monotonic()
+        mine = {index: batches[index] for index in dist_util.share_of(to_do)}
+        measure(model, diffusion, mine, parts, dist_util.broadcast_object(inputs["images"]), locks, args)
+        dist_util.barrier()
+        facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3)}
+        facts |= {"processes": processes, **circumstances, "arguments": vars(args)}
+        return dist_util.on_main(finish, output, parts, batches, settings, facts, inputs, paths, locks)
 
 
 def find_images(args: argparse.Namespace) -> list[LabelledImage]:
@@ -137,30 +146,36 @@ def measure(
     diffusion: GaussianDiffusion,
     batches: Mapping[int, list[LabelledImage]],
     parts: Parts,
+    inputs: Inputs,
+    locks: Locks,
     args: argparse.Namespace,
-) -> dict[str, str]:
-    """Measure batches and write their parts. Returns the images that could not be read: path -> why."""
+) -> None:
+    """Measure batches and write their parts, which note the images that could not be read."""
     from guided_diffusion import dist_util, logger
     from guided_diffusion.image_datasets import UnreadableImage
+    from guided_diffusion.parts import check_finite
     from guided_diffusion.pipeline import read_ahead
 
-    unreadable: dict[str, str] = {}
     processes = dist_util.get_world_size()
     described = "measuring" if processes == 1 else f"measuring (process 1 of {processes})"
     blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)
     with logger.progress_bar(len(batches) * diffusion.num_timesteps, described, "step") as bar:
-        for index, pictures in read_ahead(batches, lambda index: readers(batches[index], args), args.num_workers):
+        for index, pictures in read_ahead(
+            batches, lambda index: readers(batches[index], inputs, args), args.num_workers
+        ):
+            locks.check()
             images = batches[index]
-            # The place of a picture that cannot be read is left blank: the others keep theirs, and so their numbers.
+            # An unreadable picture is left blank in its place: the others keep theirs, and so their numbers.
             readable = np.array([not isinstance(picture, UnreadableImage) for picture in pictures])
             pixels = np.stack([p if fine else blank for p, fine in zip(pictures, readable, strict=True)])
-            unreadable |= {
-                image.path: str(picture)
-                for image, picture, fine in zip(images, pictures, readable, strict=True)
-                if not fine
+            measured = bits(model, diffusion, images, pixels, args, bar)
+            check_finite(measured, "the images")
+            both = list(zip(images, pictures, readable, strict=True))
+            notes = {
+                "inputs": {"images": inputs.entries(image.path for image, _, fine in both if fine)},
+                "unreadable": {"images": {image.path: str(picture) for image, picture, fine in both if not fine}},
             }
-            parts.write(index, readable=readable, **bits(model, diffusion, images, pixels, args, bar))
-    return unreadable
+            parts.write(index, notes, readable=readable, **measured)
 
 
 def bits(
@@ -201,29 +216,49 @@ def bits(
     return {name: values.cpu().numpy() for name, values in out.items()}
 
 
-def readers(images: list[LabelledImage], args: argparse.Namespace) -> list[Callable[[], np.ndarray | UnreadableImage]]:
+def readers(
+    images: list[LabelledImage], inputs: Inputs, args: argparse.Namespace
+) -> list[Callable[[], np.ndarray | UnreadableImage]]:
     """The calls that read images, one each; they return the exception for one that cannot be read."""
     from guided_diffusion.image_datasets import UnreadableImage, read_image
 
     def read(path: str) -> np.ndarray | UnreadableImage:
         try:
-            return read_image(f"{args.data_dir}/{path}", args.image_size)
+            return read_image(f"{args.data_dir}/{path}", args.image_size, inputs.note(path))
         except UnreadableImage as error:
+            inputs.forget(path)
             return error
 
     return [partial(read, image.path) for image in images]
 
 
-def finish(output: str, parts: Parts, batches: list[list[LabelledImage]], record: dict[str, Any]) -> None:
-    """Put the parts together. image_nll.npz comes last: where it is, all is. Parts stay if an image is missing."""
+def finish(
+    output: str,
+    parts: Parts,
+    batches: list[list[LabelledImage]],
+    settings: dict[str, Any],
+    facts: dict[str, Any],
+    inputs: dict[str, Inputs],
+    paths: dict[str, list[str]],
+    locks: Locks,
+) -> int:
+    """Put the parts together. image_nll.npz comes last: where it is, all is. Parts stay if an image is missing.
+
+    Returns the exit status.
+    """
+    from guided_diffusion import logger
     from guided_diffusion.files import whole_file, write_json
-    from guided_diffusion.parts import plain_write_errors, record_of
+    from guided_diffusion.inputs import as_entries, inputs_of
+    from guided_diffusion.parts import plain_write_errors, record_of, write_inputs
 
     names: list[str] = []
+    unreadable: dict[str, str] = {}
     bits_of_images: dict[str, list[np.ndarray]] = {"total_bpd": [], "prior_bpd": []}
     sums = dict.fromkeys(TERMS, 0.0)
     for index, batch in enumerate(batches):
-        part = parts.read(index)
+        part, notes = parts.read(index), parts.notes(index)
+        inputs["images"].known |= as_entries(notes.get("inputs", {})).get("images", {})
+        unreadable |= notes.get("unreadable", {}).get("images", {})
         readable = part["readable"]
         names += [image.path for image, fine in zip(batch, readable, strict=True) if fine]
         for name, pieces in bits_of_images.items():
@@ -232,7 +267,15 @@ def finish(output: str, parts: Parts, batches: list[list[LabelledImage]], record
             sums[name] = sums[name] + part[name][readable].sum(axis=0, dtype=np.float64)  # (N,)
     if not names:
         raise UserError("none of the images could be read: there is nothing to write (--data_dir)")
+    record = {
+        "finished": not unreadable,
+        "settings": settings,
+        "images": {"chosen": sum(map(len, batches)), "unreadable": unreadable},
+        "last_run": facts,
+    }
     result = f"{output}/image_nll.npz"
+    locks.check()
+    write_inputs(inputs_of(result), inputs, paths)
     with plain_write_errors():
         for name in TERMS:
             with whole_file(f"{output}/{name}_terms.npz") as f:
@@ -244,6 +287,13 @@ def finish(output: str, parts: Parts, batches: list[list[LabelledImage]], record
         if record["finished"]:
             parts.remove()
     report(result)
+    for why in unreadable.values():
+        logger.warn(why)
+    if unreadable:
+        logger.error(
+            f"{len(unreadable)} of {record['images']['chosen']} images could not be read: the numbers are without them"
+        )
+    return 1 if unreadable else 0
 
 
 def report(result: str) -> None:

@@ -26,7 +26,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guided_diffusion import logger
-from guided_diffusion.classifier_results import TimeResult, default_folder, name_in_files, read_series
+from guided_diffusion.classifier_results import (
+    TimeResult,
+    default_folder,
+    differences_file,
+    name_in_files,
+    read_series,
+)
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.figures import (
@@ -45,6 +51,7 @@ from guided_diffusion.figures import (
 )
 from guided_diffusion.files import write_json, write_whole
 from guided_diffusion.image_datasets import list_images, open_image, read_image
+from guided_diffusion.inputs import Inputs, inputs_of, read_entries
 from guided_diffusion.retention import (
     FEWEST_TIMES,
     STATISTICS,
@@ -83,7 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     draw: dict[str, Callable[[], tuple[Figure, Rows]]] = {}
     if args.data_dir:  # first: it finds most mistakes
         chosen = choose_names(series[0].differences["names"].tolist(), args.gallery, args.gallery_count, args.seed)
-        draw["gallery"] = lambda: draw_gallery(shown, chosen, args.starting_data_dir, args.data_dir)
+        known = [recorded_files(args, differences_file(folder, name, t.step_reverse, t.num_steps)) for t in shown]
+        draw["gallery"] = lambda: draw_gallery(shown, chosen, args.starting_data_dir, args.data_dir, known)
     retention, transition = measure_retention(series)
     draw["similarity_against_time"] = lambda: draw_similarity(series, args.statistic)
     draw["class_retention"] = lambda: draw_retention(retention, transition, series)
@@ -192,7 +200,8 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
     bar.set_ticks([1, len(layers)] if len(layers) > 1 else [1])
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper center")
-    return figure, rows
+    # Of a layer whose activations are all 0, nothing is defined.
+    return figure, [row if row["images"] else {k: "" if v != v else v for k, v in row.items()} for row in rows]
 
 
 # Class retention
@@ -338,10 +347,27 @@ def find_samples(data_dir: str, result: TimeResult, names: Sequence[str]) -> lis
     return [f"{folder}/{samples[stem(name)]}" for name in names]
 
 
+def recorded_files(args: argparse.Namespace, result: str) -> tuple[Inputs, Inputs]:
+    """What is known of the contents of the starting images, and of the samples, that a result was computed from."""
+    entries = read_entries(inputs_of(result)) or {}
+    return (
+        Inputs(args.starting_data_dir, "--starting_data_dir", entries.get("starting images")),
+        Inputs(args.data_dir, "--data_dir", entries.get("samples")),
+    )
+
+
 def draw_gallery(
-    series: Sequence[TimeResult], names: Sequence[str], starting_data_dir: str, data_dir: str
+    series: Sequence[TimeResult],
+    names: Sequence[str],
+    starting_data_dir: str,
+    data_dir: str,
+    known: Sequence[tuple[Inputs, Inputs]] | None = None,
 ) -> tuple[Figure, Rows]:
-    """A row per starting image: itself, and its sample of every time."""
+    """A row per starting image: itself, and its sample of every time.
+
+    `known` has for every time what the results know of the files, see `recorded_files`: others are a UserError.
+    """
+    known = known or [(Inputs(starting_data_dir, ""), Inputs(data_dir, "")) for _ in series]
     paths = [find_samples(data_dir, result, names) for result in series]  # by time, then by image
     columns, count = 1 + len(series), len(names)
     width = COLUMN if columns <= 4 else PAGE
@@ -350,8 +376,11 @@ def draw_gallery(
     figure.get_layout_engine().set(w_pad=0.01, h_pad=0.01, wspace=0, hspace=0)
     rows = []
     for row, name in enumerate(names):
-        samples = [np.asarray(open_image(of_time[row])) for of_time in paths]
-        start = read_image(f"{starting_data_dir}/{name}", len(samples[0]))
+        samples = [
+            np.asarray(open_image(of_time[row], inputs.note(of_time[row].removeprefix(f"{data_dir}/"))))
+            for of_time, (_, inputs) in zip(paths, known, strict=True)
+        ]
+        start = read_image(f"{starting_data_dir}/{name}", len(samples[0]), known[0][0].note(name))
         rows.append({"row": row, "name": name, "k": "", "N": "", "k/N": "", "path": f"{starting_data_dir}/{name}"})
         of_times = zip(series, paths, strict=True)
         rows += [{"row": row, "name": name, **time_columns(r), "path": p[row]} for r, p in of_times]

@@ -28,7 +28,8 @@ from guided_diffusion.script_util import model_defaults, model_from_flags
 ABAR = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))  # the linear schedule of 1000 steps
 LN2 = math.log(2)
 SIDE = 32
-NAMES = ["vb_terms.npz", "mse_terms.npz", "xstart_mse_terms.npz", "image_nll.npz", "image_nll.json"]
+NAMES = ["vb_terms.npz", "mse_terms.npz", "xstart_mse_terms.npz"]
+NAMES += ["image_nll.npz", "image_nll.json", "image_nll_inputs.json"]
 
 
 @pytest.fixture(autouse=True)

@@ -187,7 +187,7 @@ def test_unknown_labels_a_layer_without_values_and_no_gallery(tmp_path, capsys):
     assert "no gallery" in said and "no transition: it is fitted to 3 times or more, the results are of 2" in said
     assert {row["measure"] for row in read_csv(tmp_path / "out/class_retention.csv")} == {"predicted class kept"}
     rows = read_csv(tmp_path / "out/similarity_against_time.csv")
-    assert (rows[1]["images"], rows[1]["mode"]) == ("0", "nan") and rows[0]["images"] == "20"
+    assert (rows[1]["images"], rows[1]["mode"]) == ("0", "") and rows[0]["images"] == "20"
     assert json.loads((tmp_path / "out/transition.json").read_text()) is None
     assert not (tmp_path / "out/gallery.png").exists()
 
