@@ -67,13 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     settings["the list of images (--data_dir, --labels_file)"] = images_digest(images)
     result = statistics_file(args.output or default_folder(classifier.name), classifier.name)
     inputs, chosen = Inputs(args.data_dir, "--data_dir"), len(images)
-    with hold({lock_of(result, shard): result}) as locks:
+    with hold({lock_of(result, shard): result}, about=settings) as locks:
         if dist_util.on_main(is_finished, result, settings, shard, inputs, images):
             logger.info(f"{result} is there already, made with the same settings: nothing to do")
             return 0
         parts = None
         if shard.count > 1:  # each shard leaves what it has measured, and the last one puts it together
-            parts = Parts(f"{result.removesuffix('.npz')}_parts", settings, circumstances, shard)
+            parts = Parts(f"{result.removesuffix('.npz')}_parts", settings, circumstances, shard, locks)
             dist_util.on_main(compare_with_parts, {"images": inputs}, {"images": paths_of(images)}, parts)
             if dist_util.on_main(shard_is_done, parts):
                 logger.info(f"{shard} is done already, with the same settings")

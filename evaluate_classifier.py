@@ -95,7 +95,8 @@ def main(argv: list[str] | None = None) -> int:
     folder = parts_folder(output, name, times, num_steps)
     results = {k: Result(output, name, k, num_steps, {**settings, SAMPLES: digests[k]}) for k in times}
     pairs = Pairs(args.starting_data_dir, data_dir, starts, {k: (folders[k], samples[k]) for k in times})
-    with hold({lock_of(r.differences, shard): r.differences for r in results.values()}) as locks:
+    units = {lock_of(result.differences, shard): result.differences for result in results.values()}
+    with hold(units, about=settings) as locks:
         to_do = dist_util.on_main(unfinished_times, results, folder, shard, pairs)
         if not to_do:
             dist_util.on_main(remove_parts, folder)  # of a run that was killed just before
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> int:
             "the number of starting images per batch (--batch_size)": starts_per_batch,
             SAMPLES: digest_of(digests[k] for k in to_do),
         }
-        parts = Parts(folder, {**settings, **together}, circumstances, shard)
+        parts = Parts(folder, {**settings, **together}, circumstances, shard, locks)
         dist_util.on_main(compare_with_parts, pairs.inputs, pairs.paths(to_do), parts)
         pairs.inputs = dist_util.broadcast_object(pairs.inputs)
         batches = cut(starts, {k: pairs.samples_of(k) for k in to_do}, starts_per_batch)
@@ -417,8 +418,8 @@ def finish(
             return report([parts.notes(index) for index in sorted(parts.present())], pairs)
         notes = [parts.notes(index) for index in range(len(batches))]
         for t, (k, result) in enumerate(results.items()):
-            write_time(parts, batches, notes, t, result, classifier, pairs, facts)
-            logger.info(f"k = {k}: the similarities of {len(pairs.starts)} pairs are in {result.differences}")
+            count = write_time(parts, batches, notes, t, result, classifier, pairs, facts)
+            logger.info(f"k = {k}: {count} of {len(pairs.starts)} pairs are in {result.differences}")
         status = report(notes, pairs)
         if not status:
             parts.remove()
@@ -446,8 +447,8 @@ def write_time(
     classifier: Classifier,
     pairs: Pairs,
     facts: Mapping[str, Any],
-) -> None:
-    """Write the files of the t-th time. Raises UserError if none of its pairs could be read."""
+) -> int:
+    """Write the files of the t-th time. Returns the number of pairs; raises UserError if none could be read."""
     from guided_diffusion.classifier_results import SIMILARITIES, labels_of, write_result
     from guided_diffusion.files import whole_file
     from guided_diffusion.inputs import as_entries, inputs_of
@@ -490,6 +491,7 @@ def write_time(
         logits = {name: arrays[name] for name in ("logits_start", "logits_sample")}
         np.savez(f, names=names, labels=labels_of(images), **logits)
     write_result(result.differences, {"names": names, "layers": layers, **{s: arrays[s] for s in SIMILARITIES}}, record)
+    return len(images)
 
 
 def time_list(text: str) -> list[int]:

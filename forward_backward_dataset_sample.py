@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
     from guided_diffusion.inference import prepare
     from guided_diffusion.locks import hold
-    from guided_diffusion.run_record import digest_of, now, settings_of, weights_digest
+    from guided_diffusion.run_record import now, settings_of, weights_digest
     from guided_diffusion.sample_folders import open_folders
 
     dist_util.setup_dist()
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
     settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
-    with hold({shard.lock(f.unit): f.path for f in folders.values()}, about=digest_of(settings)) as locks:
+    with hold({shard.lock(f.unit): f.path for f in folders.values()}, about=settings) as locks:
         units, inputs = dist_util.on_main(
             open_folders, folders, images, args.batch_size, settings, circumstances, args.data_dir, shard, locks
         )

@@ -7,6 +7,7 @@ need not agree.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -14,10 +15,9 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import datetime, timezone
-from functools import lru_cache
 from typing import Any
 
 from . import dist_util, logger
@@ -35,7 +35,7 @@ class Locks:
     Args:
         units: path of each lock file -> what it protects, for messages.
         wait: seconds to wait for a unit that another run is using.
-        about: what this process does with the units, in a few characters, for other runs to compare.
+        about: what this process does with the units, such as its settings, for other shards to compare: JSON values.
 
     A lock that a previous run left behind is taken over: at once if that run's process no longer exists on this
     computer or if Slurm has requeued its job, else after three minutes without a heartbeat. Remote storage has no
@@ -45,10 +45,11 @@ class Locks:
         UserError: another run is using a unit, or the folder cannot be written.
     """
 
-    def __init__(self, units: Mapping[str, str], wait: float = 0.0, about: str = ""):
+    def __init__(self, units: Mapping[str, str], wait: float = 0.0, about: Any = None):
         self._units = {path: what for path, what in units.items() if not is_remote(path)}
         self._remote = next((what for path, what in units.items() if is_remote(path)), None)
-        self._wait, self._about = wait, about
+        self._wait = wait
+        self._about = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
         self._mine: dict[str, str] = {}  # path -> token
         self._lost = ""
         self._ended = threading.Event()
@@ -56,7 +57,9 @@ class Locks:
 
     def __enter__(self) -> Locks:
         if self._remote and not self._wait:
-            _warn_once(f"{self._remote} is on remote storage, which has no locks: make sure that no other run uses it")
+            logger.warn_once(
+                f"{self._remote} is on remote storage, which has no locks: make sure that no other run uses it"
+            )
         deadline = time.monotonic() + self._wait
         try:
             for path, what in sorted(self._units.items()):  # in one order: runs do not wait for each other in a circle
@@ -85,26 +88,13 @@ class Locks:
         if self._lost:
             raise UserError(self._lost)
 
-    def others(self, path: str, pattern: str) -> list[str]:
-        """Locks beside this process's lock `path` whose names match a regular expression and whose owners may live."""
-        if path not in self._mine:
-            return []
-        os.utime(path)
-        now, folder = _modified(path), os.path.dirname(path)
-        names = (name for name in os.listdir(folder or ".") if re.fullmatch(pattern, name))
-        found = [os.path.join(folder, name) for name in names]
-        return [
-            other
-            for other in found
-            if other not in self._mine
-            and not _is_gone(_owner(other))
-            and (beat := _modified(other)) is not None
-            and now - beat < EXPIRY
-        ]
+    def others(self) -> list[str]:
+        """Locks of other shards of the same units whose owners may be alive."""
+        return [other for path in self._mine for other in _other_shards(path)]
 
-    def agree_with(self, others: Sequence[str]) -> bool:
-        """Whether the owners of other locks do with their units what this process does with its own."""
-        return all((_owner(path) or {}).get("about") == self._about for path in others)
+    def rivals(self) -> list[str]:
+        """Those of `others` whose owners do something else with the units than this process."""
+        return [path for path in self.others() if (_owner(path) or {}).get("about") != self._about]
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
@@ -118,7 +108,7 @@ class Locks:
 
 
 @contextmanager
-def hold(units: Mapping[str, str], wait: float = 0.0, about: str = "") -> Iterator[Locks]:
+def hold(units: Mapping[str, str], wait: float = 0.0, about: Any = None) -> Iterator[Locks]:
     """`Locks` that rank 0 holds for all ranks, which must all call this. Raises UserError on all of them."""
     with ExitStack() as stack:
         locks = Locks(units, wait, about)
@@ -220,9 +210,16 @@ def _loss(path: str, token: str, what: str) -> str:
     return ""
 
 
-@lru_cache
-def _warn_once(text: str) -> None:
-    logger.warn(text)
+def _other_shards(path: str) -> list[str]:
+    """The locks beside this process's lock that are of the same unit, and whose owners may be alive."""
+    os.utime(path)
+    now = _modified(path)
+    folder, name = os.path.split(path)
+    unit = re.sub(r"(\.\d+-of-\d+)?\.lock$", "", name)
+    names = (other for other in os.listdir(folder or ".") if other != name)
+    found = [os.path.join(folder, n) for n in names if re.fullmatch(rf"{re.escape(unit)}(\.\d+-of-\d+)?\.lock", n)]
+    beats = {other: _modified(other) for other in found if not _is_gone(_owner(other))}
+    return [other for other, beat in beats.items() if beat is not None and now - beat < EXPIRY]
 
 
 # Who owns a lock

@@ -12,6 +12,7 @@ import os
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,12 @@ def info(*args: Any) -> None:
 def warn(*args: Any) -> None:
     """Say what may not be as intended; the line begins with "warning: "."""
     log(*args, level=WARN)
+
+
+@cache
+def warn_once(text: str) -> None:
+    """`warn`, the first time that this process has something to warn of."""
+    warn(text)
 
 
 def error(*args: Any) -> None:

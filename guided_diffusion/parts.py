@@ -46,31 +46,37 @@ class Parts:
         settings: what decides the results, by the names that the user knows; JSON values.
         circumstances: what decides their last digits: a change is a warning.
         shard: this job's part of the work, if other jobs do the rest.
+        locks: locks of this job, needed if other jobs do the rest.
 
     Raises:
         UserError: the folder was begun with other settings, or cannot be written.
     """
 
     def __init__(
-        self, folder: str, settings: Mapping[str, Any], circumstances: Mapping[str, Any], shard: Shard = WHOLE
+        self,
+        folder: str,
+        settings: Mapping[str, Any],
+        circumstances: Mapping[str, Any],
+        shard: Shard = WHOLE,
+        locks: Locks | None = None,
     ):
         self.folder = folder
         self.shard = shard
-        dist_util.on_main(self._open, settings, circumstances)
+        dist_util.on_main(self._open, settings, circumstances, locks)
 
-    def _open(self, settings: Mapping[str, Any], circumstances: Mapping[str, Any]) -> None:
+    def _open(self, settings: Mapping[str, Any], circumstances: Mapping[str, Any], locks: Locks | None) -> None:
         with self.update(), plain_write_errors():
             path = f"{self.folder}/settings.json"
             record = _read_record(path, {"settings": dict, "begun_with": dict}, self.folder)
             if record and (changes := differences(record["settings"], settings)):
-                if self.present() or self.shard.count > 1:
+                if self.present() or (locks and locks.rivals()):
                     raise UserError(
                         f"{self.folder} was begun with other settings: {'; '.join(changes)}.\n"
                         "Resume with the settings on record, choose another --output, or remove the folder"
                     )
                 remove_parts(self.folder)  # nothing was computed with them
                 record = None
-            if self.shard.count == 1:  # the scratch files of another shard may be in use
+            if locks is None or not locks.others():  # whose scratch files may be in use
                 remove_scratch(self.folder)
             if record is None:
                 if any(not name.endswith(SCRATCH) for name in walk(self.folder)):
@@ -272,9 +278,9 @@ def _compare(
         inputs.merge(known.get(name, {}), owner)
         inputs.compare(paths[name], owner)
     if unlisted:
-        logger.warn(
-            f"{owner} was computed by a version that did not record the contents of the files: those of now are taken "
-            "to be the same"
+        logger.warn_once(
+            f"{os.path.dirname(owner)} contains results of a version that did not record the contents of the files: "
+            "those of now are taken to be the same"
         )
         for name, inputs in groups.items():
             inputs.read_all(paths[name])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
@@ -61,11 +60,6 @@ def weights_digest(model: torch.nn.Module) -> str:
         digest.update(f"{name} {w.dtype} {list(w.shape)}\n".encode())
         digest.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def digest_of(settings: Mapping[str, Any]) -> str:
-    """A few characters that two runs have in common if their settings are the same."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

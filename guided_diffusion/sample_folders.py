@@ -17,7 +17,7 @@ import blobfile as bf
 
 from . import logger
 from .errors import ResultError, UserError
-from .files import SCRATCH, is_remote, read_json, remove_scratch, remove_scratch_of, walk, write_json
+from .files import SCRATCH, read_json, remove_scratch, remove_scratch_of, walk, write_json
 from .forward_backward import SampleFolder, Unit, cut_units
 from .image_datasets import LabelledImage
 from .inputs import Entries, Inputs, read_entries, write_entries
@@ -175,7 +175,7 @@ def _look(
     locks: Locks,
 ) -> _State:
     """Look at a folder. Raises UserError if it contains something else than samples of these settings."""
-    others = locks.others(shard.lock(folder.unit), re.escape(_name(folder.unit)) + r"(\.\d+-of-\d+)?\.lock")
+    others = locks.others()
     if not others:
         for path in (folder.path, folder.inputs_parts):
             remove_scratch(path)
@@ -190,7 +190,7 @@ def _look(
             f"{folder.path} contains files, but {folder.record} is missing: their settings are not known.\n"
             "Choose another --output, or move the folder away"
         )
-    if record is None or (not files and differences(record["settings"], settings) and locks.agree_with(others)):
+    if record is None or (not files and differences(record["settings"], settings) and not locks.rivals()):
         return _State(None, files, {})
     if changes := differences(record["settings"], settings):
         raise UserError(
@@ -286,7 +286,3 @@ def _write(write, path: str, content: Any) -> None:
 def _remove(paths) -> None:
     for path in paths:
         bf.remove(path)
-
-
-def _name(path: str) -> str:
-    return path.rpartition("/")[2] if is_remote(path) else bf.basename(path)

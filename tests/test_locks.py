@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from guided_diffusion import locks
+from guided_diffusion import locks, logger
 from guided_diffusion.errors import UserError
 from guided_diffusion.locks import Locks
 from guided_diffusion.other_scripts import environment
@@ -212,16 +212,18 @@ def test_waiting_for_a_lock(lock):
 
 
 def test_other_locks_of_the_same_output(lock, tmp_path):
-    with Locks({lock: "it"}) as held:
+    with Locks({lock: "it"}, about="settings") as held:
         for name in ("unit.1-of-3.lock", "unit.2-of-3.lock", "unit.x.lock"):
             leave(str(tmp_path / "out" / name))
         leave(str(tmp_path / "out" / "unit.3-of-3.lock"), machine=locks._machine(), pid=2**22 + 1)
-        found = held.others(lock, r"unit\.\d+-of-\d+\.lock")
-        assert sorted(map(os.path.basename, found)) == ["unit.1-of-3.lock", "unit.2-of-3.lock"]
+        found = sorted(map(os.path.basename, held.others()))
+        assert found == ["unit.1-of-3.lock", "unit.2-of-3.lock"] == sorted(map(os.path.basename, held.rivals()))
+        leave(str(tmp_path / "out" / "unit.1-of-3.lock"), about=held._about)
+        assert list(map(os.path.basename, held.rivals())) == ["unit.2-of-3.lock"]
 
 
 def test_remote_storage_has_no_locks(capsys):
-    locks._warn_once.cache_clear()
+    logger.warn_once.cache_clear()
     for _ in range(2):
         with Locks({"gs://bucket/unit.lock": "gs://bucket/unit"}) as held:
             held.check()
