@@ -36,7 +36,7 @@ import numpy as np
 
 from guided_diffusion import logger
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import ResultError, UserError
 from guided_diffusion.files import write_whole
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words
 from guided_diffusion.script_util import add_dict_to_argparser, args_to_dict, bool_or_auto, model_defaults
@@ -114,9 +114,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_report(report: dict[str, Any], path: str) -> None:
-    """Write the JSON. Raises UserError where that cannot be."""
+    """Write the JSON. Raises UserError if it cannot be written, ResultError if a figure is NaN or infinite."""
     try:
-        write_whole(path, json.dumps(report, indent=1, default=str).encode())
+        text = json.dumps(report, indent=1, default=str, allow_nan=False)
+    except ValueError as error:
+        raise ResultError(f"a figure is NaN or infinite: it is not written to --output {path}") from error
+    try:
+        write_whole(path, text.encode())
     except OSError as error:
         raise UserError(f"--output {path} cannot be written: {error.strerror or error}") from error
 

@@ -301,9 +301,12 @@ def report(result: str) -> None:
     import blobfile as bf
 
     from guided_diffusion import logger
+    from guided_diffusion.parts import check_finite
 
     with bf.BlobFile(result, "rb") as f, np.load(f, allow_pickle=False) as measured:
-        total, prior = (measured[name].astype(np.float64) for name in ("total_bpd", "prior_bpd"))
+        bits_per_dimension = {name: measured[name].astype(np.float64) for name in ("total_bpd", "prior_bpd")}
+    check_finite(bits_per_dimension, result)
+    total, prior = bits_per_dimension.values()
     error = f" +- {total.std(ddof=1) / len(total) ** 0.5:.4f} (standard error)" if len(total) > 1 else ""
     logger.info(
         f"{total.mean():.4f}{error} bits per dimension over {len(total)} image(s), "
