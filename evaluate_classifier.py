@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 import blobfile as bf
 import numpy as np
 
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_json, remove_scratch_of
+from guided_diffusion.script_util import number_of_steps
 
 if TYPE_CHECKING:
     import torch
@@ -67,9 +68,8 @@ def main(argv: list[str] | None = None) -> int:
     logger.configure()
     name, data_dir = name_in_files(args.classifier_name), args.data_dir or default_output(args.starting_data_dir)
     output = args.output or default_folder(name)
-    num_steps = dist_util.on_every_rank(number_of_steps, args)
-    series = [k for ks in args.time_series for k in ks]
-    times = sorted(dist_util.on_every_rank(check_times, series, num_steps, "--time_series"))
+    num_steps = dist_util.on_every_rank(number_of_steps, args.diffusion_steps, args.timestep_respacing)
+    times = sorted(dist_util.on_every_rank(check_times, args.time_series, num_steps, "--time_series"))
     folders = {k: SampleFolder(data_dir, k, num_steps, args.diffusion_steps) for k in times}
     # samples[k][i] is that of starts[i]
     starts, class_names, samples = dist_util.on_main(find_pairs, args.starting_data_dir, args.labels_file, folders)
@@ -127,13 +127,6 @@ def main(argv: list[str] | None = None) -> int:
     if lost and dist_util.is_main():
         logger.error(f"{len({why for _, why, _ in lost})} images could not be read: the results are without them")
     return 1 if lost else 0
-
-
-def number_of_steps(args: argparse.Namespace) -> int:
-    """N, the number of steps after respacing. Raises UserError."""
-    from guided_diffusion.respace import space_timesteps
-
-    return len(space_timesteps(args.diffusion_steps, args.timestep_respacing or [args.diffusion_steps]))
 
 
 # What decides the results, and what is done
@@ -370,14 +363,6 @@ def write_time(
     write_result(result.differences, {"names": names, "layers": layers, **{s: arrays[s] for s in SIMILARITIES}}, record)
 
 
-def time_list(text: str) -> list[int]:
-    """The type of a flag that is one time or several, separated by commas."""
-    times = [whole_number(0)(word) for word in text.replace(",", " ").split()]
-    if not times:
-        raise argparse.ArgumentTypeError(f"expected times such as 25 50 125, not {text!r}")
-    return times
-
-
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     from guided_diffusion.classifier_results import add_flags
@@ -398,6 +383,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "--time_series",
         required=True,
         nargs="+",
+        action=Flattened,
         type=time_list,
         metavar="K",
         help="the times of the samples, in steps: 0..N; separated by spaces or commas",

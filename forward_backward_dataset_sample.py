@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
     NUM_CLASSES,
@@ -282,9 +282,10 @@ def create_argparser() -> argparse.ArgumentParser:
         "--step_reverse",
         required=True,
         nargs="+",
-        type=whole_number(0),
+        action=Flattened,
+        type=time_list,
         metavar="K",
-        help="the time at which to turn back, in steps: 0..N; several times may be given",
+        help="the time at which to turn back, in steps: 0..N; or several times, separated by spaces or commas",
     )
     add("--output", default="", metavar="FOLDER", help="folder of results (default: results/diffused_ and data_dir)")
     add(

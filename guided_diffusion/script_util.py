@@ -379,6 +379,13 @@ def diffusion_from_flags(flags: Mapping[str, Any]) -> SpacedDiffusion:
     return create_gaussian_diffusion(steps=chosen.pop("diffusion_steps"), **chosen)
 
 
+def number_of_steps(diffusion_steps: int, timestep_respacing: str) -> int:
+    """N, the number of steps after respacing. Raises UserError."""
+    from .respace import space_timesteps
+
+    return len(space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps]))
+
+
 def create_gaussian_diffusion(
     *,
     steps: int = 1000,
