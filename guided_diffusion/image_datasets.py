@@ -6,22 +6,25 @@ torch: a mistake in a folder is reported at once.
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import math
 import os
 import random
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
+from . import logger
 from .errors import UserError
 from .files import is_remote
 from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
@@ -30,12 +33,27 @@ if TYPE_CHECKING:
     from .training_data import ImageDataset as ImageDataset
     from .training_data import load_data as load_data
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what the bytes may be, whichever extension the name has
+# Formats that begin with a signature, so that other bytes are not taken for an image, and their usual extensions.
+_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+}
+_NEEDS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts of Pillow that a build may lack
+_BUILT = features.get_supported()
+FORMATS = tuple(name for name in _FORMATS if name not in _NEEDS or _NEEDS[name] in _BUILT)  # whatever the extension
+EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])
 
 # What Pillow finds odd in a file that it can read is nothing that its owner must act on. A filter for the process,
 # because `warnings.catch_warnings` is not safe where several threads read.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a file is in the exception
 
 
 class UnreadableImage(UserError):
@@ -61,7 +79,8 @@ class LabelledImage:
 def list_images(data_dir: str) -> list[str]:
     """The images below a folder, local or remote: paths relative to it, sorted by code point.
 
-    Links are followed; files and folders whose names begin with a dot are left out.
+    Links are followed, except one to a folder that contains it. Files and folders whose names begin with a dot are left
+    out. Files with other extensions are left out too, and reported once.
 
     Raises UserError where there is no such folder, or no image in it.
     """
@@ -80,13 +99,21 @@ def list_images(data_dir: str) -> list[str]:
             f"no images in {data_dir!r} (--data_dir): found {_describe_files(files)}; "
             f"expected files that end in {', '.join(EXTENSIONS)}"
         )
+    if len(images) < len(files) and data_dir not in _reported:
+        _reported.add(data_dir)
+        skipped = sorted({*files} - {*images})
+        logger.warn(f"{_count(len(skipped), 'file')} skipped: {_extensions(skipped)} (in {data_dir!r})")
     return images
+
+
+_reported: set[str] = set()  # folders whose skipped files have been reported
 
 
 def _list_files(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """The files below `folder`, in any order, each with `prefix` before it."""
     if not is_remote(folder):
-        # A link to a folder above would be followed for ever.
+        # A link to a folder above would be followed for ever. Two folders that link to each other are each listed once
+        # below the other.
         stat = os.stat(folder)
         this = (stat.st_dev, stat.st_ino)
         if this in above:
@@ -106,16 +133,31 @@ def _scan(folder: str) -> list[tuple[str, bool]]:
     if is_remote(folder):
         return [(entry.name, entry.is_dir) for entry in bf.scandir(folder)]
     with os.scandir(folder) as entries:
-        # A broken link counts as a file, which is named when it cannot be read; a pipe, say, is left out.
-        return [(e.name, e.is_dir()) for e in entries if e.is_dir() or e.is_file() or e.is_symlink()]
+        # A link that leads nowhere counts as a file, which is named when it cannot be read; a pipe, say, is left out.
+        return [(e.name, _is(e.is_dir)) for e in entries if _is(e.is_dir) or _is(e.is_file) or e.is_symlink()]
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is a file or a folder; links that lead to each other are neither."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def _describe_files(files: Sequence[str]) -> str:
     if not files:
         return "no files at all"
+    return f"{_count(len(files), 'file')}, none of them an image: {_extensions(files)}"
+
+
+def _extensions(files: Sequence[str]) -> str:
+    """The commonest extensions of files, for a message."""
     kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in files)
-    commonest = sorted(kinds, key=lambda kind: (-kinds[kind], kind))[:5]
-    return f"{_count(len(files), 'file')}, none of them an image: {', '.join(commonest)}"
+    commonest = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
+    return ", ".join(commonest[:5]) + (", ..." if len(commonest) > 5 else "")
 
 
 def _count(number: int, thing: str) -> str:
@@ -316,7 +358,7 @@ def read_image(path: str, image_size: int) -> np.ndarray:
 
     Raises UnreadableImage.
     """
-    return center_crop_arr(open_image(path), image_size)
+    return center_crop_arr(open_for_crop(path, image_size), image_size)
 
 
 def open_image(path: str) -> Image.Image:
@@ -324,12 +366,45 @@ def open_image(path: str) -> Image.Image:
 
     Raises UnreadableImage.
     """
+    return _open(path, None)
+
+
+def open_for_crop(path: str, short_side: int) -> Image.Image:
+    """As `open_image`, for a crop that first reduces the image to at most this short side.
+
+    A very large image may come reduced to half its size, by the first of the crop's own steps. Cropping it gives the
+    same pixels as cropping the whole image, in less memory.
+    """
+    return _open(path, short_side)
+
+
+def _open(path: str, short_side: int | None) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(_read_bytes(path)), formats=FORMATS) as image:
+        with _open_file(path) as file, Image.open(file, formats=FORMATS) as image:
+            raw_mode = str(image.tile[0][3]) if image.tile else ""
             image.load()
-            return _to_rgb(_upright(image))
+            file.close()  # the memory is needed for what follows
+            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+                raise ValueError("it has 32 bits per value, of unknown range; expected 8 or 16")
+            _match_transparency(image, raw_mode)
+            turn = _turn_of(image)
+            if short_side and math.prod(image.size) > LARGE and min(image.size) >= 2 * short_side:
+                return _halved_rgb(image, turn)
+            return _to_rgb(image if turn is None else image.transpose(turn))
     except Exception as error:  # Pillow's decoders raise nearly any kind
         raise UnreadableImage(f"image {path!r} cannot be read: {_reason(error)}") from error
+
+
+LARGE = 2**25  # pixels: beyond, copies of an image take too much memory
+LARGE_FILE = 2**24  # bytes: likewise for its file
+STRIP = 2**22  # pixels of it that are converted together
+
+
+def _open_file(path: str) -> BinaryIO:
+    """The bytes of an image: read into memory, or left on the disk if there are many."""
+    if not is_remote(path) and os.path.getsize(path) > LARGE_FILE:
+        return open(path, "rb")
+    return io.BytesIO(_read_bytes(path))
 
 
 def _read_bytes(path: str) -> bytes:
@@ -342,28 +417,87 @@ def _read_bytes(path: str) -> bytes:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is not one of {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has too many pixels, more than {2 * Image.MAX_IMAGE_PIXELS:,}; make it smaller"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn as the EXIF orientation says, if it can be read."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright, by its EXIF orientation; None where it is upright, or the EXIF cannot be read."""
     try:
-        return ImageOps.exif_transpose(image)
+        return _TURNS.get(image.getexif().get(0x0112))
     except Exception:
-        return image
+        return None
+
+
+def _match_transparency(image: Image.Image, raw_mode: str) -> None:
+    """Give a PNG's transparent colour in the units of the pixels: Pillow leaves it in those of the file.
+
+    Colours of 16 bits are 8 bits here, so that one that differs in the last bits alone counts as transparent too.
+    """
+    transparent = image.info.get("transparency")
+    if raw_mode in ("L;2", "L;4") and isinstance(transparent, int):
+        most = 2 ** int(raw_mode[2:]) - 1
+        if transparent <= most:
+            image.info["transparency"] = transparent * 255 // most
+    elif raw_mode == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """In RGB, with what is transparent on white."""
     if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow would clip.
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        image = _eight_bits(image)
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow would clip, scaled to 8 bits; a transparent value is white."""
+    values = np.asarray(image)
+    grey = ((values.astype(np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)  # value / 257, rounded
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _halved_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """An image upright, in RGB and reduced as by the first step of `_resize_short_side`.
+
+    It goes channel by channel, which Pillow treats alike and apart: a copy of all channels would need too much memory.
+    """
+    if image.getbands()[0] in ("1", "L", "I"):  # grey
+        return Image.merge("RGB", [_half(_channel(image, 0, turn))] * 3)
+    return Image.merge("RGB", [_half(_channel(image, number, turn)) for number in range(3)])
+
+
+def _channel(image: Image.Image, number: int, turn: Image.Transpose | None) -> Image.Image:
+    """Red, green or blue (0, 1, 2) of an image, upright."""
+    width, height = image.size
+    channel = Image.new("L", image.size)
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        channel.paste(_to_rgb(strip).getchannel(number), (0, top))
+    return channel if turn is None else channel.transpose(turn)
+
+
+MIN_CROP_FRAC = 0.8  # of random crops, by default
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
@@ -378,7 +512,7 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
 def random_crop_arr(
     pil_image: Image.Image,
     image_size: int,
-    min_crop_frac: float = 0.8,
+    min_crop_frac: float = MIN_CROP_FRAC,
     max_crop_frac: float = 1.0,
     rng: random.Random | ModuleType = random,
 ) -> np.ndarray:
@@ -395,9 +529,13 @@ def random_crop_arr(
 def _resize_short_side(pil_image: Image.Image, short_side: int) -> Image.Image:
     # Halving with a box filter first is quick, and averages over every pixel.
     while min(pil_image.size) >= 2 * short_side:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.Resampling.BOX)
+        pil_image = _half(pil_image)
     scale = short_side / min(pil_image.size)
     return pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.Resampling.BICUBIC)
+
+
+def _half(image: Image.Image) -> Image.Image:
+    return image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -24,12 +25,13 @@ from torch.utils.data import DataLoader
 from . import dist_util, logger
 from .errors import UserError
 from .image_datasets import (
+    MIN_CROP_FRAC,
     LabelledImage,
     UnreadableImage,
     center_crop_arr,
     label_images,
     list_images,
-    open_image,
+    open_for_crop,
     random_crop_arr,
     to_float,
 )
@@ -270,6 +272,6 @@ def read_augmented(
 
     Raises UnreadableImage.
     """
-    image = open_image(path)
+    image = open_for_crop(path, math.ceil(resolution / MIN_CROP_FRAC))
     pixels = random_crop_arr(image, resolution, rng=rng) if random_crop else center_crop_arr(image, resolution)
     return pixels[:, ::-1] if random_flip and rng.random() < 0.5 else pixels
