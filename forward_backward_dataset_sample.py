@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
     from guided_diffusion.image_datasets import LabelledImage, UnreadableImage
 
+LONGEST_NAME = 255  # bytes of a file's name, on nearly every file system
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the experiment. Returns 0 where every chosen image has its sample, else 1; raises UserError."""
@@ -63,14 +65,15 @@ def main(argv: list[str] | None = None) -> int:
     num_steps = diffusion.num_timesteps
     times = dist_util.on_every_rank(check_times, args.step_reverse, num_steps)
     images = dist_util.on_main(find_images, args)
+    output = args.output or default_output(args.data_dir)
+    folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
+    dist_util.on_main(check_names, images, folders)
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     weights = dist_util.on_main(weights_digest, model)
     compiled = decide(args.compile, len(images), args.batch_size, times)
     circumstances = prepare(model, args.use_fp16, args.num_threads, compiled)
 
-    output = args.output or default_output(args.data_dir)
-    folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
     settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
     records, units = dist_util.on_main(begin, folders, images, args.batch_size, settings, circumstances)
     processes = dist_util.get_world_size()
@@ -131,6 +134,18 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
             f"{twice[0]} and {twice[1]} would have samples of the same name: rename one of them (--data_dir)"
         )
     return images
+
+
+def check_names(images: list[LabelledImage], folders: dict[int, SampleFolder]) -> None:
+    """Raise UserError where a sample's name would be longer than names of files can be."""
+    for folder in folders.values():
+        for image in images:
+            for part in folder.sample(image.path).split("/"):
+                if (length := len(os.fsencode(part))) > LONGEST_NAME:
+                    raise UserError(
+                        f"the sample of {image.path} would have a name of {length} bytes, {part}: expected at most "
+                        f"{LONGEST_NAME}.\nGive the image a shorter name (--data_dir)"
+                    )
 
 
 def begin(

@@ -252,6 +252,28 @@ def test_labels_reach_a_class_conditional_model(photographs, tmp_path, capsys):
     assert_refused(capsys, [*flags[:-4], "--batch_size", 3, "--output", output], "--labels_file")
 
 
+def test_a_name_that_leaves_no_room_for_the_time_is_refused_at_once(flags, photographs, tmp_path, capsys):
+    """255 bytes is the longest name that file systems have, and a letter may take several."""
+    for letters, suffix, fits in (
+        ("é" * 122, ".JPEG", True),
+        ("é" * 122 + "a", ".JPEG", False),
+        ("a" * 245, ".png", False),
+    ):
+        data = tmp_path / f"data{len(letters)}{suffix}"
+        data.mkdir()
+        shutil.copy(photographs / "n02123045/n02123045_1.JPEG", data / (letters + suffix))
+        mine = [*flags, "--data_dir", data, "--step_reverse", 1, "--output", tmp_path / data.name / "out"]
+        if fits:
+            assert run_here(*mine) == 0
+            (name,) = samples(tmp_path / data.name / "out")
+            assert len(os.fsencode(name.rpartition("/")[2])) == 255
+        else:
+            assert_refused(
+                capsys, [*mine, "--model_path", "missing.pt"], "would have a name of 256 bytes", "at most 255"
+            )
+            assert not (tmp_path / data.name / "out").exists()
+
+
 def test_an_unreadable_image_costs_only_itself(flags, reference_run, tmp_path, capsys):
     data = lay_out_photographs(tmp_path / "data" / "ILSVRC2012" / "validation")
     victim = data / "n02123045/n02123045_2.JPEG"
