@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guided_diffusion.classes import add_class_order, read_classes
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import HELP
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     logger.configure()
     images, class_names = dist_util.on_main(find_images, args)
     classifier, autocast, circumstances = set_up(args)
-    images = with_labels_of(classifier, images, class_names)
+    recorded = dist_util.on_main(read_classes, args.classifier_path)
+    images = dist_util.on_every_rank(with_labels_of, classifier, images, class_names, args.class_order, recorded)
     settings = classifier_settings(args, classifier, circumstances["precision"])
     settings["the number of images (--num_samples)"] = len(images)
     settings["the list of images (--data_dir, --labels_file)"] = images_digest(images)
@@ -98,9 +101,11 @@ def find_images(args: argparse.Namespace) -> tuple[list[LabelledImage], list[str
     """The images that the flags choose, and the classes of all that are there. Raises UserError."""
     from guided_diffusion import logger
     from guided_diffusion.classifier_results import class_names_of
-    from guided_diffusion.image_datasets import label_images, list_images
+    from guided_diffusion.image_datasets import label_where_known, list_images
 
-    images = label_images(args.data_dir, list_images(args.data_dir), args.labels_file)
+    images, why_unknown = label_where_known(args.data_dir, list_images(args.data_dir), args.labels_file, "text")
+    if why_unknown:
+        logger.warn(f"{why_unknown}: the accuracy will not be known (--labels_file)")
     if len(images) < args.num_samples:
         logger.warn(f"{args.num_samples} images asked for (--num_samples), {len(images)} found in {args.data_dir}")
     return spread(images, args.num_samples), class_names_of(images)
@@ -194,7 +199,8 @@ def create_argparser() -> argparse.ArgumentParser:
     from guided_diffusion.classifier_results import add_flags
 
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
-    add = parser.add_argument_group("the images").add_argument
+    images = parser.add_argument_group("the images")
+    add = images.add_argument
     add("--data_dir", required=True, metavar="FOLDER", help="the images; subfolders are looked through")
     add(
         "--num_samples",
@@ -206,9 +212,9 @@ def create_argparser() -> argparse.ArgumentParser:
     add(
         "--labels_file",
         metavar="FILE",
-        help="classes of the images where names do not tell: LOC_val_solution.csv, a wnid per line, or an "
-        "ILSVRC2012_ID per line",
+        help=HELP["labels_file"],
     )
+    add_class_order(images)
     add(
         "--image_size",
         default=256,

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any
 import blobfile as bf
 import numpy as np
 
+from guided_diffusion.classes import add_class_order, read_classes
 from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_json, remove_scratch_of
-from guided_diffusion.script_util import number_of_steps
+from guided_diffusion.script_util import HELP, number_of_steps
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
     dist_util.on_main(check_sizes, folders, samples, args.image_size)
 
     classifier, autocast, circumstances = set_up(args)
-    starts = with_labels_of(classifier, starts, class_names)
+    recorded = dist_util.on_main(read_classes, args.classifier_path)
+    starts = dist_util.on_every_rank(with_labels_of, classifier, starts, class_names, args.class_order, recorded)
     statistics = statistics_file(output, name)
     normalization = dist_util.on_every_rank(load_normalization, statistics, classifier, args.normalization)
     settings = classifier_settings(args, classifier, circumstances["precision"])
@@ -370,7 +372,8 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         usage="%(prog)s --starting_data_dir FOLDER --time_series K [K ...] [flags]", description=__doc__
     )
-    add = parser.add_argument_group("the images").add_argument
+    images = parser.add_argument_group("the images")
+    add = images.add_argument
     add("--starting_data_dir", required=True, metavar="FOLDER", help="the starting images")
     add(
         "--data_dir",
@@ -411,9 +414,9 @@ def create_argparser() -> argparse.ArgumentParser:
     add(
         "--labels_file",
         metavar="FILE",
-        help="classes of the images where names do not tell: LOC_val_solution.csv, a wnid per line, or an "
-        "ILSVRC2012_ID per line",
+        help=HELP["labels_file"],
     )
+    add_class_order(images)
     add_flags(
         parser,
         output="the statistics and of the results",

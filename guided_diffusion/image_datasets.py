@@ -16,7 +16,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from . import logger
+from .classes import IMAGENET, Classes, number_classes
 from .errors import UserError
 from .files import is_remote
 from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
@@ -64,8 +65,8 @@ class UnreadableImage(UserError):
 class LabelledImage:
     """An image and its class.
 
-    `path` is relative to `data_dir`. `label` is the class index: 0..999 for ImageNet, else the place of `class_name`
-    among the sorted classes of the folder; None, with an empty `class_name`, where nothing names a class.
+    `path` is relative to `data_dir`. `label` is the class index: 0..999 for ImageNet, else as `label_images` numbers
+    them; None, with an empty `class_name`, where nothing names a class.
     """
 
     path: str
@@ -167,35 +168,89 @@ def _count(number: int, thing: str) -> str:
 # Labelling
 
 
-def label_images(data_dir: str, paths: Sequence[str], labels_file: str | None = None) -> list[LabelledImage]:
+class UnknownClasses(UserError):
+    """Some images have a class and others have none, or no name gives a class. `why` says so without advice."""
+
+    why: str
+
+    @classmethod
+    def because(cls, why: str, advice: str) -> UnknownClasses:
+        error = cls(f"{why}.\n{advice}")
+        error.why = why
+        return error
+
+
+def label_images(
+    data_dir: str,
+    paths: Sequence[str],
+    labels_file: str | None = None,
+    class_order: str = "",
+    recorded: Classes | None = None,
+) -> list[LabelledImage]:
     """Give each of `paths` its class.
 
     Where there is a `labels_file` it decides; see `read_labels_file`. Else the ImageNet class that a folder (the
     innermost first) or a part of the file name between "_" names by its wnid. Else, for a folder that is not ImageNet,
-    the sorted names of its top-level folders; for a flat one, what stands before the first "_" of each file name, and
-    no class where some name has no "_".
+    the name of its top-level folder; for a flat one, what stands before the first "_" of each file name, and no class
+    where some name has no "_".
 
-    Raises UserError where some images have a class and others have none, and for the official ILSVRC2012_val_ files
-    without a `labels_file`. `data_dir` serves the messages alone.
+    The indices are those of ImageNet, or the places of the names in the order `class_order` (see `number_classes`).
+    Where the classes of a model are `recorded`, the same names have the indices that they have there.
+
+    Raises UnknownClasses where some images have a class and others have none, and for the official ILSVRC2012_val_
+    files without a `labels_file`; UserError for a class that `recorded` lacks, or a `class_order` that contradicts it.
+    `data_dir` serves the messages alone.
     """
+    images = _label(data_dir, paths, labels_file, "text" if recorded else class_order)
+    if recorded is None:
+        return images
+    index = recorded.indices({image.class_name for image in images if image.class_name}, f"{data_dir!r} (--data_dir)")
+    recorded.check_order(class_order)
+    return [replace(image, label=index.get(image.class_name)) for image in images]
+
+
+def label_where_known(
+    data_dir: str, paths: Sequence[str], labels_file: str | None = None, class_order: str = ""
+) -> tuple[list[LabelledImage], str | None]:
+    """As `label_images`, for callers that can do without labels: either every image has a class, or none has.
+
+    Returns the images, and, if none has a class, why.
+    """
+    try:
+        images = label_images(data_dir, paths, labels_file, class_order)
+    except UnknownClasses as error:
+        return [LabelledImage(path, None, "") for path in paths], error.why
+    known = all(image.label is not None for image in images)
+    return images, None if known else f"the names in {data_dir!r} (--data_dir) do not give the classes of the images"
+
+
+def classes_of(images: Sequence[LabelledImage], class_order: str = "", source: str = "") -> Classes | None:
+    """The classes of images that `label_images` labelled in this order; None where they have none."""
+    names = {image.label: image.class_name for image in images if image.label is not None}
+    of_imagenet = all(CLASS_INDEX.get(name) == label for label, name in names.items())
+    return Classes(names, IMAGENET if of_imagenet else class_order or "text", source) if names else None
+
+
+def _label(data_dir: str, paths: Sequence[str], labels_file: str | None, class_order: str) -> list[LabelledImage]:
     if labels_file:
         return _label_from_file(data_dir, paths, labels_file)
     wnids = [_wnid_in(path) for path in paths]
     if any(wnids):
         without = [path for path, wnid in zip(paths, wnids, strict=True) if wnid is None]
         if without:
-            raise UserError(
+            raise UnknownClasses.because(
                 f"{len(without)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) name no ImageNet class: "
-                f"{_some(without)}.\nThe others do, by a wnid. Move these away, or give --labels_file."
+                f"{_some(without)}",
+                "The others do, by a wnid. Move these away, or give --labels_file.",
             )
         return [LabelledImage(path, CLASS_INDEX[w], w) for path, w in zip(paths, wnids, strict=True) if w]
     official = [path for path in paths if re.search(r"ILSVRC2012_(val|test)_\d{8}", path)]
     if official:
-        raise UserError(
-            f"the names of ImageNet's validation files carry no class: {_some(official)} in {data_dir!r}.\n"
-            f"Give --labels_file: {LABELS_FILE_FORMS}."
+        raise UnknownClasses.because(
+            f"the names of ImageNet's validation files carry no class: {_some(official)} in {data_dir!r}",
+            f"Give --labels_file: {LABELS_FILE_FORMS}.",
         )
-    return _label_by_name(data_dir, paths)
+    return _label_by_name(data_dir, paths, class_order)
 
 
 def _wnid_in(path: str) -> str | None:
@@ -203,17 +258,18 @@ def _wnid_in(path: str) -> str | None:
     return next((part for part in [*reversed(folders), *name.split("_")] if part in CLASS_INDEX), None)
 
 
-def _label_by_name(data_dir: str, paths: Sequence[str]) -> list[LabelledImage]:
+def _label_by_name(data_dir: str, paths: Sequence[str], class_order: str) -> list[LabelledImage]:
     flat = [path for path in paths if "/" not in path]
     if flat and len(flat) < len(paths):
-        raise UserError(
+        raise UnknownClasses.because(
             f"{len(flat)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) lie outside of its class "
-            f"folders: {_some(flat)}.\nMove them into one of the folders, or away."
+            f"folders: {_some(flat)}",
+            "Move them into one of the folders, or away.",
         )
     if flat and not all("_" in path for path in flat):
         return [LabelledImage(path, None, "") for path in paths]
     names = [path.split("_" if flat else "/", 1)[0] for path in paths]
-    label = {name: index for index, name in enumerate(sorted(set(names)))}
+    label = number_classes({*names}, class_order, f"{data_dir!r} (--data_dir)")
     return [LabelledImage(path, label[name], name) for path, name in zip(paths, names, strict=True)]
 
 
@@ -246,14 +302,16 @@ def _some(paths: Sequence[str]) -> str:
 
 
 LABELS_FILE_FORMS = (
-    'Kaggle\'s LOC_val_solution.csv, or lines "filename wnid" or "filename,wnid", or for each validation image in '
-    "order a line with its wnid, or with its ILSVRC2012_ID (1..1000)"
+    'Kaggle\'s LOC_val_solution.csv, or lines "filename wnid" or "filename,wnid", or lines "filename index" (0..999), '
+    "or for each validation image in order a line with its wnid, or with its ILSVRC2012_ID (1..1000)"
 )
 
 _WNID_LINE = re.compile(r"(?P<wnid>n\d{8})")
 _ID_LINE = re.compile(r"(?P<id>\d+)")
 # Kaggle's lines go on with boxes: wnid, four numbers, wnid, ...
 _NAMED_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<wnid>n\d{8})(?:\s+(?:n\d{8}|-?\d+))*")
+_INDEX_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<index>\d+)")
+_NAMING = (_NAMED_LINE, _INDEX_LINE)
 
 
 def read_labels_file(path: str) -> dict[str, int]:
@@ -265,28 +323,37 @@ def read_labels_file(path: str) -> dict[str, int]:
     Raises UserError for any other form, and for a line that is not of the file's form, with its number.
     """
     lines = _read_lines(path)
-    header = len(lines) > 1 and not re.search(r"\d", lines[0]) and _NAMED_LINE.fullmatch(lines[1])
+    header = len(lines) > 1 and not re.search(r"\d", lines[0]) and any(form.fullmatch(lines[1]) for form in _NAMING)
     start = 1 if header else 0
-    form = next((f for f in (_WNID_LINE, _ID_LINE, _NAMED_LINE) if f.fullmatch(lines[start])), None)
-    if form is not _NAMED_LINE and len(lines) == len(set(lines)) == len(WNIDS):
+    form = next((f for f in (_WNID_LINE, _ID_LINE, *_NAMING) if f.fullmatch(lines[start])), None)
+    if form not in _NAMING and len(lines) == len(set(lines)) == len(WNIDS):
         raise UserError(f"--labels_file {path!r} lists the 1000 classes, not images; expected {LABELS_FILE_FORMS}")
 
     classes: dict[str, int] = {}
     for number, line in enumerate(lines[start:], start + 1):
-        if not line and form is _NAMED_LINE:
+        if not line and form in _NAMING:
             continue
         match = form.fullmatch(line) if form else None
         if match is None:
             raise UserError(f"--labels_file {path!r}, line {number}: found {line[:80]!r}; expected {LABELS_FILE_FORMS}")
         found = match.groupdict()
-        label = _DEVKIT_INDEX.get(int(found["id"])) if "id" in found else CLASS_INDEX.get(found["wnid"])
+        label, given = _class_in(found)
         if label is None:
-            given = f"{found['id']} is not an ILSVRC2012_ID (1..1000)" if "id" in found else f"unknown {found['wnid']}"
             raise UserError(f"--labels_file {path!r}, line {number}: {given}; expected a class of ImageNet-1k")
         name = _without_extension(found["name"].removeprefix("./")) if "name" in found else _VALIDATION_NAME % number
         if classes.setdefault(name, label) != label:
             raise UserError(f"--labels_file {path!r}, line {number}: {name!r} had another class further up")
     return classes
+
+
+def _class_in(found: dict[str, str]) -> tuple[int | None, str]:
+    """The class index on a line, None where it is no class, and what to say then."""
+    if "id" in found:
+        return _DEVKIT_INDEX.get(int(found["id"])), f"{found['id']} is not an ILSVRC2012_ID (1..1000)"
+    if "index" in found:
+        index = int(found["index"])
+        return index if index < len(WNIDS) else None, f"{index} is not a class index (0..999)"
+    return CLASS_INDEX.get(found["wnid"]), f"unknown {found['wnid']}"
 
 
 _DEVKIT_INDEX = {devkit_id: index for index, devkit_id in enumerate(DEVKIT_IDS)}
@@ -312,7 +379,7 @@ def choose_images(
 ) -> list[LabelledImage]:
     """Of the first `num_classes` classes found, in the order of their labels, the first `num_per_class` images by path.
 
-    The result goes class by class, and ends after `num_samples` images. Images without a label are one class.
+    The result goes class by class, and ends after `num_samples` images. Images without labels are all taken, by path.
 
     Raises UserError where a number is less than 1.
     """
@@ -323,19 +390,28 @@ def choose_images(
     }.items():
         if number is not None and number < 1:
             raise UserError(f"--{flag} is {number}; expected 1 or more")
+    if not _have_classes(images):
+        return sorted(images, key=lambda image: image.path)[:num_samples]
     by_label: dict[int, list[LabelledImage]] = defaultdict(list)
     for image in images:
-        by_label[-1 if image.label is None else image.label].append(image)
+        by_label[image.label].append(image)
     chosen = []
     for label in sorted(by_label)[:num_classes]:
         chosen += sorted(by_label[label], key=lambda image: image.path)[:num_per_class]
     return chosen[:num_samples]
 
 
+def _have_classes(images: Sequence[LabelledImage]) -> bool:
+    return all(image.label is not None for image in images)
+
+
 def shortage(
     chosen: Sequence[LabelledImage], num_classes: int, num_per_class: int, num_samples: int | None = None
 ) -> str | None:
     """What to warn of where `choose_images` found fewer images than it was asked for; None where it found all."""
+    if not _have_classes(chosen):
+        missing = num_samples is not None and len(chosen) < num_samples
+        return f"{_count(num_samples, 'image')} asked for (--num_samples), {len(chosen)} found" if missing else None
     asked = num_classes * num_per_class
     if num_samples is not None:
         asked = min(asked, num_samples)

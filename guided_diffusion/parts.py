@@ -22,8 +22,9 @@ from .run_record import WITHOUT_EFFECT, differences
 if TYPE_CHECKING:
     import argparse
 
-# Flags that do not decide what is computed, and those that name files: these are known by their contents.
-NOT_DECISIVE = (*WITHOUT_EFFECT, "output", "num_threads", "num_workers")
+# Flags that do not decide what is computed, or do so by what they choose (a script adds the classes of its samples, and
+# the labels of its images, to the settings); and those that name files: these are known by their contents.
+NOT_DECISIVE = (*WITHOUT_EFFECT, "output", "num_threads", "num_workers", "classes", "class_order")
 NAMING_FILES = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
 
 

@@ -16,14 +16,17 @@ from PIL import Image
 from reference import golden
 
 from guided_diffusion import image_datasets, training_data
+from guided_diffusion.classes import Classes, OtherClasses
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import (
     EXTENSIONS,
     LabelledImage,
+    UnknownClasses,
     UnreadableImage,
     center_crop_arr,
     choose_images,
     label_images,
+    label_where_known,
     list_images,
     open_image,
     random_crop_arr,
@@ -244,6 +247,80 @@ def test_official_validation_files_need_a_labels_file(tmp_path):
     assert "Give --labels_file: Kaggle's LOC_val_solution.csv" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (["ILSVRC2012_val_00000001.JPEG"], "the names of ImageNet's validation files carry no class"),
+        (["cat/1.jpg", "dog/1.jpg", "root.jpg"], "1 of 3 images .* lie outside of its class folders: 'root.jpg'"),
+        (["n01440764/1.jpg", "samples/1.jpg"], "1 of 2 images .* name no ImageNet class: 'samples/1.jpg'"),
+        (["0.jpg", "1.jpg"], "do not give the classes of the images"),
+    ],
+)
+def test_classes_that_need_not_be_known(tmp_path, files, why):
+    data_dir = touch(tmp_path, *files)
+    images, found = label_where_known(data_dir, list_images(data_dir))
+    assert images == [LabelledImage(path, None, "") for path in sorted(files)]
+    assert re.search(why, found)
+    if len(files) != 2 or files[0] != "0.jpg":
+        with pytest.raises(UnknownClasses, match=why):
+            labelled(tmp_path)
+
+
+def test_known_classes_are_the_same_whether_they_need_be_or_not(tmp_path):
+    folders = (["n01440764/1.jpg", "n01443537_2.jpg"], ["cat/1.jpg", "dog/1.jpg"], ["cat_1.jpg", "cat_2.jpg"])
+    for number, files in enumerate(folders):
+        data_dir = touch(tmp_path / str(number), *files)
+        paths = list_images(data_dir)
+        assert label_where_known(data_dir, paths) == (label_images(data_dir, paths), None)
+    (tmp_path / "labels").write_text("other.jpg n01440764\n")
+    with pytest.raises(UserError, match="no entry for 2 of 2 images"):  # a file that was given is no guess
+        label_where_known(data_dir, paths, str(tmp_path / "labels"))
+
+
+def test_folders_of_numbers_go_as_text_with_a_warning_or_as_asked_for(tmp_path, capsys):
+    data_dir = touch(tmp_path, *(f"{i}/a.jpg" for i in range(12)))
+    paths = list_images(data_dir)
+
+    def names(class_order):
+        images = sorted(label_images(data_dir, paths, None, class_order), key=lambda image: image.label)
+        assert [image.label for image in images] == list(range(12))
+        return [image.class_name for image in images]
+
+    assert names("") == names("text") == sorted(map(str, range(12)))
+    assert capsys.readouterr().err.count("are numbers, ordered as text: 0, 1, 10, 11, 2, 3, ... 9") == 1
+    assert names("number") == [str(i) for i in range(12)]
+    labelled(touch(tmp_path / "few", "0/a.jpg", "1/a.jpg", "2/a.jpg"))  # where it makes no difference
+    assert capsys.readouterr().err == ""
+    touch(tmp_path, "cat/a.jpg")
+    with pytest.raises(UserError, match=r"--class_order number: 'cat', a class in .* is not a whole number"):
+        label_images(data_dir, [*paths, "cat/a.jpg"], None, "number")
+
+
+def test_the_classes_of_a_model_number_those_of_a_folder_by_name(tmp_path):
+    model = Classes({0: "ant", 1: "bee", 2: "cat", 5: "n01440764"}, "text", "x/classes.json")
+    data_dir = touch(tmp_path / "own", "bee/1.jpg", "cat/1.jpg")
+    images = label_images(data_dir, list_images(data_dir), None, "", model)
+    assert [(image.label, image.class_name) for image in images] == [(1, "bee"), (2, "cat")]
+    data_dir = touch(tmp_path / "imagenet", "n01440764/1.jpg")
+    assert [image.label for image in label_images(data_dir, list_images(data_dir), None, "", model)] == [5]
+    data_dir = touch(tmp_path / "own", "fox/1.jpg")
+    with pytest.raises(OtherClasses) as error:
+        label_images(data_dir, list_images(data_dir), None, "", model)
+    assert str(error.value) == (
+        f"1 of 3 classes in {data_dir!r} (--data_dir) are not among the model's 4: fox.\n"
+        "Those are ant, bee, cat, n01440764 (x/classes.json)"
+    )
+    numbers = Classes({0: "0", 1: "1", 2: "10", 3: "2"}, "text", "x/classes.json")
+    data_dir = touch(tmp_path / "numbers", "2/1.jpg", "10/1.jpg")
+    for order in ("", "text"):
+        images = label_images(data_dir, list_images(data_dir), None, order, numbers)
+        assert {image.class_name: image.label for image in images} == {"2": 3, "10": 2}
+    with pytest.raises(
+        UserError, match=r"--class_order number contradicts x/classes\.json, where the order is 0, 1, 10"
+    ):
+        label_images(data_dir, list_images(data_dir), None, "number", numbers)
+
+
 # Labelling by file
 
 LABELS_FILES = {
@@ -258,6 +335,8 @@ LABELS_FILES = {
     "csv with a header": '"filename","wnid"\n"ILSVRC2012_val_00000001.JPEG","n01443537"\n\n'
     "ILSVRC2012_val_00000002.JPEG,n03995372\n",
     "other extension": "./ILSVRC2012_val_00000001.png n01443537\nILSVRC2012_val_00000002.png n03995372\n",
+    "indices": f"ILSVRC2012_val_00000001.JPEG 1\nILSVRC2012_val_00000002.JPEG {CLASS_INDEX['n03995372']}\n",
+    "csv of indices": f"name,class\nILSVRC2012_val_00000001,1\nILSVRC2012_val_00000002,{CLASS_INDEX['n03995372']}\n",
     "dos": "\ufefffilename wnid\r\nILSVRC2012_val_00000001.JPEG n01443537\r\nILSVRC2012_val_00000002 n03995372\r\n",
 }
 
@@ -294,7 +373,9 @@ def test_labels_file_with_folders_and_spaces_and_before_the_path(tmp_path):
 @pytest.mark.parametrize(
     ("content", "line", "found"),
     [
-        ("ILSVRC2012_val_00000001.JPEG 65\n", 1, "found 'ILSVRC2012_val_00000001.JPEG 65'; expected Kaggle's"),
+        ("a.jpg 65 extra\n", 1, "found 'a.jpg 65 extra'; expected Kaggle's"),
+        ("a.jpg 65\nb.jpg n01440764\n", 2, "found 'b.jpg n01440764'; expected Kaggle's"),
+        ("a.jpg 65\nb.jpg 1000\n", 2, "1000 is not a class index (0..999)"),
         ("n01440764 tench, Tinca tinca\n", 1, "found 'n01440764 tench, Tinca tinca'; expected Kaggle's"),
         ('{"0": ["n01440764", "tench"]}', 1, "found '{0: [n01440764, tench]}'; expected Kaggle's"),
         ("file,wnid\na.jpg,n01440764\nb.jpg,tench\n", 3, "found 'b.jpg,tench'; expected Kaggle's"),
@@ -356,7 +437,14 @@ def test_choice_goes_class_by_class_and_by_name():
     assert [image.path for image in choose_images(images, 2, 2)] == ["3_1", "3_3", "5_4"]
     assert [image.path for image in choose_images(images, 9, 9)] == ["3_1", "3_3", "3_5", "5_4", "7_0", "7_2"]
     assert [image.path for image in choose_images(images, 9, 9, 4)] == ["3_1", "3_3", "3_5", "5_4"]
-    assert len(choose_images(images_of(None, None, None), 1000, 2)) == 2
+
+
+def test_images_without_classes_are_all_chosen():
+    images = [LabelledImage(f"{i}.jpg", None, "") for i in range(30)]
+    assert choose_images(images[::-1], 1, 1) == sorted(images, key=lambda image: image.path)
+    assert len(choose_images(images, 1000, 10, 20)) == 20
+    assert shortage(images, 1000, 10) is None and shortage(images, 1000, 10, 30) is None
+    assert shortage(images, 1000, 10, 31) == "31 images asked for (--num_samples), 30 found"
 
 
 @pytest.mark.parametrize("flag", ["num_classes", "num_per_class", "num_samples"])
