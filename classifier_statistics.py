@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import blobfile as bf
 import numpy as np
 
+from guided_diffusion.classes import add_class_order, read_classes
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import HELP
 from guided_diffusion.shards import Shard, add_shard_flags, shard_of
 
 if TYPE_CHECKING:
@@ -61,7 +63,8 @@ def main(argv: list[str] | None = None) -> int:
     shard = dist_util.on_every_rank(shard_of, args)
     images, class_names = dist_util.on_main(find_images, args)
     classifier, autocast, circumstances = set_up(args)
-    images = with_labels_of(classifier, images, class_names)
+    recorded = dist_util.on_main(read_classes, args.classifier_path)
+    images = dist_util.on_every_rank(with_labels_of, classifier, images, class_names, args.class_order, recorded)
     settings = classifier_settings(args, classifier, circumstances["precision"])
     settings["the number of images (--num_samples)"] = len(images)
     settings["the list of images (--data_dir, --labels_file)"] = images_digest(images)
@@ -121,9 +124,11 @@ def find_images(args: argparse.Namespace) -> tuple[list[LabelledImage], list[str
     """The images that the flags choose, and the classes of all that are there. Raises UserError."""
     from guided_diffusion import logger
     from guided_diffusion.classifier_results import class_names_of
-    from guided_diffusion.image_datasets import label_images, list_images
+    from guided_diffusion.image_datasets import label_where_known, list_images
 
-    images = label_images(args.data_dir, list_images(args.data_dir), args.labels_file)
+    images, why_unknown = label_where_known(args.data_dir, list_images(args.data_dir), args.labels_file, "text")
+    if why_unknown:
+        logger.warn(f"{why_unknown}: the accuracy will not be known (--labels_file)")
     if len(images) < args.num_samples:
         logger.warn(f"{args.num_samples} images asked for (--num_samples), {len(images)} found in {args.data_dir}")
     return spread(images, args.num_samples), class_names_of(images)
@@ -350,7 +355,8 @@ def create_argparser() -> argparse.ArgumentParser:
     from guided_diffusion.classifier_results import add_flags
 
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
-    add = parser.add_argument_group("the images").add_argument
+    images = parser.add_argument_group("the images")
+    add = images.add_argument
     add("--data_dir", required=True, metavar="FOLDER", help="the images; subfolders are looked through")
     add(
         "--num_samples",
@@ -362,9 +368,9 @@ def create_argparser() -> argparse.ArgumentParser:
     add(
         "--labels_file",
         metavar="FILE",
-        help="classes of the images where names do not tell: LOC_val_solution.csv, a wnid per line, or an "
-        "ILSVRC2012_ID per line",
+        help=HELP["labels_file"],
     )
+    add_class_order(images)
     add(
         "--image_size",
         default=256,

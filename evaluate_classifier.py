@@ -27,9 +27,11 @@ from typing import TYPE_CHECKING, Any
 import blobfile as bf
 import numpy as np
 
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.classes import add_class_order, read_classes
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_json, remove_scratch_of
+from guided_diffusion.script_util import HELP, number_of_steps
 from guided_diffusion.shards import Shard, add_shard_flags, shard_of
 
 if TYPE_CHECKING:
@@ -72,16 +74,16 @@ def main(argv: list[str] | None = None) -> int:
     shard = dist_util.on_every_rank(shard_of, args)
     name, data_dir = name_in_files(args.classifier_name), args.data_dir or default_output(args.starting_data_dir)
     output = args.output or default_folder(name)
-    num_steps = dist_util.on_every_rank(number_of_steps, args)
-    series = [k for ks in args.time_series for k in ks]
-    times = sorted(dist_util.on_every_rank(check_times, series, num_steps, "--time_series"))
+    num_steps = dist_util.on_every_rank(number_of_steps, args.diffusion_steps, args.timestep_respacing)
+    times = sorted(dist_util.on_every_rank(check_times, args.time_series, num_steps, "--time_series"))
     folders = {k: SampleFolder(data_dir, k, num_steps, args.diffusion_steps) for k in times}
     # samples[k][i] is that of starts[i]
     starts, class_names, samples = dist_util.on_main(find_pairs, args.starting_data_dir, args.labels_file, folders)
     dist_util.on_main(check_sizes, folders, samples, args.image_size)
 
     classifier, autocast, circumstances = set_up(args)
-    starts = with_labels_of(classifier, starts, class_names)
+    recorded = dist_util.on_main(read_classes, args.classifier_path)
+    starts = dist_util.on_every_rank(with_labels_of, classifier, starts, class_names, args.class_order, recorded)
     statistics = statistics_file(output, name)
     normalization = dist_util.on_every_rank(load_normalization, statistics, classifier, args.normalization)
     settings = classifier_settings(args, classifier, circumstances["precision"])
@@ -135,13 +137,6 @@ def main(argv: list[str] | None = None) -> int:
         facts |= {"processes": processes, **circumstances, "arguments": vars(args)}
         todo_results = {k: results[k] for k in to_do}
         return dist_util.on_main(finish, parts, batches, todo_results, classifier, pairs, facts, locks)
-
-
-def number_of_steps(args: argparse.Namespace) -> int:
-    """N, the number of steps after respacing. Raises UserError."""
-    from guided_diffusion.respace import space_timesteps
-
-    return len(space_timesteps(args.diffusion_steps, args.timestep_respacing or [args.diffusion_steps]))
 
 
 # What decides the results, and what is done
@@ -494,14 +489,6 @@ def write_time(
     return len(images)
 
 
-def time_list(text: str) -> list[int]:
-    """The type of a flag that is one time or several, separated by commas."""
-    times = [whole_number(0)(word) for word in text.replace(",", " ").split()]
-    if not times:
-        raise argparse.ArgumentTypeError(f"expected times such as 25 50 125, not {text!r}")
-    return times
-
-
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     from guided_diffusion.classifier_results import add_flags
@@ -509,7 +496,8 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         usage="%(prog)s --starting_data_dir FOLDER --time_series K [K ...] [flags]", description=__doc__
     )
-    add = parser.add_argument_group("the images").add_argument
+    images = parser.add_argument_group("the images")
+    add = images.add_argument
     add("--starting_data_dir", required=True, metavar="FOLDER", help="the starting images")
     add(
         "--data_dir",
@@ -522,6 +510,7 @@ def create_argparser() -> argparse.ArgumentParser:
         "--time_series",
         required=True,
         nargs="+",
+        action=Flattened,
         type=time_list,
         metavar="K",
         help="the times of the samples, in steps: 0..N; separated by spaces or commas",
@@ -549,9 +538,9 @@ def create_argparser() -> argparse.ArgumentParser:
     add(
         "--labels_file",
         metavar="FILE",
-        help="classes of the images where names do not tell: LOC_val_solution.csv, a wnid per line, or an "
-        "ILSVRC2012_ID per line",
+        help=HELP["labels_file"],
     )
+    add_class_order(images)
     add_shard_flags(
         add_flags(
             parser,

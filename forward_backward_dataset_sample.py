@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.classes import add_class_order, read_classes
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
+    HELP,
     NUM_CLASSES,
     add_dict_to_argparser,
     args_to_dict,
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
     from guided_diffusion.image_datasets import LabelledImage, UnreadableImage
     from guided_diffusion.inputs import Inputs
     from guided_diffusion.locks import Locks
+
+LONGEST_NAME = 255  # bytes of a file's name, on nearly every file system
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -69,14 +73,15 @@ def main(argv: list[str] | None = None) -> int:
     times = dist_util.on_every_rank(check_times, args.step_reverse, num_steps)
     shard = dist_util.on_every_rank(shard_of, args)
     images = dist_util.on_main(find_images, args)
+    output = args.output or default_output(args.data_dir)
+    folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
+    dist_util.on_main(check_names, images, folders)
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     weights = dist_util.on_main(weights_digest, model)
     compiled = decide(args.compile, len(images), args.batch_size, times)
     circumstances = prepare(model, args.use_fp16, args.num_threads, compiled)
 
-    output = args.output or default_output(args.data_dir)
-    folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
     settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
     with hold({shard.lock(f.unit): f.path for f in folders.values()}, about=settings) as locks:
         units, inputs = dist_util.on_main(
@@ -106,15 +111,25 @@ def main(argv: list[str] | None = None) -> int:
 def find_images(args: argparse.Namespace) -> list[LabelledImage]:
     """The images that the flags choose. Raises UserError where there are none, or where two would have one sample."""
     from guided_diffusion import logger
-    from guided_diffusion.image_datasets import choose_images, label_images, list_images, shortage
+    from guided_diffusion.image_datasets import choose_images, label_images, label_where_known, list_images, shortage
 
-    found = label_images(args.data_dir, list_images(args.data_dir), args.labels_file)
+    paths, why_unknown = list_images(args.data_dir), None
+    if args.class_cond:
+        recorded = read_classes(args.model_path)
+        found = label_images(args.data_dir, paths, args.labels_file, args.class_order, recorded)
+    else:
+        found, why_unknown = label_where_known(args.data_dir, paths, args.labels_file, args.class_order)
     images = choose_images(found, args.num_classes, args.num_per_class, args.num_samples)
     if args.class_cond and any(image.label is None for image in images):
         raise UserError(f"--class_cond True needs the classes of the images, and nothing in {args.data_dir} tells them")
     if args.class_cond and (most := max(image.label for image in images)) >= NUM_CLASSES:
         raise UserError(
             f"--class_cond True is for {NUM_CLASSES} classes, and {args.data_dir} has {most + 1} (--data_dir)"
+        )
+    if why_unknown:
+        logger.warn(
+            f"{why_unknown}: --num_classes and --num_per_class do not apply, "
+            f"{len(images)} of {len(found)} images are taken (--num_samples)"
         )
     if warning := shortage(images, args.num_classes, args.num_per_class, args.num_samples):
         logger.warn(warning)
@@ -124,6 +139,18 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
             f"{twice[0]} and {twice[1]} would have samples of the same name: rename one of them (--data_dir)"
         )
     return images
+
+
+def check_names(images: list[LabelledImage], folders: dict[int, SampleFolder]) -> None:
+    """Raise UserError where a sample's name would be longer than names of files can be."""
+    for folder in folders.values():
+        for image in images:
+            for part in folder.sample(image.path).split("/"):
+                if (length := len(os.fsencode(part))) > LONGEST_NAME:
+                    raise UserError(
+                        f"the sample of {image.path} would have a name of {length} bytes, {part}: expected at most "
+                        f"{LONGEST_NAME}.\nGive the image a shorter name (--data_dir)"
+                    )
 
 
 def describe_work(units: list[Unit], total: int, shard: Shard) -> str:
@@ -273,7 +300,8 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         usage="%(prog)s --data_dir FOLDER --model_path FILE --step_reverse K [K ...] [flags]", description=__doc__
     )
-    add = parser.add_argument_group("the experiment").add_argument
+    experiment = parser.add_argument_group("the experiment")
+    add = experiment.add_argument
     add(
         "--data_dir", required=True, metavar="FOLDER", help="the starting images; subfolders are mirrored in the output"
     )
@@ -287,9 +315,10 @@ def create_argparser() -> argparse.ArgumentParser:
         "--step_reverse",
         required=True,
         nargs="+",
-        type=whole_number(0),
+        action=Flattened,
+        type=time_list,
         metavar="K",
-        help="the time at which to turn back, in steps: 0..N; several times may be given",
+        help="the time at which to turn back, in steps: 0..N; or several times, separated by spaces or commas",
     )
     add("--output", default="", metavar="FOLDER", help="folder of results (default: results/diffused_ and data_dir)")
     add(
@@ -297,22 +326,24 @@ def create_argparser() -> argparse.ArgumentParser:
         default=1000,
         type=whole_number(1),
         metavar="INT",
-        help="classes to take, in the order of the class index (default: %(default)s)",
+        help="classes to take, in the order of the class index; does not apply if the classes are unknown (default: "
+        "%(default)s)",
     )
     add(
         "--num_per_class",
         default=10,
         type=whole_number(1),
         metavar="INT",
-        help="images to take of each class, in the order of their names (default: %(default)s)",
+        help="images to take of each class, in the order of their names; all if the classes are unknown (default: "
+        "%(default)s)",
     )
     add("--num_samples", type=whole_number(1), metavar="INT", help="images to take in all (default: no limit)")
     add(
         "--labels_file",
         metavar="FILE",
-        help="classes of the images where names do not tell: LOC_val_solution.csv, a wnid per line, or an "
-        "ILSVRC2012_ID per line",
+        help=HELP["labels_file"],
     )
+    add_class_order(experiment)
     add("--seed", default=0, type=int, metavar="INT", help="seed of all noise (default: %(default)s)")
     add(
         "--batch_size",

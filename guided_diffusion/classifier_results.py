@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import blobfile as bf
 import numpy as np
 
+from .classes import Classes, number_classes
 from .command_line import whole_number
 from .errors import ResultError, UserError, first_line
 from .imagenet_classes import CLASS_INDEX
@@ -257,23 +258,42 @@ def class_names_of(images: Iterable[LabelledImage]) -> list[str]:
 
 
 def with_labels_of(
-    classifier: Classifier, images: Iterable[LabelledImage], class_names: Sequence[str]
+    classifier: Classifier,
+    images: Iterable[LabelledImage],
+    class_names: Sequence[str],
+    class_order: str = "",
+    recorded: Classes | None = None,
 ) -> list[LabelledImage]:
     """The images, each labelled with the number of its logit; None where that is not known.
 
-    1000 logits are those of ImageNet's classes, which their wnids name. Another number of logits, of a classifier that
-    was trained on the user's own folders, stands for the sorted classes of the folder, if it has as many.
+    The record of the classifier's classes decides, if there is one. Else 1000 logits are those of ImageNet's classes,
+    which their wnids name. Another number of logits, of a classifier that was trained on the user's own folders, stands
+    for the classes of the folder in order, if it has as many.
 
     Args:
         classifier: whose logits.
         images: with the names of their classes.
-        class_names: all classes of the folder that the images are from, sorted.
+        class_names: all classes of the folder that the images are from.
+        class_order: the order of the classes of one's own folders; see `number_classes`. If it is given, and the folder
+            has 1000 classes but no wnids, these are the classes of 1000 logits.
+        recorded: the classes that the classifier was trained with, by the file of its weights.
+
+    Raises UserError for a class that is not among the recorded ones, and an order that contradicts them.
     """
-    number = {}
-    if classifier.num_classes == len(CLASS_INDEX):
+    number: Mapping[str, int] = {}
+    of_imagenet = not class_order or not CLASS_INDEX.keys().isdisjoint(class_names)
+    if recorded:
+        if max(recorded.names) >= classifier.num_classes:
+            raise UserError(
+                f"{recorded.source} has classes up to {max(recorded.names)}, but the classifier has "
+                f"{classifier.num_classes} logits: it is another network's (--classifier_path)"
+            )
+        number = recorded.indices(class_names, "the folder of images")
+        recorded.check_order(class_order)
+    elif classifier.num_classes == len(CLASS_INDEX) and of_imagenet:
         number = CLASS_INDEX
     elif classifier.num_classes == len(class_names):
-        number = {name: index for index, name in enumerate(class_names)}
+        number = number_classes(class_names, class_order, "the folder of images")
     return [replace(image, label=number.get(image.class_name)) for image in images]
 
 

@@ -54,6 +54,21 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     return read
 
 
+def time_list(text: str) -> list[int]:
+    """The type of a flag that is one time or several, separated by commas; see `Flattened`."""
+    times = [whole_number(0)(word) for word in text.replace(",", " ").split()]
+    if not times:
+        raise argparse.ArgumentTypeError(f"expected times such as 25 50 125, not {text!r}")
+    return times
+
+
+class Flattened(argparse.Action):
+    """Joins the lists that the words of a flag are into one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, [item for items in values for item in items])
+
+
 # What asks a process to end. Open MPI's mpiexec kills its processes half a second after a SIGTERM or Ctrl-C, which may
 # be too early for a checkpoint; a SIGUSR1 it only passes on.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -6,7 +6,9 @@ torch: a mistake in a folder is reported at once.
 
 from __future__ import annotations
 
+import errno
 import io
+import logging
 import math
 import os
 import random
@@ -14,14 +16,16 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import blobfile as bf
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError, features
 
+from . import logger
+from .classes import IMAGENET, Classes, number_classes
 from .errors import UserError
 from .files import is_remote
 from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
@@ -30,12 +34,27 @@ if TYPE_CHECKING:
     from .training_data import ImageDataset as ImageDataset
     from .training_data import load_data as load_data
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".gif", ".webp", ".bmp")
-FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP")  # what the bytes may be, whichever extension the name has
+# Formats that begin with a signature, so that other bytes are not taken for an image, and their usual extensions.
+_FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "GIF": (".gif",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+}
+_NEEDS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts of Pillow that a build may lack
+_BUILT = features.get_supported()
+FORMATS = tuple(name for name in _FORMATS if name not in _NEEDS or _NEEDS[name] in _BUILT)  # whatever the extension
+EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])
 
 # What Pillow finds odd in a file that it can read is nothing that its owner must act on. A filter for the process,
 # because `warnings.catch_warnings` is not safe where several threads read.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a file is in the exception
 
 
 class UnreadableImage(UserError):
@@ -46,8 +65,8 @@ class UnreadableImage(UserError):
 class LabelledImage:
     """An image and its class.
 
-    `path` is relative to `data_dir`. `label` is the class index: 0..999 for ImageNet, else the place of `class_name`
-    among the sorted classes of the folder; None, with an empty `class_name`, where nothing names a class.
+    `path` is relative to `data_dir`. `label` is the class index: 0..999 for ImageNet, else as `label_images` numbers
+    them; None, with an empty `class_name`, where nothing names a class.
     """
 
     path: str
@@ -61,7 +80,8 @@ class LabelledImage:
 def list_images(data_dir: str) -> list[str]:
     """The images below a folder, local or remote: paths relative to it, sorted by code point.
 
-    Links are followed; files and folders whose names begin with a dot are left out.
+    Links are followed, except one to a folder that contains it. Files and folders whose names begin with a dot are left
+    out. Files with other extensions are left out too, and reported once.
 
     Raises UserError where there is no such folder, or no image in it.
     """
@@ -80,13 +100,21 @@ def list_images(data_dir: str) -> list[str]:
             f"no images in {data_dir!r} (--data_dir): found {_describe_files(files)}; "
             f"expected files that end in {', '.join(EXTENSIONS)}"
         )
+    if len(images) < len(files) and data_dir not in _reported:
+        _reported.add(data_dir)
+        skipped = sorted({*files} - {*images})
+        logger.warn(f"{_count(len(skipped), 'file')} skipped: {_extensions(skipped)} (in {data_dir!r})")
     return images
+
+
+_reported: set[str] = set()  # folders whose skipped files have been reported
 
 
 def _list_files(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
     """The files below `folder`, in any order, each with `prefix` before it."""
     if not is_remote(folder):
-        # A link to a folder above would be followed for ever.
+        # A link to a folder above would be followed for ever. Two folders that link to each other are each listed once
+        # below the other.
         stat = os.stat(folder)
         this = (stat.st_dev, stat.st_ino)
         if this in above:
@@ -106,16 +134,31 @@ def _scan(folder: str) -> list[tuple[str, bool]]:
     if is_remote(folder):
         return [(entry.name, entry.is_dir) for entry in bf.scandir(folder)]
     with os.scandir(folder) as entries:
-        # A broken link counts as a file, which is named when it cannot be read; a pipe, say, is left out.
-        return [(e.name, e.is_dir()) for e in entries if e.is_dir() or e.is_file() or e.is_symlink()]
+        # A link that leads nowhere counts as a file, which is named when it cannot be read; a pipe, say, is left out.
+        return [(e.name, _is(e.is_dir)) for e in entries if _is(e.is_dir) or _is(e.is_file) or e.is_symlink()]
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """Whether an entry is a file or a folder; links that lead to each other are neither."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def _describe_files(files: Sequence[str]) -> str:
     if not files:
         return "no files at all"
+    return f"{_count(len(files), 'file')}, none of them an image: {_extensions(files)}"
+
+
+def _extensions(files: Sequence[str]) -> str:
+    """The commonest extensions of files, for a message."""
     kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in files)
-    commonest = sorted(kinds, key=lambda kind: (-kinds[kind], kind))[:5]
-    return f"{_count(len(files), 'file')}, none of them an image: {', '.join(commonest)}"
+    commonest = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
+    return ", ".join(commonest[:5]) + (", ..." if len(commonest) > 5 else "")
 
 
 def _count(number: int, thing: str) -> str:
@@ -125,35 +168,89 @@ def _count(number: int, thing: str) -> str:
 # Labelling
 
 
-def label_images(data_dir: str, paths: Sequence[str], labels_file: str | None = None) -> list[LabelledImage]:
+class UnknownClasses(UserError):
+    """Some images have a class and others have none, or no name gives a class. `why` says so without advice."""
+
+    why: str
+
+    @classmethod
+    def because(cls, why: str, advice: str) -> UnknownClasses:
+        error = cls(f"{why}.\n{advice}")
+        error.why = why
+        return error
+
+
+def label_images(
+    data_dir: str,
+    paths: Sequence[str],
+    labels_file: str | None = None,
+    class_order: str = "",
+    recorded: Classes | None = None,
+) -> list[LabelledImage]:
     """Give each of `paths` its class.
 
     Where there is a `labels_file` it decides; see `read_labels_file`. Else the ImageNet class that a folder (the
     innermost first) or a part of the file name between "_" names by its wnid. Else, for a folder that is not ImageNet,
-    the sorted names of its top-level folders; for a flat one, what stands before the first "_" of each file name, and
-    no class where some name has no "_".
+    the name of its top-level folder; for a flat one, what stands before the first "_" of each file name, and no class
+    where some name has no "_".
 
-    Raises UserError where some images have a class and others have none, and for the official ILSVRC2012_val_ files
-    without a `labels_file`. `data_dir` serves the messages alone.
+    The indices are those of ImageNet, or the places of the names in the order `class_order` (see `number_classes`).
+    Where the classes of a model are `recorded`, the same names have the indices that they have there.
+
+    Raises UnknownClasses where some images have a class and others have none, and for the official ILSVRC2012_val_
+    files without a `labels_file`; UserError for a class that `recorded` lacks, or a `class_order` that contradicts it.
+    `data_dir` serves the messages alone.
     """
+    images = _label(data_dir, paths, labels_file, "text" if recorded else class_order)
+    if recorded is None:
+        return images
+    index = recorded.indices({image.class_name for image in images if image.class_name}, f"{data_dir!r} (--data_dir)")
+    recorded.check_order(class_order)
+    return [replace(image, label=index.get(image.class_name)) for image in images]
+
+
+def label_where_known(
+    data_dir: str, paths: Sequence[str], labels_file: str | None = None, class_order: str = ""
+) -> tuple[list[LabelledImage], str | None]:
+    """As `label_images`, for callers that can do without labels: either every image has a class, or none has.
+
+    Returns the images, and, if none has a class, why.
+    """
+    try:
+        images = label_images(data_dir, paths, labels_file, class_order)
+    except UnknownClasses as error:
+        return [LabelledImage(path, None, "") for path in paths], error.why
+    known = all(image.label is not None for image in images)
+    return images, None if known else f"the names in {data_dir!r} (--data_dir) do not give the classes of the images"
+
+
+def classes_of(images: Sequence[LabelledImage], class_order: str = "", source: str = "") -> Classes | None:
+    """The classes of images that `label_images` labelled in this order; None where they have none."""
+    names = {image.label: image.class_name for image in images if image.label is not None}
+    of_imagenet = all(CLASS_INDEX.get(name) == label for label, name in names.items())
+    return Classes(names, IMAGENET if of_imagenet else class_order or "text", source) if names else None
+
+
+def _label(data_dir: str, paths: Sequence[str], labels_file: str | None, class_order: str) -> list[LabelledImage]:
     if labels_file:
         return _label_from_file(data_dir, paths, labels_file)
     wnids = [_wnid_in(path) for path in paths]
     if any(wnids):
         without = [path for path, wnid in zip(paths, wnids, strict=True) if wnid is None]
         if without:
-            raise UserError(
+            raise UnknownClasses.because(
                 f"{len(without)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) name no ImageNet class: "
-                f"{_some(without)}.\nThe others do, by a wnid. Move these away, or give --labels_file."
+                f"{_some(without)}",
+                "The others do, by a wnid. Move these away, or give --labels_file.",
             )
         return [LabelledImage(path, CLASS_INDEX[w], w) for path, w in zip(paths, wnids, strict=True) if w]
     official = [path for path in paths if re.search(r"ILSVRC2012_(val|test)_\d{8}", path)]
     if official:
-        raise UserError(
-            f"the names of ImageNet's validation files carry no class: {_some(official)} in {data_dir!r}.\n"
-            f"Give --labels_file: {LABELS_FILE_FORMS}."
+        raise UnknownClasses.because(
+            f"the names of ImageNet's validation files carry no class: {_some(official)} in {data_dir!r}",
+            f"Give --labels_file: {LABELS_FILE_FORMS}.",
         )
-    return _label_by_name(data_dir, paths)
+    return _label_by_name(data_dir, paths, class_order)
 
 
 def _wnid_in(path: str) -> str | None:
@@ -161,17 +258,18 @@ def _wnid_in(path: str) -> str | None:
     return next((part for part in [*reversed(folders), *name.split("_")] if part in CLASS_INDEX), None)
 
 
-def _label_by_name(data_dir: str, paths: Sequence[str]) -> list[LabelledImage]:
+def _label_by_name(data_dir: str, paths: Sequence[str], class_order: str) -> list[LabelledImage]:
     flat = [path for path in paths if "/" not in path]
     if flat and len(flat) < len(paths):
-        raise UserError(
+        raise UnknownClasses.because(
             f"{len(flat)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) lie outside of its class "
-            f"folders: {_some(flat)}.\nMove them into one of the folders, or away."
+            f"folders: {_some(flat)}",
+            "Move them into one of the folders, or away.",
         )
     if flat and not all("_" in path for path in flat):
         return [LabelledImage(path, None, "") for path in paths]
     names = [path.split("_" if flat else "/", 1)[0] for path in paths]
-    label = {name: index for index, name in enumerate(sorted(set(names)))}
+    label = number_classes({*names}, class_order, f"{data_dir!r} (--data_dir)")
     return [LabelledImage(path, label[name], name) for path, name in zip(paths, names, strict=True)]
 
 
@@ -204,14 +302,16 @@ def _some(paths: Sequence[str]) -> str:
 
 
 LABELS_FILE_FORMS = (
-    'Kaggle\'s LOC_val_solution.csv, or lines "filename wnid" or "filename,wnid", or for each validation image in '
-    "order a line with its wnid, or with its ILSVRC2012_ID (1..1000)"
+    'Kaggle\'s LOC_val_solution.csv, or lines "filename wnid" or "filename,wnid", or lines "filename index" (0..999), '
+    "or for each validation image in order a line with its wnid, or with its ILSVRC2012_ID (1..1000)"
 )
 
 _WNID_LINE = re.compile(r"(?P<wnid>n\d{8})")
 _ID_LINE = re.compile(r"(?P<id>\d+)")
 # Kaggle's lines go on with boxes: wnid, four numbers, wnid, ...
 _NAMED_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<wnid>n\d{8})(?:\s+(?:n\d{8}|-?\d+))*")
+_INDEX_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<index>\d+)")
+_NAMING = (_NAMED_LINE, _INDEX_LINE)
 
 
 def read_labels_file(path: str) -> dict[str, int]:
@@ -223,28 +323,37 @@ def read_labels_file(path: str) -> dict[str, int]:
     Raises UserError for any other form, and for a line that is not of the file's form, with its number.
     """
     lines = _read_lines(path)
-    header = len(lines) > 1 and not re.search(r"\d", lines[0]) and _NAMED_LINE.fullmatch(lines[1])
+    header = len(lines) > 1 and not re.search(r"\d", lines[0]) and any(form.fullmatch(lines[1]) for form in _NAMING)
     start = 1 if header else 0
-    form = next((f for f in (_WNID_LINE, _ID_LINE, _NAMED_LINE) if f.fullmatch(lines[start])), None)
-    if form is not _NAMED_LINE and len(lines) == len(set(lines)) == len(WNIDS):
+    form = next((f for f in (_WNID_LINE, _ID_LINE, *_NAMING) if f.fullmatch(lines[start])), None)
+    if form not in _NAMING and len(lines) == len(set(lines)) == len(WNIDS):
         raise UserError(f"--labels_file {path!r} lists the 1000 classes, not images; expected {LABELS_FILE_FORMS}")
 
     classes: dict[str, int] = {}
     for number, line in enumerate(lines[start:], start + 1):
-        if not line and form is _NAMED_LINE:
+        if not line and form in _NAMING:
             continue
         match = form.fullmatch(line) if form else None
         if match is None:
             raise UserError(f"--labels_file {path!r}, line {number}: found {line[:80]!r}; expected {LABELS_FILE_FORMS}")
         found = match.groupdict()
-        label = _DEVKIT_INDEX.get(int(found["id"])) if "id" in found else CLASS_INDEX.get(found["wnid"])
+        label, given = _class_in(found)
         if label is None:
-            given = f"{found['id']} is not an ILSVRC2012_ID (1..1000)" if "id" in found else f"unknown {found['wnid']}"
             raise UserError(f"--labels_file {path!r}, line {number}: {given}; expected a class of ImageNet-1k")
         name = _without_extension(found["name"].removeprefix("./")) if "name" in found else _VALIDATION_NAME % number
         if classes.setdefault(name, label) != label:
             raise UserError(f"--labels_file {path!r}, line {number}: {name!r} had another class further up")
     return classes
+
+
+def _class_in(found: dict[str, str]) -> tuple[int | None, str]:
+    """The class index on a line, None where it is no class, and what to say then."""
+    if "id" in found:
+        return _DEVKIT_INDEX.get(int(found["id"])), f"{found['id']} is not an ILSVRC2012_ID (1..1000)"
+    if "index" in found:
+        index = int(found["index"])
+        return index if index < len(WNIDS) else None, f"{index} is not a class index (0..999)"
+    return CLASS_INDEX.get(found["wnid"]), f"unknown {found['wnid']}"
 
 
 _DEVKIT_INDEX = {devkit_id: index for index, devkit_id in enumerate(DEVKIT_IDS)}
@@ -270,7 +379,7 @@ def choose_images(
 ) -> list[LabelledImage]:
     """Of the first `num_classes` classes found, in the order of their labels, the first `num_per_class` images by path.
 
-    The result goes class by class, and ends after `num_samples` images. Images without a label are one class.
+    The result goes class by class, and ends after `num_samples` images. Images without labels are all taken, by path.
 
     Raises UserError where a number is less than 1.
     """
@@ -281,19 +390,28 @@ def choose_images(
     }.items():
         if number is not None and number < 1:
             raise UserError(f"--{flag} is {number}; expected 1 or more")
+    if not _have_classes(images):
+        return sorted(images, key=lambda image: image.path)[:num_samples]
     by_label: dict[int, list[LabelledImage]] = defaultdict(list)
     for image in images:
-        by_label[-1 if image.label is None else image.label].append(image)
+        by_label[image.label].append(image)
     chosen = []
     for label in sorted(by_label)[:num_classes]:
         chosen += sorted(by_label[label], key=lambda image: image.path)[:num_per_class]
     return chosen[:num_samples]
 
 
+def _have_classes(images: Sequence[LabelledImage]) -> bool:
+    return all(image.label is not None for image in images)
+
+
 def shortage(
     chosen: Sequence[LabelledImage], num_classes: int, num_per_class: int, num_samples: int | None = None
 ) -> str | None:
     """What to warn of where `choose_images` found fewer images than it was asked for; None where it found all."""
+    if not _have_classes(chosen):
+        missing = num_samples is not None and len(chosen) < num_samples
+        return f"{_count(num_samples, 'image')} asked for (--num_samples), {len(chosen)} found" if missing else None
     asked = num_classes * num_per_class
     if num_samples is not None:
         asked = min(asked, num_samples)
@@ -311,31 +429,73 @@ def shortage(
 # Reading
 
 
-def read_image(path: str, image_size: int, check: Callable[[bytes], None] | None = None) -> np.ndarray:
+Check = Callable[[BinaryIO], None]  # looks at an open file, such as by `inputs.Inputs.note`
+
+
+def read_image(path: str, image_size: int, check: Check | None = None) -> np.ndarray:
     """Read an image file, local or remote, as its middle square: uint8 of shape (image_size, image_size, 3), RGB.
 
-    `check` is called with the bytes of the file, before they are decoded. Raises UnreadableImage.
+    `check` is called with the open file, before it is decoded. Raises UnreadableImage, and what `check` raises.
     """
-    return center_crop_arr(open_image(path, check), image_size)
+    return center_crop_arr(open_for_crop(path, image_size, check), image_size)
 
 
-def open_image(path: str, check: Callable[[bytes], None] | None = None) -> Image.Image:
+def open_image(path: str, check: Check | None = None) -> Image.Image:
     """Read an image file, local or remote, as an upright RGB image; what is transparent becomes white.
 
-    `check` is called with the bytes of the file, before they are decoded. Raises UnreadableImage.
+    `check` is called with the open file, before it is decoded. Raises UnreadableImage, and what `check` raises.
     """
+    return _open(path, None, check)
+
+
+def open_for_crop(path: str, short_side: int, check: Check | None = None) -> Image.Image:
+    """As `open_image`, for a crop that first reduces the image to at most this short side.
+
+    A very large image may come reduced to half its size, by the first of the crop's own steps. Cropping it gives the
+    same pixels as cropping the whole image, in less memory.
+    """
+    return _open(path, short_side, check)
+
+
+def _open(path: str, short_side: int | None, check: Check | None) -> Image.Image:
     try:
-        data = _read_bytes(path)
+        file = _open_file(path)
     except Exception as error:  # remote storage raises kinds of its own
         raise UnreadableImage(f"image {path!r} cannot be read: {_reason(error)}") from error
-    if check is not None:
-        check(data)
+    with file:
+        if check is not None:
+            check(file)
+            file.seek(0)
+        return _decode(path, file, short_side)
+
+
+def _decode(path: str, file: BinaryIO, short_side: int | None) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
+            raw_mode = str(image.tile[0][3]) if image.tile else ""
             image.load()
-            return _to_rgb(_upright(image))
+            file.close()  # the memory is needed for what follows
+            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
+                raise ValueError("it has 32 bits per value, of unknown range; expected 8 or 16")
+            _match_transparency(image, raw_mode)
+            turn = _turn_of(image)
+            if short_side and math.prod(image.size) > LARGE and min(image.size) >= 2 * short_side:
+                return _halved_rgb(image, turn)
+            return _to_rgb(image if turn is None else image.transpose(turn))
     except Exception as error:  # Pillow's decoders raise nearly any kind
         raise UnreadableImage(f"image {path!r} cannot be read: {_reason(error)}") from error
+
+
+LARGE = 2**25  # pixels: beyond, copies of an image take too much memory
+LARGE_FILE = 2**24  # bytes: likewise for its file
+STRIP = 2**22  # pixels of it that are converted together
+
+
+def _open_file(path: str) -> BinaryIO:
+    """The bytes of an image: read into memory, or left on the disk if there are many."""
+    if not is_remote(path) and os.path.getsize(path) > LARGE_FILE:
+        return open(path, "rb")
+    return io.BytesIO(_read_bytes(path))
 
 
 def _read_bytes(path: str) -> bytes:
@@ -348,28 +508,87 @@ def _read_bytes(path: str) -> bytes:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is not one of {', '.join(FORMATS)}"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"it has too many pixels, more than {2 * Image.MAX_IMAGE_PIXELS:,}; make it smaller"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn as the EXIF orientation says, if it can be read."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _turn_of(image: Image.Image) -> Image.Transpose | None:
+    """What turns an image upright, by its EXIF orientation; None where it is upright, or the EXIF cannot be read."""
     try:
-        return ImageOps.exif_transpose(image)
+        return _TURNS.get(image.getexif().get(0x0112))
     except Exception:
-        return image
+        return None
+
+
+def _match_transparency(image: Image.Image, raw_mode: str) -> None:
+    """Give a PNG's transparent colour in the units of the pixels: Pillow leaves it in those of the file.
+
+    Colours of 16 bits are 8 bits here, so that one that differs in the last bits alone counts as transparent too.
+    """
+    transparent = image.info.get("transparency")
+    if raw_mode in ("L;2", "L;4") and isinstance(transparent, int):
+        most = 2 ** int(raw_mode[2:]) - 1
+        if transparent <= most:
+            image.info["transparency"] = transparent * 255 // most
+    elif raw_mode == "RGB;16B" and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """In RGB, with what is transparent on white."""
     if image.mode.startswith("I"):
-        # 16-bit grey, which Pillow would clip.
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).clip(0, 255).astype(np.uint8))
+        image = _eight_bits(image)
     if image.has_transparency_data:
-        canvas = Image.new("RGBA", image.size, "white")
-        canvas.alpha_composite(image.convert("RGBA"))
-        image = canvas
-    return image.convert("RGB")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit grey, which Pillow would clip, scaled to 8 bits; a transparent value is white."""
+    values = np.asarray(image)
+    grey = ((values.astype(np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)  # value / 257, rounded
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey)
+
+
+def _halved_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    """An image upright, in RGB and reduced as by the first step of `_resize_short_side`.
+
+    It goes channel by channel, which Pillow treats alike and apart: a copy of all channels would need too much memory.
+    """
+    if image.getbands()[0] in ("1", "L", "I"):  # grey
+        return Image.merge("RGB", [_half(_channel(image, 0, turn))] * 3)
+    return Image.merge("RGB", [_half(_channel(image, number, turn)) for number in range(3)])
+
+
+def _channel(image: Image.Image, number: int, turn: Image.Transpose | None) -> Image.Image:
+    """Red, green or blue (0, 1, 2) of an image, upright."""
+    width, height = image.size
+    channel = Image.new("L", image.size)
+    rows = max(1, STRIP // width)
+    for top in range(0, height, rows):
+        strip = image.crop((0, top, width, min(top + rows, height)))
+        channel.paste(_to_rgb(strip).getchannel(number), (0, top))
+    return channel if turn is None else channel.transpose(turn)
+
+
+MIN_CROP_FRAC = 0.8  # of random crops, by default
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
@@ -384,7 +603,7 @@ def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
 def random_crop_arr(
     pil_image: Image.Image,
     image_size: int,
-    min_crop_frac: float = 0.8,
+    min_crop_frac: float = MIN_CROP_FRAC,
     max_crop_frac: float = 1.0,
     rng: random.Random | ModuleType = random,
 ) -> np.ndarray:
@@ -401,9 +620,13 @@ def random_crop_arr(
 def _resize_short_side(pil_image: Image.Image, short_side: int) -> Image.Image:
     # Halving with a box filter first is quick, and averages over every pixel.
     while min(pil_image.size) >= 2 * short_side:
-        pil_image = pil_image.resize(tuple(side // 2 for side in pil_image.size), Image.Resampling.BOX)
+        pil_image = _half(pil_image)
     scale = short_side / min(pil_image.size)
     return pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.Resampling.BICUBIC)
+
+
+def _half(image: Image.Image) -> Image.Image:
+    return image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
 
 
 def to_float(image: np.ndarray) -> np.ndarray:

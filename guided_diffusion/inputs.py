@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import blobfile as bf
 import numpy as np
@@ -103,12 +103,12 @@ class Inputs:
         digests = self._digests([path for path in paths if path in sizes], sizes)
         self.known |= {path: Entry(sizes[path], digest) for path, digest in digests.items()}
 
-    def note(self, path: str) -> Callable[[bytes], None]:
-        """What to call with the bytes of a file when it is read. It raises UserError if they are not those known."""
+    def note(self, path: str) -> Callable[[BinaryIO], None]:
+        """What to call with a file that is opened to be read. It raises UserError if the content is not that known."""
         return partial(self._note, path)
 
-    def _note(self, path: str, data: bytes) -> None:
-        entry, known = Entry(len(data), hashlib.sha256(data).hexdigest()), self.known.get(path)
+    def _note(self, path: str, file: BinaryIO) -> None:
+        entry, known = entry_of(file), self.known.get(path)
         if known and known != (entry.size, known.sha256 and entry.sha256):
             raise UserError(
                 f"{self.folder}/{path} has changed since this run, or an earlier one with the same output, looked at "
@@ -165,14 +165,20 @@ def _remote_sizes(folder: str, prefix: str) -> Iterable[tuple[str, int]]:
 
 def file_digest(path: str) -> str:
     """SHA-256 of a file, local or remote; "" if it cannot be read."""
-    digest = hashlib.sha256()
     try:
         with bf.BlobFile(path, "rb") if is_remote(path) else open(path, "rb") as f:
-            while piece := f.read(2**24):
-                digest.update(piece)
+            return entry_of(f).sha256 or ""
     except (OSError, bf.Error):
         return ""
-    return digest.hexdigest()
+
+
+def entry_of(file: BinaryIO) -> Entry:
+    """Size and SHA-256 of an open file, which is read to its end."""
+    size, digest = 0, hashlib.sha256()
+    while piece := file.read(2**24):
+        size += len(piece)
+        digest.update(piece)
+    return Entry(size, digest.hexdigest())
 
 
 def _in_threads(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:

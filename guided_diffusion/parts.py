@@ -29,8 +29,18 @@ if TYPE_CHECKING:
 
     from .inputs import Entries
 
-# Flags that do not decide what is computed, and those that name files: these are known by their contents.
-NOT_DECISIVE = (*WITHOUT_EFFECT, "output", "num_threads", "num_workers", "shard", "num_shards")
+# Flags that do not decide what is computed, or do so by what they choose (a script adds the classes of its samples, and
+# the labels of its images, to the settings); and those that name files: these are known by their contents.
+NOT_DECISIVE = (
+    *WITHOUT_EFFECT,
+    "output",
+    "num_threads",
+    "num_workers",
+    "shard",
+    "num_shards",
+    "classes",
+    "class_order",
+)
 NAMING_FILES = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
 NOTES = "notes"  # name of the array of a part that contains text
 

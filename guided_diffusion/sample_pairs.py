@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import blobfile as bf
 import numpy as np
@@ -15,7 +15,7 @@ from .classifier_results import class_names_of, digest_of, readable_or_error
 from .errors import UserError
 from .files import is_remote, walk
 from .forward_backward import SampleFolder
-from .image_datasets import LabelledImage, label_images, list_images, open_image
+from .image_datasets import Check, LabelledImage, label_where_known, list_images, open_image
 
 
 def find_pairs(
@@ -25,7 +25,7 @@ def find_pairs(
 
     Args:
         starting_data_dir: the starting images; those without a sample at any time are left out.
-        labels_file: see `label_images`.
+        labels_file: see `label_images`. Classes need not be known.
         folders: by k, where the samples are.
 
     Returns:
@@ -37,9 +37,14 @@ def find_pairs(
         UserError: a sample has no starting image, a time lacks samples that another has, or has none.
     """
     try:
-        images = label_images(starting_data_dir, list_images(starting_data_dir), labels_file)
+        paths = list_images(starting_data_dir)
+        images, why_unknown = label_where_known(starting_data_dir, paths, labels_file, "text")
     except UserError as error:
         raise UserError(str(error).replace("--data_dir", "--starting_data_dir")) from None
+    if why_unknown:
+        logger.warn(
+            f"{why_unknown.replace('--data_dir', '--starting_data_dir')}: their classes are not known (--labels_file)"
+        )
     found = {k: find_samples(folder) for k, folder in folders.items()}
     check_complete(found, {stem_of(image.path) for image in images}, folders, starting_data_dir)
     stems = set().union(*found.values())
@@ -140,10 +145,10 @@ def check_sizes(folders: Mapping[int, SampleFolder], samples: Mapping[int, Seque
         readable_or_error(read_sample, f"{folder.path}/{samples[k][0]}", image_size)
 
 
-def read_sample(path: str, image_size: int, check: Callable[[bytes], None] | None = None) -> np.ndarray:
+def read_sample(path: str, image_size: int, check: Check | None = None) -> np.ndarray:
     """The pixels of a sample: uint8 (H, W, 3). Raises UserError where it has another size, UnreadableImage.
 
-    `check` is called with the bytes of the file.
+    `check` is called with the open file.
     """
     pixels = np.array(open_image(path, check))
     if pixels.shape[:2] != (image_size, image_size):

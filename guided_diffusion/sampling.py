@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 GRID = 64  # the most samples in the picture beside the file
 
 
-def draw_classes(seed: int, num_samples: int) -> np.ndarray:
-    """The class of every sample, uniform in 0..999: int64 (num_samples,)."""
-    return np.array([noise_seed(seed, f"class of sample {i}", 0) % NUM_CLASSES for i in range(num_samples)])
+def draw_classes(seed: int, num_samples: int, classes: Sequence[int] = range(NUM_CLASSES)) -> np.ndarray:
+    """The class of every sample, uniform over `classes`: int64 (num_samples,)."""
+    draws = (noise_seed(seed, f"class of sample {i}", 0) for i in range(num_samples))
+    return np.array([classes[draw % len(classes)] for draw in draws], np.int64)
 
 
 def denoise(
@@ -108,6 +109,7 @@ def write_samples(
     settings: Mapping[str, Any],
     circumstances: Mapping[str, Any],
     labels: np.ndarray | None = None,
+    class_names: Mapping[int, str] | None = None,
 ) -> None:
     """Make all samples and write samples_NxHxWx3.npz, with its record and a picture of the first ones beside it.
 
@@ -122,6 +124,7 @@ def write_samples(
         settings: what decides the bytes, see `parts.settings_of`.
         circumstances: what decides the last digits, see `inference.prepare`.
         labels: classes of the samples, (num_samples,).
+        class_names: class index -> name, as far as they are known.
 
     Raises:
         UserError: the file is there with other settings, or it or a part cannot be written.
@@ -163,6 +166,8 @@ def write_samples(
         run = {"started": started, "ended": now(), "seconds": seconds, "processes": processes}
         run |= {"samples_made": args.num_samples - there, **circumstances, "arguments": vars(args)}
         record = {"finished": True, "settings": settings, "samples": args.num_samples, "last_run": run}
+        if class_names:
+            record["classes"] = {str(index): class_names[index] for index in sorted({*labels.tolist()})}
         locks.check()
         dist_util.on_main(_finish, result, parts, len(batches), shape, labels, record)
     logger.info(f"{args.num_samples} samples are in {result}")

@@ -61,8 +61,8 @@ HELP = {
     "classifier_resblock_updown": "whether the classifier's residual blocks change the resolution",
     "classifier_pool": "how the classifier pools its features: adaptive, attention, spatial or spatial_v2",
     "data_dir": "folder of images; its subfolders are looked through",
-    "labels_file": "classes of the images where names do not tell: LOC_val_solution.csv, a wnid per line, or an "
-    "ILSVRC2012_ID per line",
+    "labels_file": "classes of the images if their names do not give them: LOC_val_solution.csv; lines of a file name "
+    "and a wnid or a class index (0..999); or a wnid or an ILSVRC2012_ID per line",
     "output": "folder of results; empty: the one that OPENAI_LOGDIR names, else a folder in results/",
     "seed": "seed of all random numbers",
     "num_workers": "worker processes, for each process, that read images ahead; 0: none",
@@ -377,6 +377,13 @@ def diffusion_from_flags(flags: Mapping[str, Any]) -> SpacedDiffusion:
     """Build the diffusion that the flags of `diffusion_defaults` describe."""
     chosen = {name: flags[name] for name in diffusion_defaults()}
     return create_gaussian_diffusion(steps=chosen.pop("diffusion_steps"), **chosen)
+
+
+def number_of_steps(diffusion_steps: int, timestep_respacing: str) -> int:
+    """N, the number of steps after respacing. Raises UserError."""
+    from .respace import space_timesteps
+
+    return len(space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps]))
 
 
 def create_gaussian_diffusion(

@@ -76,6 +76,7 @@ class TrainLoop:
             checkpoints of other settings is not gone on in.
         on_save: called on rank 0 after a checkpoint with (model, step), where the model has the weights of the first
             moving average, if there is one.
+        more_state: further entries of "training" in the optimizer's file.
 
     Raises:
         UserError: checkpoints that do not fit or cannot be read; a number out of range; no folder for the results.
@@ -106,6 +107,7 @@ class TrainLoop:
         output: str | None = None,
         settings: Mapping[str, Any] | None = None,
         on_save: Callable[[Callable[..., Tensor], int], None] | None = None,
+        more_state: Mapping[str, Any] | None = None,
     ):
         self.model = model
         self.diffusion = diffusion
@@ -124,6 +126,7 @@ class TrainLoop:
         self.seed = seed
         self.settings = dict(settings or {})
         self.on_save = on_save
+        self.more_state = dict(more_state or {})
         folder = output or logger.get_dir()
         if not folder:
             raise UserError("no folder for the checkpoints: give --output, or set OPENAI_LOGDIR")
@@ -328,6 +331,7 @@ class TrainLoop:
             "settings": self.settings,
             "meter": meter,
             "scaler": self.mp_trainer.scaler.state_dict(),
+            **self.more_state,
         }
         if isinstance(self.schedule_sampler, LossAwareSampler):
             training["schedule_sampler"] = self.schedule_sampler.state_dict()

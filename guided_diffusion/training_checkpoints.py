@@ -73,7 +73,7 @@ def remove_unfinished(folder: str) -> None:
     if is_remote(folder) or not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
-        if re.fullmatch(rf"\.(model|opt|ema_|samples_|progress\.).*{re.escape(SCRATCH)}", name):
+        if re.fullmatch(rf"\.(model|opt|ema_|samples_|progress\.|classes\.).*{re.escape(SCRATCH)}", name):
             os.unlink(os.path.join(folder, name))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -22,14 +23,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import dist_util, logger
+from .classes import Classes
 from .errors import UserError
 from .image_datasets import (
+    MIN_CROP_FRAC,
     LabelledImage,
     UnreadableImage,
     center_crop_arr,
+    classes_of,
     label_images,
     list_images,
-    open_image,
+    open_for_crop,
     random_crop_arr,
     to_float,
 )
@@ -46,6 +50,8 @@ def load_data(
     random_crop: bool = False,
     random_flip: bool = True,
     labels_file: str | None = None,
+    class_order: str = "",
+    recorded: Classes | None = None,
     seed: int = 0,
     num_workers: int = 2,
     flag: str = "--data_dir",
@@ -61,27 +67,31 @@ def load_data(
         random_crop: cut a random square out of the image, instead of its middle one.
         random_flip: mirror half of the images.
         labels_file: classes of the images where names do not tell; see `read_labels_file`.
+        class_order, recorded: how classes are numbered; see `label_images`.
         seed: of the order, the crops and the flips; 0 or more.
         num_workers: worker processes, for each process, that read images ahead; 0: none.
         flag: the flag that gave `data_dir`, for the messages.
 
-    Raises UserError where `data_dir` has no images, or, with `class_cond`, no classes or too many.
+    Raises UserError where `data_dir` has no images, or, with `class_cond`, no classes, too many or unknown ones.
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}; expected 0 or more")
     try:
         paths = list_images(data_dir)
-        labelled = _find_classes(data_dir, paths, labels_file) if class_cond else None
+        labelled = _find_classes(data_dir, paths, labels_file, class_order, recorded) if class_cond else None
     except UserError as error:
-        raise UserError(str(error).replace("--data_dir", flag)) from error
-    classes = None if labelled is None else [image.label for image in labelled]
-    names = None if labelled is None else {image.label: image.class_name for image in labelled}
-    images = _Batches(data_dir, paths, classes, image_size, seed, deterministic, random_crop, random_flip)
-    return DataStream(images, batch_size, num_workers, flag, names)
+        raise type(error)(str(error).replace("--data_dir", flag)) from error
+    labels = None if labelled is None else [image.label for image in labelled]
+    order = recorded.order if recorded else class_order
+    classes = None if labelled is None else classes_of(labelled, order, data_dir)
+    images = _Batches(data_dir, paths, labels, image_size, seed, deterministic, random_crop, random_flip)
+    return DataStream(images, batch_size, num_workers, flag, classes)
 
 
-def _find_classes(data_dir: str, paths: Sequence[str], labels_file: str | None) -> list[LabelledImage]:
-    labelled = label_images(data_dir, paths, labels_file)
+def _find_classes(
+    data_dir: str, paths: Sequence[str], labels_file: str | None, class_order: str, recorded: Classes | None
+) -> list[LabelledImage]:
+    labelled = label_images(data_dir, paths, labels_file, class_order, recorded)
     classes = [image.label for image in labelled]
     if None in classes:
         raise UserError(f"nothing in {data_dir!r} (--data_dir) names the images' classes; --class_cond needs them")
@@ -105,17 +115,17 @@ class DataStream:
     Attributes:
         position: how many images all processes together have been handed.
         num_images: n, the images of an epoch.
-        class_names: class index -> name, of the classes that they have; None where they have none.
+        classes: the classes that they have; None where they have none.
+        class_names: class index -> name, of these.
         digest: SHA-256, in hexadecimal, of their paths and classes, by which the data set is recognised.
         unreadable: of the images that this process could not read so far, path -> why.
     """
 
-    def __init__(
-        self, images: _Batches, batch_size: int, num_workers: int, flag: str, class_names: dict[int, str] | None
-    ) -> None:
+    def __init__(self, images: _Batches, batch_size: int, num_workers: int, flag: str, classes: Classes | None) -> None:
         self.position = 0
         self.num_images = len(images.paths)
-        self.class_names = class_names
+        self.classes = classes
+        self.class_names = None if classes is None else classes.names
         self.digest = hashlib.sha256(json.dumps([images.paths, images.classes]).encode()).hexdigest()
         self.unreadable: dict[str, str] = {}
         self._images, self._batch_size, self._num_workers, self._flag = images, batch_size, num_workers, flag
@@ -270,6 +280,6 @@ def read_augmented(
 
     Raises UnreadableImage.
     """
-    image = open_image(path)
+    image = open_for_crop(path, math.ceil(resolution / MIN_CROP_FRAC))
     pixels = random_crop_arr(image, resolution, rng=rng) if random_crop else center_crop_arr(image, resolution)
     return pixels[:, ::-1] if random_flip and rng.random() < 0.5 else pixels

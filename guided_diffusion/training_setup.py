@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import blobfile as bf
 import numpy as np
 import torch
 from PIL import Image
 
 from . import dist_util, logger
-from .errors import UserError
+from .classes import OtherClasses, read_classes, write_classes
+from .errors import UserError, first_line
 from .forward_backward import from_pixels
 from .image_datasets import list_images, read_image
 from .sample_grid import SampleGrid
@@ -59,6 +62,40 @@ def begin(args: argparse.Namespace, otherwise: str) -> str:
     return output
 
 
+def training_images(args: argparse.Namespace, class_cond: bool, output: str, **options: Any) -> DataStream:
+    """The stream of images in --data_dir; if the run is resumed from a checkpoint, its record numbers the classes."""
+    if not class_cond:
+        return images_for(args, args.data_dir, False, **options)
+    own = dist_util.on_main(_newest_model, output)
+    recorded = dist_util.on_main(read_classes, own or args.resume_checkpoint)
+    try:
+        return images_for(args, args.data_dir, True, recorded=recorded, **options)
+    except OtherClasses as error:
+        if own:
+            raise
+        if not args.class_order:
+            raise OtherClasses(f"{error}. --class_order text numbers the folder's classes anew") from error
+        logger.warn(f"{first_line(error).removesuffix('.')}: they are numbered anew (--class_order)")
+        return images_for(args, args.data_dir, True, **options)
+
+
+def _newest_model(folder: str) -> str | None:
+    names = bf.listdir(folder) if bf.isdir(folder) else ()
+    steps = [int(match[1]) for match in (re.fullmatch(r"model(\d{6,})\.pt", name) for name in names) if match]
+    return bf.join(folder, f"model{max(steps):06d}.pt") if steps else None
+
+
+def more_state(data: DataStream) -> dict[str, Any]:
+    """What the optimizer's file records besides the loop's own state: the classes, where the images have any."""
+    return {"classes": data.classes.as_json()} if data.classes else {}
+
+
+def record_classes(output: str, data: DataStream) -> None:
+    """Write the classes of a run into its folder, where the images have any."""
+    if data.classes:
+        dist_util.on_main(write_classes, output, data.classes)
+
+
 def images_for(args: argparse.Namespace, data_dir: str, class_cond: bool, **options: Any) -> DataStream:
     """The stream of training images that the flags describe."""
     return dist_util.on_every_rank(
@@ -68,6 +105,7 @@ def images_for(args: argparse.Namespace, data_dir: str, class_cond: bool, **opti
             batch_size=args.batch_size,
             class_cond=class_cond,
             labels_file=args.labels_file or None,
+            class_order=args.class_order,
             seed=args.seed,
             num_workers=args.num_workers,
             **options,
@@ -134,19 +172,6 @@ def small_images(data_dir: str, count: int, large_size: int, small_size: int) ->
 def reduce(images: torch.Tensor, size: int) -> torch.Tensor:
     """The images (B, 3, H, W) that an upsampler is given for these: (B, 3, size, size), means over areas."""
     return torch.nn.functional.interpolate(images, (size, size), mode="area")
-
-
-def check_same_classes(data: DataStream, val_data: DataStream, val_data_dir: str) -> None:
-    """Raise UserError where a class index has one name in training and another in validation.
-
-    The classes of a folder that is not ImageNet are numbered by their sorted names: one that is missing shifts others.
-    """
-    for label, name in val_data.class_names.items():
-        if data.class_names.get(label, name) != name:
-            raise UserError(
-                f"class {label} is {data.class_names[label]!r} in --data_dir and {name!r} in --val_data_dir "
-                f"{val_data_dir}: both need folders of the same names, for every class"
-            )
 
 
 def end(*streams: DataStream) -> int:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import (
     add_dict_to_argparser,
@@ -54,18 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     of_classifier = args_to_dict(args, classifier_defaults())
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     classifier = dist_util.on_every_rank(load_noisy_classifier, args.classifier_path, of_classifier, args.seed)
+    networks = [args.model_path, args.classifier_path] if args.class_cond else [args.classifier_path]
+    classes, record = dist_util.on_main(classes_to_sample, args.classes, networks)
     settings = settings_of(
         args,
         model_path=dist_util.on_main(weights_digest, model),
         classifier_path=dist_util.on_main(weights_digest, classifier),
     )
+    settings |= sampled_classes_setting(classes)
     circumstances = prepare(model, args.use_fp16, args.num_threads)
     circumstances["classifier's precision"] = prepare(classifier, args.classifier_use_fp16, args.num_threads)[
         "precision"
     ]
     classifier.requires_grad_(False)  # the gradient in x alone is wanted: less has to be kept for it
     cond_fn = class_gradient(classifier, args.classifier_scale)
-    labels = draw_classes(args.seed, args.num_samples)
+    labels = draw_classes(args.seed, args.num_samples, classes)
 
     def model_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return model(x, t, y) if args.class_cond else model(x, t)
@@ -83,6 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         settings,
         circumstances,
         labels,
+        record and record.names,
     )
     return 0
 
@@ -92,7 +97,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(usage="%(prog)s --model_path FILE --classifier_path FILE [flags]", description=__doc__)
     guidance = {"classifier_path": "", "classifier_scale": 1.0}
     classifier = {name: default for name, default in classifier_defaults().items() if name not in model_defaults()}
-    add_dict_to_argparser(parser.add_argument_group("sampling"), {**sampling_defaults(), **guidance})
+    sampling = parser.add_argument_group("sampling")
+    add_dict_to_argparser(sampling, {**sampling_defaults(), **guidance})
+    add_classes(sampling)
     add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
     add_dict_to_argparser(parser.add_argument_group("the classifier, as it was trained"), classifier)
     add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())

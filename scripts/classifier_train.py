@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 
+from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.script_util import (
@@ -32,19 +33,27 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.checkpoints import load_noisy_classifier
     from guided_diffusion.classifier_training import ClassifierTrainLoop
     from guided_diffusion.resample import create_named_schedule_sampler
-    from guided_diffusion.training_setup import begin, check_same_classes, end, images_for, loop_options, settings_of
+    from guided_diffusion.training_setup import (
+        begin,
+        end,
+        images_for,
+        loop_options,
+        more_state,
+        record_classes,
+        settings_of,
+        training_images,
+    )
 
     output = begin(args, f"results/classifier_train_{folder_name(args.data_dir)}")
     flags = args_to_dict(args, classifier_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
-    data = images_for(args, args.data_dir, class_cond=True, image_size=args.image_size, **crops)
+    data = training_images(args, True, output, image_size=args.image_size, **crops)
     streams = [data]
     if args.val_data_dir:
         options = {"image_size": args.image_size, "random_flip": False, "flag": "--val_data_dir"}
-        streams.append(images_for(args, args.val_data_dir, class_cond=True, **options))
-        check_same_classes(*streams, args.val_data_dir)
+        streams.append(images_for(args, args.val_data_dir, class_cond=True, recorded=data.classes, **options))
     model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed).to(dist_util.dev())
 
     loop = ClassifierTrainLoop(
@@ -59,8 +68,10 @@ def main(argv: list[str] | None = None) -> int:
         lr_anneal_steps=args.iterations if args.anneal_lr else 0,
         output=output,
         settings=settings_of(args, flags, data),
+        more_state=more_state(data),
         **loop_options(args),
     )
+    record_classes(output, data)
     loop.run_loop()
     return end(*streams)
 
@@ -68,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
-    add_dict_to_argparser(parser.add_argument_group("training"), classifier_training_defaults())
+    training = parser.add_argument_group("training")
+    add_dict_to_argparser(training, classifier_training_defaults())
+    add_class_order(training)
     add_dict_to_argparser(
         parser.add_argument_group("the classifier and the diffusion"), classifier_and_diffusion_defaults()
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from guided_diffusion import logger
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.figures import (
     BLUE,
@@ -64,10 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.script_util import create_gaussian_diffusion
     from random_hierarchy_model.training import images_from_flags
 
-    args.time_series = check_times(args.time_series, args.timestep_respacing, "--time_series")
+    diffusion = create_gaussian_diffusion(timestep_respacing=args.timestep_respacing)
+    args.time_series = check_times(args.time_series, diffusion.num_timesteps, "--time_series")
     logger.configure()
     images = images_from_flags(GRAMMAR_FLAGS)
-    diffusion = create_gaussian_diffusion(timestep_respacing=str(args.timestep_respacing))
     folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
     paths = write_images(images, folders["images"], max(STATISTICS_IMAGES, args.num_images), args.seed)
     found = label_images(folders["images"], list_images(folders["images"]))
@@ -291,16 +291,17 @@ def create_argparser() -> argparse.ArgumentParser:
         "--time_series",
         nargs="+",
         default=[50, 75, 100, 113, 125, 138, 150, 175, 200],
-        type=whole_number(0),
+        action=Flattened,
+        type=time_list,
         metavar="K",
-        help="the times at which to turn back, in steps (default: nine, closest at the transition)",
+        help="the times at which to turn back, in steps, separated by spaces or commas (default: nine, closest at the "
+        "transition)",
     )
     add(
         "--timestep_respacing",
-        default=250,
-        type=whole_number(1, 1000),
-        metavar="N",
-        help="number of diffusion steps (default: %(default)s)",
+        default="250",
+        metavar="TEXT",
+        help="number of diffusion steps N; also ddimN, or a list such as 10,15,20 (default: %(default)s)",
     )
     add("--seed", default=0, type=whole_number(0), metavar="INT", help="of images and noise (default: 0)")
     add(

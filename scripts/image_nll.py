@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from guided_diffusion.classes import add_class_order, read_classes
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import folder_name
@@ -126,7 +127,8 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
         logger.warn(f"{args.num_samples} images asked for (--num_samples), {len(paths)} found in {args.data_dir}")
     if not args.class_cond:
         return [LabelledImage(path, None, "") for path in paths[: args.num_samples]]
-    images = label_images(args.data_dir, paths, args.labels_file)
+    recorded = read_classes(args.model_path)
+    images = label_images(args.data_dir, paths, args.labels_file, args.class_order, recorded)
     if any(image.label is None for image in images):
         raise UserError(f"--class_cond True needs the classes of the images, and nothing in {args.data_dir} tells them")
     if (most := max(image.label for image in images)) >= NUM_CLASSES:
@@ -332,6 +334,7 @@ def create_argparser() -> argparse.ArgumentParser:
             "num_threads": 0,
         },
     )
+    add_class_order(measuring)
     measuring.add_argument(
         "--num_workers",
         default=4,

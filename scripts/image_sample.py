@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import (
     add_dict_to_argparser,
@@ -49,9 +50,11 @@ def main(argv: list[str] | None = None) -> int:
     flags = args_to_dict(args, model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
-    settings = settings_of(args, model_path=dist_util.on_main(weights_digest, model))
+    networks = [args.model_path] if args.class_cond else []
+    classes, record = dist_util.on_main(classes_to_sample, args.classes, networks)
+    settings = settings_of(args, model_path=dist_util.on_main(weights_digest, model)) | sampled_classes_setting(classes)
     circumstances = prepare(model, args.use_fp16, args.num_threads)
-    labels = draw_classes(args.seed, args.num_samples) if args.class_cond else None
+    labels = draw_classes(args.seed, args.num_samples, classes) if args.class_cond else None
 
     def make(indices: range, bar: tqdm) -> torch.Tensor:
         conditions = {} if labels is None else {"y": torch.from_numpy(labels[indices])}
@@ -66,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         settings,
         circumstances,
         labels,
+        record and record.names,
     )
     return 0
 
@@ -73,7 +77,9 @@ def main(argv: list[str] | None = None) -> int:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --model_path FILE [flags]", description=__doc__)
-    add_dict_to_argparser(parser.add_argument_group("sampling"), sampling_defaults())
+    sampling = parser.add_argument_group("sampling")
+    add_dict_to_argparser(sampling, sampling_defaults())
+    add_classes(sampling)
     add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
     add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser

@@ -1,9 +1,9 @@
 """Train a diffusion model on a folder of images.
 
 After every save_interval steps the folder of results gets modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt and a
-picture of samples; progress.csv has the losses by quartile of t. A run that was ended goes on from its newest
-checkpoint when it is started again with the same flags. Under mpiexec, torchrun or srun, each process takes batch_size
-images per step.
+picture of samples; progress.csv has the losses by quartile of t; classes.json records the classes, if there are any. A
+run that was ended goes on from its newest checkpoint when it is started again with the same flags. Under mpiexec,
+torchrun or srun, each process takes batch_size images per step.
 
   python scripts/image_train.py --data_dir datasets/flowers --batch_size 32 --lr 1e-4 --save_interval 5000 \\
       --image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True --diffusion_steps 1000
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 
+from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.script_util import (
@@ -32,14 +33,23 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.checkpoints import load_model
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
-    from guided_diffusion.training_setup import begin, end, images_for, loop_options, sample_grid, settings_of
+    from guided_diffusion.training_setup import (
+        begin,
+        end,
+        loop_options,
+        more_state,
+        record_classes,
+        sample_grid,
+        settings_of,
+        training_images,
+    )
 
     output = begin(args, f"results/image_train_{folder_name(args.data_dir)}")
     flags = args_to_dict(args, model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
-    data = images_for(args, args.data_dir, args.class_cond, image_size=args.image_size, **crops)
+    data = training_images(args, args.class_cond, output, image_size=args.image_size, **crops)
     model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed).to(dist_util.dev())
 
     loop = TrainLoop(
@@ -50,8 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         output=output,
         settings=settings_of(args, flags, data),
         on_save=sample_grid(args, flags, args.image_size, output, data),
+        more_state=more_state(data),
         **loop_options(args),
     )
+    record_classes(output, data)
     loop.run_loop()
     return end(data)
 
@@ -59,7 +71,9 @@ def main(argv: list[str] | None = None) -> int:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
-    add_dict_to_argparser(parser.add_argument_group("training"), training_defaults())
+    training = parser.add_argument_group("training")
+    add_dict_to_argparser(training, training_defaults())
+    add_class_order(training)
     add_dict_to_argparser(parser.add_argument_group("the model and the diffusion"), model_and_diffusion_defaults())
     return parser
 

@@ -62,6 +62,7 @@ from guided_diffusion.retention import (
     same_class,
     wilson_interval,
 )
+from guided_diffusion.script_util import number_of_steps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -79,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("for the gallery give both folders: --starting_data_dir and --data_dir; for none, neither")
     name = name_in_files(args.classifier_name)
     folder = args.results or default_folder(name)
-    series = find_series(folder, name, args.timestep_respacing)
+    series = find_series(folder, name, steps_of(args.timestep_respacing, args.diffusion_steps))
     count = len(series[0].differences["names"])
     logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {series[0].num_steps}")
 
@@ -110,6 +111,16 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("no gallery: it needs the images, --starting_data_dir and --data_dir")
     logger.info(f"{', '.join(draw)} (png, pdf, csv) and transition.json are in {args.output}")
     return 0
+
+
+def steps_of(timestep_respacing: str, diffusion_steps: int) -> int:
+    """N. Raises UserError."""
+    # A plain number needs no torch.
+    return (
+        int(timestep_respacing)
+        if timestep_respacing.isdecimal()
+        else number_of_steps(diffusion_steps, timestep_respacing)
+    )
 
 
 def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
@@ -407,10 +418,16 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     add(
         "--timestep_respacing",
-        default=250,
+        default="250",
+        metavar="TEXT",
+        help="number of steps N that the samples were made with, as it was given there (default: %(default)s)",
+    )
+    add(
+        "--diffusion_steps",
+        default=1000,
         type=whole_number(1),
-        metavar="N",
-        help="the number of diffusion steps after respacing, N in the files' names (default: %(default)s)",
+        metavar="INT",
+        help="number of diffusion steps that the model was trained with (default: %(default)s)",
     )
     add("--starting_data_dir", default="", metavar="FOLDER", help="the starting images, for the gallery")
     add("--data_dir", default="", metavar="FOLDER", help="the samples, for the gallery: the main script's --output")

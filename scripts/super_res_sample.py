@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, BinaryIO
 import blobfile as bf
 import numpy as np
 
+from guided_diffusion.classes import Classes, read_classes
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.errors import UserError, first_line
+from guided_diffusion.files import read_json
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
@@ -69,7 +71,10 @@ def main(argv: list[str] | None = None) -> int:
             f"{len(small)} images in {args.base_samples} for {args.num_samples} samples (--num_samples): "
             "they are taken again and again"
         )
-    labels = small.labels[np.arange(args.num_samples) % len(small)] if args.class_cond else None
+    labels = record = None
+    if args.class_cond:
+        record = dist_util.on_main(check_classes, args.model_path, args.base_samples, small.labels)
+        labels = small.labels[np.arange(args.num_samples) % len(small)]
 
     def make(indices: range, bar: tqdm) -> torch.Tensor:
         conditions = {"low_res": from_pixels(small.read(indices))}
@@ -86,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         settings,
         circumstances,
         labels,
+        record and record.names,
     )
     return 0
 
@@ -165,6 +171,32 @@ def _check_labels(path: str, labels: np.ndarray, count: int) -> None:
         raise UserError(f"{found}, expected the classes of {count} images, whole numbers")
     if labels.min() < 0 or labels.max() >= NUM_CLASSES:
         raise UserError(f"{found} from {labels.min()} to {labels.max()}, expected classes 0..{NUM_CLASSES - 1}")
+
+
+def check_classes(model_path: str, base_samples: str, labels: np.ndarray) -> Classes | None:
+    """The classes that the upsampler was trained with, if that is recorded.
+
+    Raises UserError where the small images are of others: by index, or by the name that image_sample.py recorded.
+    """
+    from guided_diffusion.parts import record_of
+
+    recorded = read_classes(model_path)
+    if recorded is None:
+        return None
+    try:
+        names = read_json(record_of(base_samples))["classes"]
+    except (OSError, bf.Error, ValueError, TypeError, KeyError):
+        names = {}
+    names = names if isinstance(names, dict) else {}
+    for index in np.unique(labels).tolist():
+        known = recorded.names.get(index)
+        if known is None or names.get(str(index), known) != known:
+            theirs = f" {names[str(index)]}" if str(index) in names else ""
+            raise UserError(
+                f"--base_samples {base_samples} has images of class {index}{theirs}, unknown to the upsampler.\n"
+                f"It was trained with {recorded.describe()} ({recorded.source})"
+            )
+    return recorded
 
 
 def file_digest(path: str) -> str:

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.script_util import (
@@ -36,14 +37,23 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.checkpoints import load_upsampler
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
-    from guided_diffusion.training_setup import begin, end, images_for, loop_options, sample_grid, settings_of
+    from guided_diffusion.training_setup import (
+        begin,
+        end,
+        loop_options,
+        more_state,
+        record_classes,
+        sample_grid,
+        settings_of,
+        training_images,
+    )
 
     output = begin(args, f"results/super_res_train_{folder_name(args.data_dir)}")
     flags = args_to_dict(args, sr_model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
-    data = images_for(args, args.data_dir, args.class_cond, image_size=args.large_size, **crops)
+    data = training_images(args, args.class_cond, output, image_size=args.large_size, **crops)
     model = dist_util.on_every_rank(load_upsampler, "untrained", flags, args.seed).to(dist_util.dev())
 
     loop = TrainLoop(
@@ -54,8 +64,10 @@ def main(argv: list[str] | None = None) -> int:
         output=output,
         settings=settings_of(args, flags, data),
         on_save=sample_grid(args, flags, args.large_size, output, data),
+        more_state=more_state(data),
         **loop_options(args),
     )
+    record_classes(output, data)
     loop.run_loop()
     return end(data)
 
@@ -88,7 +100,9 @@ class WithSmallImages:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
-    add_dict_to_argparser(parser.add_argument_group("training"), training_defaults())
+    training = parser.add_argument_group("training")
+    add_dict_to_argparser(training, training_defaults())
+    add_class_order(training)
     add_dict_to_argparser(parser.add_argument_group("the model and the diffusion"), sr_model_and_diffusion_defaults())
     return parser
 

@@ -290,6 +290,69 @@ def test_a_classifier_of_one_s_own_classes(weights, starts, statistics_flags, tm
     assert "its accuracy is not known: the images do not name its classes" in capsys.readouterr().err
 
 
+def test_classes_of_numbers_and_the_record_of_a_classifier(weights, starts, statistics_flags, flags, tmp_path, capsys):
+    """Four folders 0, 1, 10, 2, and a classifier that always says the last: which one that is, is a matter of order."""
+    state = torch.load(weights)
+    own = {n: (w[:4] if n.startswith("fc.") else w).clone() for n, w in state.items()}
+    own["fc.bias"] = torch.tensor([0.0, 0, 0, 1000])
+    (tmp_path / "weights").mkdir()
+    torch.save(own, tmp_path / "weights/own.pth")
+    for name, folder in zip(("0", "1", "10", "2"), sorted(starts.iterdir()), strict=True):
+        shutil.copytree(folder, tmp_path / "data" / name)
+    shutil.rmtree(tmp_path / "data/10")
+    (tmp_path / "data/10").mkdir()
+    shutil.copy(starts / "n02123045/0.JPEG", tmp_path / "data/10/0.JPEG")  # 3 + 3 + 1 + 3 images
+    common = {"classifier_path": tmp_path / "weights/own.pth", "data_dir": tmp_path / "data", "num_samples": 100}
+    mine = {**statistics_flags, **common}
+
+    def top1(output, **more):
+        capsys.readouterr()
+        assert statistics({**mine, **more}, tmp_path / output) == 0
+        return float(arrays(tmp_path / output / f"act_stat_{NAME}.npz")["top1"]), capsys.readouterr().err
+
+    accuracy, said = top1("text")
+    assert accuracy == 0.3 and said.count("are numbers, ordered as text: 0, 1, 10, 2") == 1
+    accuracy, said = top1("number", class_order="number")
+    assert accuracy == 0.1 and "ordered as text" not in said
+    record = tmp_path / "weights/classes.json"
+    record.write_text(json.dumps({"order": "number", "classes": {"0": "0", "1": "2", "2": "10", "3": "1"}}))
+    accuracy, said = top1("recorded")
+    assert accuracy == 0.3 and "ordered as text" not in said
+    make_samples(tmp_path / "data", tmp_path / "samples")
+    evaluated = {**flags, "classifier_path": common["classifier_path"], "starting_data_dir": tmp_path / "data"}
+    assert evaluate({**evaluated, "data_dir": tmp_path / "samples"}, tmp_path / "recorded") == 0
+    with np.load(tmp_path / "recorded" / f"logits_{NAME}-t_5_20.npz") as f:
+        by_name = dict(zip(f["names"].tolist(), f["labels"].tolist(), strict=True))
+    assert (by_name["0/0.JPEG"], by_name["1/0.JPEG"], by_name["10/0.JPEG"], by_name["2/0.JPEG"]) == (0, 3, 2, 1)
+
+    for content, words in (
+        ({"0": "0", "1": "1", "2": "2"}, "1 of 4 classes in the folder of images are not among the model's 3: 10"),
+        ({"0": "0", "4": "1", "2": "2", "3": "10"}, "has classes up to 4, but the classifier has 4 logits"),
+    ):
+        record.write_text(json.dumps({"order": "text", "classes": content}))
+        with pytest.raises(UserError, match=words):
+            statistics(mine, tmp_path / "other")
+    record.write_text(json.dumps({"order": "number", "classes": {"0": "0", "1": "1", "2": "2", "3": "10"}}))
+    with pytest.raises(UserError, match="--class_order text contradicts"):
+        statistics({**mine, "class_order": "text"}, tmp_path / "other")
+
+
+def test_images_of_unknown_classes(statistics_flags, starts, flags, tmp_path, capsys):
+    """Flat official names, and images beside class folders: everything but the true classes is measured."""
+    for name, source in (("a/1.JPEG", 0), ("b/1.JPEG", 1), ("ILSVRC2012_val_00000001.JPEG", 2)):
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(starts / names_of(starts)[source], tmp_path / "data" / name)
+    make_samples(tmp_path / "data", tmp_path / "samples")
+    assert statistics({**statistics_flags, "data_dir": tmp_path / "data"}, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "carry no class" in said and "accuracy is not known" in said
+    both = {"starting_data_dir": tmp_path / "data", "data_dir": tmp_path / "samples"}
+    assert evaluate({**flags, **both}, tmp_path / "out") == 0
+    assert "their classes are not known" in capsys.readouterr().err
+    with np.load(tmp_path / "out" / f"logits_{NAME}-t_5_20.npz") as f:
+        assert f["labels"].tolist() == [-1, -1]  # the last image has no sample
+
+
 def test_the_series_is_read_in_the_order_of_time(results, tmp_path):
     series = read_series(str(results), NAME)
     assert [(result.step_reverse, result.num_steps) for result in series] == [(5, 20), (10, 20)]

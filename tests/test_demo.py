@@ -27,8 +27,8 @@ IMAGES = images_from_flags(GRAMMAR_FLAGS)
 
 # The demo
 
-TIMES = ["--time_series", "0", "4", "10", "20"]
-SMALL = ["--num_images", "16", "--timestep_respacing", "20", "--num_threads", "1", *TIMES]
+TIMES = ["--time_series", "0,4", "10", "20"]
+SMALL = ["--num_images", "16", "--timestep_respacing", "ddim20", "--num_threads", "1", *TIMES]
 
 
 @pytest.fixture(scope="module")

@@ -256,6 +256,89 @@ def test_labels_reach_a_class_conditional_model(photographs, tmp_path, capsys):
     assert_refused(capsys, [*flags[:-4], "--batch_size", 3, "--output", output], "--labels_file")
 
 
+def test_the_classes_of_a_model_go_by_name(photographs, tmp_path, capsys):
+    """A part of the folders that the model was trained on: their indices are those of its record."""
+    model = {**SMALL_MODEL, "class_cond": True}
+    checkpoint = save_checkpoint(tmp_path / "model000002.pt", model)
+    for i, name in enumerate(("10", "2")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(sorted(photographs.glob("n0[47]*/*.JPEG"))[i], tmp_path / "data" / name / "1.JPEG")
+    flags = [*as_flags(model), "--model_path", checkpoint, "--data_dir", tmp_path / "data", "--timestep_respacing", 4]
+    flags += ["--step_reverse", 4, "--num_threads", 1]
+
+    def digest(output, *more):
+        assert run_here(*flags, "--output", tmp_path / output, *more) == 0
+        return json.loads((tmp_path / output / "t_4_4_run.json").read_text())["settings"]
+
+    by_text = digest("text")
+    assert "are numbers, ordered as text: 10, 2" in capsys.readouterr().err
+    assert digest("text", "--class_order", "text") == by_text
+    assert capsys.readouterr().err.count("ordered as text") == 0
+    by_number = digest("number", "--class_order", "number")
+    assert by_number != by_text
+    record = {"order": "number", "classes": {str(i): str(i) for i in range(12)}}
+    (tmp_path / "classes.json").write_text(json.dumps(record))
+    recorded = digest("recorded")
+    key = "the list of images (--data_dir)"
+    assert len({by_text[key], by_number[key], recorded[key]}) == 3
+    assert {**by_text, key: recorded[key]} == recorded
+    two, ten = (
+        (tmp_path / "recorded/t_4_4_images" / name).read_bytes() for name in ("2/1_t1000.JPEG", "10/1_t1000.JPEG")
+    )
+    assert two != (tmp_path / "number/t_4_4_images/2/1_t1000.JPEG").read_bytes() and two != ten  # 2 was 0, is 2
+    assert_refused(capsys, [*flags, "--output", tmp_path / "x", "--class_order", "text"], "contradicts", "classes.json")
+    (tmp_path / "data/2").rename(tmp_path / "data/13")
+    assert_refused(capsys, [*flags, "--output", tmp_path / "x"], "1 of 2 classes", "not among the model's 12: 13")
+    assert not (tmp_path / "x").exists()
+
+
+FOLDERS = {
+    "official names": ["ILSVRC2012_val_00000001.JPEG", "ILSVRC2012_val_00000002.JPEG"],
+    "one class": ["1.JPEG", "2.JPEG"],
+    "root and subfolders": ["cat/1.JPEG", "dog/1.JPEG", "1.JPEG"],
+    "some of ImageNet": ["n02123045/1.JPEG", "samples/1.JPEG"],
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_classes_need_not_be_known(flags, photographs, tmp_path, capsys, kind):
+    for name in FOLDERS[kind]:
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(photographs / "n02123045/n02123045_1.JPEG", tmp_path / "data" / name)
+    count = len(FOLDERS[kind])
+    mine = [*flags, "--data_dir", tmp_path / "data", "--step_reverse", "2,1", "0", "--output", tmp_path / "out"]
+    assert run_here(*mine, "--num_per_class", 1, "--num_classes", 1) == 0
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1
+    assert f"--num_classes and --num_per_class do not apply, {count} of {count} images are taken" in said
+    assert len(samples(tmp_path / "out")) == 3 * count
+    assert_refused(capsys, [*mine, "--num_samples", 1], "the number of images", f"was {count} and is now 1")
+    if kind != "one class":  # whose names could be anything
+        assert_refused(capsys, [*mine, "--class_cond", "True"], str(tmp_path / "data"))
+
+
+def test_a_name_that_leaves_no_room_for_the_time_is_refused_at_once(flags, photographs, tmp_path, capsys):
+    """255 bytes is the longest name that file systems have, and a letter may take several."""
+    for letters, suffix, fits in (
+        ("é" * 122, ".JPEG", True),
+        ("é" * 122 + "a", ".JPEG", False),
+        ("a" * 245, ".png", False),
+    ):
+        data = tmp_path / f"data{len(letters)}{suffix}"
+        data.mkdir()
+        shutil.copy(photographs / "n02123045/n02123045_1.JPEG", data / (letters + suffix))
+        mine = [*flags, "--data_dir", data, "--step_reverse", 1, "--output", tmp_path / data.name / "out"]
+        if fits:
+            assert run_here(*mine) == 0
+            (name,) = samples(tmp_path / data.name / "out")
+            assert len(os.fsencode(name.rpartition("/")[2])) == 255
+        else:
+            assert_refused(
+                capsys, [*mine, "--model_path", "missing.pt"], "would have a name of 256 bytes", "at most 255"
+            )
+            assert not (tmp_path / data.name / "out").exists()
+
+
 def test_an_unreadable_image_costs_only_itself(flags, reference_run, tmp_path, capsys):
     data = lay_out_photographs(tmp_path / "data" / "ILSVRC2012" / "validation")
     victim = data / "n02123045/n02123045_2.JPEG"

@@ -3,8 +3,11 @@
 import io
 import os
 import random
+import re
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +16,17 @@ from PIL import Image
 from reference import golden
 
 from guided_diffusion import image_datasets, training_data
+from guided_diffusion.classes import Classes, OtherClasses
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import (
+    EXTENSIONS,
     LabelledImage,
+    UnknownClasses,
     UnreadableImage,
     center_crop_arr,
     choose_images,
     label_images,
+    label_where_known,
     list_images,
     open_image,
     random_crop_arr,
@@ -87,6 +94,7 @@ def test_classes_are_sorted_and_the_two_numberings_are_permutations():
 
 def test_list_is_sorted_by_code_point_and_knows_the_extensions(tmp_path):
     names = ["b.JPEG", "a/z.png", "a-b/y.Gif", "Z.jpg", "é.webp", "a/b/c.BMP", "a.jpeg", "ü/日本.jpg"]
+    names += ["t.tif", "t.TIFF", "j.jfif", "j.jp2", "p.ppm", "p.pgm"]
     touch(tmp_path, *names, "a/notes.txt", ".hidden.jpg", ".cache/x.jpg", "a/._z.png", "jpg")
     assert list_images(str(tmp_path)) == sorted(names)
     assert list_images(f"{tmp_path}/") == sorted(names)
@@ -101,6 +109,27 @@ def test_list_follows_links_but_not_in_circles(tmp_path):
     os.mkfifo(tmp_path / "data" / "pipe.jpg")
     expected = ["b.jpg", "broken.jpg", "linked.jpg", "linked/n01440764/a.jpg"]
     assert list_images(str(tmp_path / "data")) == expected
+
+
+def test_links_that_lead_to_each_other_cost_nothing_else(tmp_path):
+    """A link to itself, two links to each other, and two folders with a link to each other."""
+    touch(tmp_path, "a/1.jpg", "b/2.jpg")
+    for link, target in (("self", "self"), ("x", "y"), ("y", "x"), ("x.jpg", "y.jpg"), ("y.jpg", "x.jpg")):
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "a/loop").symlink_to("../b")
+    (tmp_path / "b/loop").symlink_to("../a")
+    expected = ["a/1.jpg", "a/loop/2.jpg", "b/2.jpg", "b/loop/1.jpg", "x.jpg", "y.jpg"]
+    assert list_images(str(tmp_path)) == expected
+    with pytest.raises(UnreadableImage, match=r"x\.jpg' cannot be read: Too many levels of symbolic links"):
+        read_image(str(tmp_path / "x.jpg"), 8)
+
+
+def test_files_that_are_skipped_are_reported_once(tmp_path, capsys):
+    touch(tmp_path, "1.jpg", "2.heic", "3.HEIC", "sub/4.psd", "5")
+    for _ in range(2):
+        assert list_images(str(tmp_path)) == ["1.jpg"]
+    expected = f"warning: 4 files skipped: .heic, .psd, no extension (in {str(tmp_path)!r})\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_names_that_are_not_utf8_are_listed_labelled_and_read(tmp_path):
@@ -218,6 +247,80 @@ def test_official_validation_files_need_a_labels_file(tmp_path):
     assert "Give --labels_file: Kaggle's LOC_val_solution.csv" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        (["ILSVRC2012_val_00000001.JPEG"], "the names of ImageNet's validation files carry no class"),
+        (["cat/1.jpg", "dog/1.jpg", "root.jpg"], "1 of 3 images .* lie outside of its class folders: 'root.jpg'"),
+        (["n01440764/1.jpg", "samples/1.jpg"], "1 of 2 images .* name no ImageNet class: 'samples/1.jpg'"),
+        (["0.jpg", "1.jpg"], "do not give the classes of the images"),
+    ],
+)
+def test_classes_that_need_not_be_known(tmp_path, files, why):
+    data_dir = touch(tmp_path, *files)
+    images, found = label_where_known(data_dir, list_images(data_dir))
+    assert images == [LabelledImage(path, None, "") for path in sorted(files)]
+    assert re.search(why, found)
+    if len(files) != 2 or files[0] != "0.jpg":
+        with pytest.raises(UnknownClasses, match=why):
+            labelled(tmp_path)
+
+
+def test_known_classes_are_the_same_whether_they_need_be_or_not(tmp_path):
+    folders = (["n01440764/1.jpg", "n01443537_2.jpg"], ["cat/1.jpg", "dog/1.jpg"], ["cat_1.jpg", "cat_2.jpg"])
+    for number, files in enumerate(folders):
+        data_dir = touch(tmp_path / str(number), *files)
+        paths = list_images(data_dir)
+        assert label_where_known(data_dir, paths) == (label_images(data_dir, paths), None)
+    (tmp_path / "labels").write_text("other.jpg n01440764\n")
+    with pytest.raises(UserError, match="no entry for 2 of 2 images"):  # a file that was given is no guess
+        label_where_known(data_dir, paths, str(tmp_path / "labels"))
+
+
+def test_folders_of_numbers_go_as_text_with_a_warning_or_as_asked_for(tmp_path, capsys):
+    data_dir = touch(tmp_path, *(f"{i}/a.jpg" for i in range(12)))
+    paths = list_images(data_dir)
+
+    def names(class_order):
+        images = sorted(label_images(data_dir, paths, None, class_order), key=lambda image: image.label)
+        assert [image.label for image in images] == list(range(12))
+        return [image.class_name for image in images]
+
+    assert names("") == names("text") == sorted(map(str, range(12)))
+    assert capsys.readouterr().err.count("are numbers, ordered as text: 0, 1, 10, 11, 2, 3, ... 9") == 1
+    assert names("number") == [str(i) for i in range(12)]
+    labelled(touch(tmp_path / "few", "0/a.jpg", "1/a.jpg", "2/a.jpg"))  # where it makes no difference
+    assert capsys.readouterr().err == ""
+    touch(tmp_path, "cat/a.jpg")
+    with pytest.raises(UserError, match=r"--class_order number: 'cat', a class in .* is not a whole number"):
+        label_images(data_dir, [*paths, "cat/a.jpg"], None, "number")
+
+
+def test_the_classes_of_a_model_number_those_of_a_folder_by_name(tmp_path):
+    model = Classes({0: "ant", 1: "bee", 2: "cat", 5: "n01440764"}, "text", "x/classes.json")
+    data_dir = touch(tmp_path / "own", "bee/1.jpg", "cat/1.jpg")
+    images = label_images(data_dir, list_images(data_dir), None, "", model)
+    assert [(image.label, image.class_name) for image in images] == [(1, "bee"), (2, "cat")]
+    data_dir = touch(tmp_path / "imagenet", "n01440764/1.jpg")
+    assert [image.label for image in label_images(data_dir, list_images(data_dir), None, "", model)] == [5]
+    data_dir = touch(tmp_path / "own", "fox/1.jpg")
+    with pytest.raises(OtherClasses) as error:
+        label_images(data_dir, list_images(data_dir), None, "", model)
+    assert str(error.value) == (
+        f"1 of 3 classes in {data_dir!r} (--data_dir) are not among the model's 4: fox.\n"
+        "Those are ant, bee, cat, n01440764 (x/classes.json)"
+    )
+    numbers = Classes({0: "0", 1: "1", 2: "10", 3: "2"}, "text", "x/classes.json")
+    data_dir = touch(tmp_path / "numbers", "2/1.jpg", "10/1.jpg")
+    for order in ("", "text"):
+        images = label_images(data_dir, list_images(data_dir), None, order, numbers)
+        assert {image.class_name: image.label for image in images} == {"2": 3, "10": 2}
+    with pytest.raises(
+        UserError, match=r"--class_order number contradicts x/classes\.json, where the order is 0, 1, 10"
+    ):
+        label_images(data_dir, list_images(data_dir), None, "number", numbers)
+
+
 # Labelling by file
 
 LABELS_FILES = {
@@ -232,6 +335,8 @@ LABELS_FILES = {
     "csv with a header": '"filename","wnid"\n"ILSVRC2012_val_00000001.JPEG","n01443537"\n\n'
     "ILSVRC2012_val_00000002.JPEG,n03995372\n",
     "other extension": "./ILSVRC2012_val_00000001.png n01443537\nILSVRC2012_val_00000002.png n03995372\n",
+    "indices": f"ILSVRC2012_val_00000001.JPEG 1\nILSVRC2012_val_00000002.JPEG {CLASS_INDEX['n03995372']}\n",
+    "csv of indices": f"name,class\nILSVRC2012_val_00000001,1\nILSVRC2012_val_00000002,{CLASS_INDEX['n03995372']}\n",
     "dos": "\ufefffilename wnid\r\nILSVRC2012_val_00000001.JPEG n01443537\r\nILSVRC2012_val_00000002 n03995372\r\n",
 }
 
@@ -268,7 +373,9 @@ def test_labels_file_with_folders_and_spaces_and_before_the_path(tmp_path):
 @pytest.mark.parametrize(
     ("content", "line", "found"),
     [
-        ("ILSVRC2012_val_00000001.JPEG 65\n", 1, "found 'ILSVRC2012_val_00000001.JPEG 65'; expected Kaggle's"),
+        ("a.jpg 65 extra\n", 1, "found 'a.jpg 65 extra'; expected Kaggle's"),
+        ("a.jpg 65\nb.jpg n01440764\n", 2, "found 'b.jpg n01440764'; expected Kaggle's"),
+        ("a.jpg 65\nb.jpg 1000\n", 2, "1000 is not a class index (0..999)"),
         ("n01440764 tench, Tinca tinca\n", 1, "found 'n01440764 tench, Tinca tinca'; expected Kaggle's"),
         ('{"0": ["n01440764", "tench"]}', 1, "found '{0: [n01440764, tench]}'; expected Kaggle's"),
         ("file,wnid\na.jpg,n01440764\nb.jpg,tench\n", 3, "found 'b.jpg,tench'; expected Kaggle's"),
@@ -330,7 +437,14 @@ def test_choice_goes_class_by_class_and_by_name():
     assert [image.path for image in choose_images(images, 2, 2)] == ["3_1", "3_3", "5_4"]
     assert [image.path for image in choose_images(images, 9, 9)] == ["3_1", "3_3", "3_5", "5_4", "7_0", "7_2"]
     assert [image.path for image in choose_images(images, 9, 9, 4)] == ["3_1", "3_3", "3_5", "5_4"]
-    assert len(choose_images(images_of(None, None, None), 1000, 2)) == 2
+
+
+def test_images_without_classes_are_all_chosen():
+    images = [LabelledImage(f"{i}.jpg", None, "") for i in range(30)]
+    assert choose_images(images[::-1], 1, 1) == sorted(images, key=lambda image: image.path)
+    assert len(choose_images(images, 1000, 10, 20)) == 20
+    assert shortage(images, 1000, 10) is None and shortage(images, 1000, 10, 30) is None
+    assert shortage(images, 1000, 10, 31) == "31 images asked for (--num_samples), 30 found"
 
 
 @pytest.mark.parametrize("flag", ["num_classes", "num_per_class", "num_samples"])
@@ -389,14 +503,17 @@ def test_center_crop_is_the_reference(name):
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (300, 17), (17, 300), (64, 64), (63, 65), (1000, 640)])
-@pytest.mark.parametrize("extension", ["jpg", "png", "gif", "webp", "bmp"])
+@pytest.mark.parametrize("extension", [extension.removeprefix(".") for extension in EXTENSIONS])
 def test_every_size_and_format_is_read(tmp_path, size, extension):
-    gradient(*size).save(tmp_path / f"x.{extension}")
+    mode = {"pbm": "1", "pgm": "L"}.get(extension, "RGB")
+    gradient(*size).convert(mode).save(tmp_path / f"x.{extension}")
     image = read_image(str(tmp_path / f"x.{extension}"), 64)
     assert image.shape == (64, 64, 3) and image.dtype == np.uint8
 
 
-@pytest.mark.parametrize(("extension", "frames"), [("gif", "GIF"), ("webp", "WEBP"), ("png", "PNG"), ("jpg", "MPO")])
+@pytest.mark.parametrize(
+    ("extension", "frames"), [("gif", "GIF"), ("webp", "WEBP"), ("png", "PNG"), ("jpg", "MPO"), ("tif", "TIFF")]
+)
 def test_first_of_several_frames_is_read(tmp_path, extension, frames):
     other = Image.new("RGB", (40, 30), "red")
     gradient().save(tmp_path / f"x.{extension}", frames, save_all=True, append_images=[other], quality=98)
@@ -404,7 +521,7 @@ def test_first_of_several_frames_is_read(tmp_path, extension, frames):
     assert np.abs(image - np.asarray(gradient())).mean() < 8
 
 
-@pytest.mark.parametrize("extension", ["jpg", "png", "webp"])
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
 @pytest.mark.parametrize("orientation", TURNED)
 def test_exif_orientation_is_applied(tmp_path, orientation, extension):
     upright = gradient()
@@ -475,6 +592,128 @@ def test_what_is_transparent_becomes_white(tmp_path, mode):
     assert (pixels[:, :4] == 255).all() and (pixels[:, 4:] == 200).all()
 
 
+def raw_png(depth, color_type, row, transparent, width):
+    """A PNG of one row; Pillow writes none of the rarer kinds."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, 1, depth, color_type, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"tRNS", transparent), (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*each) for each in chunks)
+
+
+GREY, RGB = 0, 2
+
+
+@pytest.mark.parametrize(
+    ("png", "expected"),
+    [
+        (raw_png(1, GREY, bytes([0b01000000]), struct.pack(">H", 0), 2), [255, 255]),
+        (raw_png(2, GREY, bytes([0b00011011]), struct.pack(">H", 1), 4), [0, 255, 170, 255]),
+        (raw_png(4, GREY, bytes([0x5A]), struct.pack(">H", 5), 2), [255, 170]),
+        (raw_png(8, GREY, bytes([5, 10]), struct.pack(">H", 5), 2), [255, 10]),
+        (raw_png(16, GREY, struct.pack(">3H", 1000, 1001, 40000), struct.pack(">H", 1000), 3), [255, 4, 156]),
+        (
+            raw_png(16, RGB, struct.pack(">6H", *[1000] * 3, *[40000] * 3), struct.pack(">3H", *[1000] * 3), 2),
+            [255, 156],
+        ),
+    ],
+    ids=["1-bit", "2-bit", "4-bit", "8-bit", "16-bit", "16-bit RGB"],
+)
+def test_a_transparent_colour_becomes_white_at_every_depth(tmp_path, png, expected):
+    (tmp_path / "x.png").write_bytes(png)
+    pixels = np.asarray(open_image(str(tmp_path / "x.png")))
+    assert pixels[0].tolist() == [[value] * 3 for value in expected]
+
+
+def test_values_of_unknown_range_are_refused(tmp_path):
+    for name, values in (("float", np.ones((4, 4), np.float32)), ("int", np.ones((4, 4), np.int32))):
+        Image.fromarray(values).save(tmp_path / f"{name}.tif")
+        with pytest.raises(UnreadableImage, match=rf"{name}\.tif' cannot be read: it has 32 bits per value"):
+            open_image(str(tmp_path / f"{name}.tif"))
+    values = np.linspace(0, 65535, 16).astype(np.uint16).reshape(4, 4)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    (tmp_path / "x.pgm").write_bytes(b"P5 4 4 65535\n" + values.astype(">u2").tobytes())
+    for extension in ("tif", "pgm"):
+        expected = np.rint(values / 257).astype(np.uint8)
+        np.testing.assert_array_equal(np.asarray(open_image(str(tmp_path / f"x.{extension}")))[..., 0], expected)
+
+
+def kinds_of_images():
+    """mode -> (image, extension, options to save it with), of two odd sides."""
+    rgb = gradient(131, 87)
+    alpha = Image.fromarray((np.arange(131 * 87) % 256).astype(np.uint8).reshape(87, 131))
+    rgba, grey, la = rgb.copy(), rgb.convert("L"), rgb.convert("LA")
+    rgba.putalpha(alpha), la.putalpha(alpha)
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 250)
+    return {
+        "RGB": (rgb, "png", {}),
+        "RGBA": (rgba, "png", {}),
+        "L": (grey, "png", {}),
+        "LA": (la, "png", {}),
+        "1": (grey.convert("1"), "png", {}),
+        "P": (rgb.quantize(32), "png", {"transparency": 3}),
+        "RGB with a transparent colour": (rgb.quantize(8).convert("RGB"), "png", {"transparency": (0, 0, 0)}),
+        "I;16": (deep, "png", {}),
+        "CMYK": (rgb.convert("CMYK"), "jpg", {}),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_images())
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_a_large_image_has_the_pixels_of_any_other(tmp_path, monkeypatch, kind, orientation):
+    """Those that are read channel by channel, in strips: one row at a time here."""
+    image, extension, options = kinds_of_images()[kind]
+    exif = Image.Exif()
+    exif[EXIF_ORIENTATION] = orientation
+    path = str(tmp_path / f"x.{extension}")
+    image.save(path, exif=exif, **options)
+    rng = random.Random(0)
+
+    def read():
+        rng.seed(0)
+        crops = [training_data.read_augmented(path, 8, True, True, rng) for _ in range(4)]
+        return [read_image(path, size) for size in (8, 21, 43, 44, 60)] + crops
+
+    expected = read()
+    halved = []
+    real = image_datasets._halved_rgb
+    monkeypatch.setattr(image_datasets, "_halved_rgb", lambda *args: halved.append(1) or real(*args))
+    monkeypatch.setattr(image_datasets, "LARGE", 0)
+    monkeypatch.setattr(image_datasets, "LARGE_FILE", 0)
+    monkeypatch.setattr(image_datasets, "STRIP", 1)
+    for found, same in zip(read(), expected, strict=True):
+        np.testing.assert_array_equal(found, same)
+    assert len(halved) == 3 + 4
+
+
+LARGEST = {
+    "rgba.png": "Image.new('RGBA', (n, n), (9, 99, 199, 128)).save(path, compress_level=1)",
+    "turned.jpg": "exif = Image.Exif(); exif[0x112] = 6; Image.new('RGB', (n, n), (9, 99, 199)).save(path, exif=exif)",
+}
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_a_picture_of_169_million_pixels_takes_less_than_1_2_gb(tmp_path, name):
+    """In a process of its own, whose greatest resident size the kernel knows."""
+    path = tmp_path / name
+    code = "import sys; from PIL import Image; n, path = 13000, sys.argv[1]\n" + LARGEST[name]
+    subprocess.run([sys.executable, "-c", code, path], check=True)
+    code = (
+        "import resource, sys\n"
+        "from guided_diffusion.image_datasets import read_image\n"
+        "pixels = read_image(sys.argv[1], 256)\n"
+        "print(pixels.shape, pixels[0, 0].tolist(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    shape, color, kib = re.fullmatch(r"(\(.*\)) \[(.*)\] (\d+)\n", done.stdout).groups()
+    assert shape == "(256, 256, 3)"
+    expected = [132, 177, 227] if name == "rgba.png" else [9, 99, 199]
+    assert np.abs(np.array(color.split(", "), int) - expected).max() <= 1
+    assert int(kib) * 1024 < 1.2e9
+
+
 def test_half_transparent_is_mixed_with_white(tmp_path):
     Image.new("RGBA", (4, 4), (0, 0, 100, 51)).save(tmp_path / "x.webp", lossless=True)
     np.testing.assert_array_equal(np.asarray(open_image(str(tmp_path / "x.webp")))[0, 0], [204, 204, 224])
@@ -516,7 +755,7 @@ def unreadable(tmp_path):
         "page.png": (b"<!DOCTYPE html><html></html>", "it is not one of JPEG, PNG"),
         "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is not one of JPEG, PNG"),
         "empty.jpg": (b"", "it is not one of JPEG, PNG"),
-        "bomb.png": (png_of(bomb), "exceeds limit"),
+        "bomb.png": (png_of(bomb), "it has too many pixels, more than 178,956,970; make it smaller"),
         "missing.jpg": (None, "No such file or directory"),
     }
 

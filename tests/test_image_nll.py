@@ -441,6 +441,16 @@ def test_labels_reach_a_class_conditional_model(stub, images, tmp_path):
         (images / f"{i:03d}.png").rename(images / f"{name}_{i}.png")
     run_main(*flags)
     assert stub.calls == [[0, 0, 0, 1, 1, 2, 2]] * 3
+    stub.calls.clear()
+    (tmp_path / "classes.json").write_text('{"order": "text", "classes": {"1": "a", "4": "b", "2": "c"}}')
+    recorded = [*flags, "--model_path", tmp_path / "model.pt", "--output", tmp_path / "recorded"]
+    run_main(*recorded)
+    assert stub.calls == [[1, 1, 1, 4, 4, 2, 2]] * 3
+    with pytest.raises(UserError, match="--class_order text contradicts"):
+        run_main(*recorded, "--class_order", "text")
+    (images / "c_2.png").rename(images / "d_2.png")
+    with pytest.raises(UserError, match=r"not among the model's 3: d\."):
+        run_main(*recorded)
 
 
 def test_plain_mistakes_get_plain_words(small_checkpoint, images, tmp_path):

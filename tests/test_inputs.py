@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import itertools
 import os
 
@@ -30,7 +31,7 @@ def known(data, paths=None):
     """Inputs that have read files."""
     found = Inputs(str(data), "--data_dir")
     for path in paths_of(data) if paths is None else paths:
-        found.note(path)((data / path).read_bytes())
+        found.note(path)(io.BytesIO((data / path).read_bytes()))
     return found
 
 
@@ -101,14 +102,14 @@ def test_an_even_spread(count):
 def test_a_file_that_changes_while_it_is_in_use(data):
     found = known(data)
     with pytest.raises(UserError, match=r"c0/2.png has changed since this run, .*\(--data_dir\)"):
-        found.note("c0/2.png")(b"x" * 100)
+        found.note("c0/2.png")(io.BytesIO(b"x" * 100))
     found = Inputs(str(data), "--data_dir")
     found.compare(paths_of(data), "out")
     with pytest.raises(UserError, match="has changed"):
-        found.note("c0/2.png")(b"x" * 99)
-    found.note("c0/2.png")(b"x" * 100)
+        found.note("c0/2.png")(io.BytesIO(b"x" * 99))
+    found.note("c0/2.png")(io.BytesIO(b"x" * 100))
     found.forget("c0/2.png")
-    found.note("c0/2.png")(b"repaired")
+    found.note("c0/2.png")(io.BytesIO(b"repaired"))
 
 
 def test_entries_are_written_and_read(tmp_path):

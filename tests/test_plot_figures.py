@@ -210,6 +210,8 @@ def damage(folder):
         (None, ["--results", "nowhere"], "nowhere does not exist"),
         (None, ["--classifier_name", "resnet50"], "no results of resnet50"),
         (None, ["--timestep_respacing", "100"], "N = 100, but of N = 250: --timestep_respacing"),
+        (None, ["--timestep_respacing", ""], "N = 1000, but of N = 250: --timestep_respacing"),
+        (None, ["--timestep_respacing", "soon"], "--timestep_respacing soon: expected a whole number of steps"),
         (damage, [], "damaged"),
         (other_images, [], r"different images \(20 and 19\)"),
         (other_layers, [], r"different layers \(3 and 4\)"),
@@ -231,6 +233,18 @@ def test_mistakes(tmp_path, monkeypatch, change, flags, words):
     with pytest.raises(UserError, match=words):
         script.main(["--results", "results", *flags])
     assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("respacing", "steps"),
+    [("250", 1000), ("ddim250", 1000), ("", 250), ("100,150", 1000)],
+)
+def test_steps_are_given_as_to_the_main_script(tmp_path, respacing, steps):
+    write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3)
+    flags = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "figures")]
+    flags += ["--timestep_respacing", respacing, "--diffusion_steps", str(steps)]
+    assert script.main(flags) == 0
+    assert (tmp_path / "figures/class_retention.csv").exists()
 
 
 def test_without_matplotlib(monkeypatch):

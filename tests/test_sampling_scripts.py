@@ -419,6 +419,59 @@ def test_every_sample_enlarges_its_small_image(small_images, monkeypatch, tmp_pa
     assert (torch.cat(given[::2]).numpy() == small_images.labels[around]).all()
 
 
+def test_an_upsampler_is_given_classes_that_it_knows(small_images, monkeypatch, tmp_path):
+    """By their indices; and by their names, where the record of the small images has them."""
+    use(monkeypatch, "load_upsampler", lambda x, t, low_res, y: torch.zeros_like(x))
+    flags = [
+        "--large_size",
+        8,
+        "--small_size",
+        4,
+        "--timestep_respacing",
+        2,
+        "--num_samples",
+        2,
+        "--class_cond",
+        "True",
+    ]
+    flags += ["--base_samples", small_images.path, "--model_path", tmp_path / "model.pt", "--output", tmp_path / "out"]
+    classes = {"0": "cat", "3": "dog", "7": "owl"}
+    (tmp_path / "classes.json").write_text(json.dumps({"order": "text", "classes": classes}))
+    with pytest.raises(
+        UserError, match=r"has images of class 999, unknown to the upsampler\.\n.* 0: cat, 3: dog, 7: owl"
+    ):
+        run_main("super_res_sample", *flags)
+    classes["999"] = "yak"
+    (tmp_path / "classes.json").write_text(json.dumps({"order": "text", "classes": classes}))
+    names = {"0": "cat", "3": "hen", "7": "owl", "999": "yak"}
+    small_images.path.with_suffix(".json").write_text(json.dumps({"classes": names}))
+    with pytest.raises(UserError, match="has images of class 3 hen, unknown to the upsampler"):
+        run_main("super_res_sample", *flags)
+    small_images.path.with_suffix(".json").write_text("[]")
+    run_main("super_res_sample", *flags)
+    record = json.loads((tmp_path / "out/samples_2x8x8x3.json").read_text())
+    assert record["classes"] == {"0": "cat", "7": "owl"}
+
+
+def test_classes_guide_as_recorded(monkeypatch, tmp_path):
+    """Of the classifier where the model has none; of both where both do, if they agree."""
+    use(monkeypatch, "load_noisy_classifier", lambda x, t: x.flatten(1))
+    flags = ["--image_size", 4, "--timestep_respacing", 2, "--num_samples", 20, "--batch_size", 20]
+    flags += ["--model_path", tmp_path / "m/model.pt", "--classifier_path", tmp_path / "c/model.pt"]
+    for folder, names in (("m", {"0": "cat", "5": "dog"}), ("c", {"0": "cat", "6": "dog"})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "classes.json").write_text(json.dumps({"order": "text", "classes": names}))
+    use(monkeypatch, "load_model", lambda x, t, y=None: x)
+    run_main("classifier_sample", *flags, "--output", tmp_path / "one")
+    assert {*load(tmp_path / "one/samples_20x4x4x3.npz")["arr_1"].tolist()} == {0, 6}
+    conditional = [*flags, "--class_cond", "True", "--output", tmp_path / "two"]
+    with pytest.raises(UserError, match="model and classifier were trained with different classes"):
+        run_main("classifier_sample", *conditional)
+    (tmp_path / "c/classes.json").write_bytes((tmp_path / "m/classes.json").read_bytes())
+    run_main("classifier_sample", *conditional, "--classes", "dog")
+    assert {*load(tmp_path / "two/samples_20x4x4x3.npz")["arr_1"].tolist()} == {5}
+
+
 def test_an_upsampler_end_to_end(small_images, tmp_path):
     """What image_sample.py writes is what super_res_sample.py reads; a real upsampler, from its checkpoint."""
     flags = {**sr_model_and_diffusion_defaults(), "large_size": 64, "small_size": 4}

@@ -218,7 +218,7 @@ def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(greys, capsys
     assert sorted(stream.unreadable) == sorted(f"{i:02}.png" for i in bad)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and sorted(lines) == [
-        f"warning: image '{folder}/{i:02}.png' cannot be read: it is not one of JPEG, PNG, GIF, WEBP, BMP; "
+        f"warning: image '{folder}/{i:02}.png' cannot be read: it is not one of {', '.join(image_datasets.FORMATS)}; "
         "the next one takes its place"
         for i in sorted(bad)
     ]
@@ -249,7 +249,7 @@ def test_no_image_can_be_read(tmp_path, capsys, num_workers):
         next(stream)
     assert str(error.value) == (
         f"none of the images in {str(tmp_path)!r} (--val_data_dir) can be read; "
-        f"the first: image '{tmp_path}/a.png' cannot be read: it is not one of JPEG, PNG, GIF, WEBP, BMP"
+        f"the first: image '{tmp_path}/a.png' cannot be read: it is not one of {', '.join(image_datasets.FORMATS)}"
     )
     del error  # its traceback would keep the stream's workers
     assert list(stream.unreadable) == ["a.png", "b.png"] and capsys.readouterr().err == ""

@@ -207,12 +207,129 @@ def test_class_conditional_training_draws_a_grid_of_samples(pictures, tmp_path):
     assert weights_of(tmp_path / "model000002.pt")["label_emb.weight"].shape[0] == 1000
 
 
+def numbers(folder: Path, names) -> Path:
+    """A class folder of each of these names, with a picture in it."""
+    for i, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (16, 16), (20 * i,) * 3).save(folder / name / "1.png")
+    return folder
+
+
+def classes_in(folder) -> dict:
+    return json.loads((folder / "classes.json").read_text())
+
+
+def test_classes_are_recorded_and_sampled(pictures, tmp_path, capfd):
+    """Beside the checkpoints and in the optimizer's file; a copied checkpoint without either has no record."""
+    changes = {"class_cond": True, "iterations": 2, "save_interval": 2}
+    assert main_of("image_train")(*flags_of(pictures, tmp_path / "out", **changes)) == 0
+    expected = {"order": "text", "classes": {"0": "cold", "1": "warm"}}
+    assert classes_in(tmp_path / "out") == expected
+    assert weights_of(tmp_path / "out/opt000002.pt")["training"]["classes"] == expected
+    assert all(torch.is_tensor(value) for value in weights_of(tmp_path / "out/model000002.pt").values())
+
+    def sample(checkpoint, output, *more):
+        flags = {**MODEL, "class_cond": True, "timestep_respacing": 2, "num_samples": 40, "num_threads": 1}
+        flags |= {"model_path": checkpoint, "output": tmp_path / output}
+        capfd.readouterr()
+        assert main_of("image_sample")(*as_flags(flags), *more) == 0
+        record = json.loads((tmp_path / output / "samples_40x16x16x3.json").read_text())
+        with np.load(tmp_path / output / "samples_40x16x16x3.npz") as f:
+            return set(f["arr_1"].tolist()), record, capfd.readouterr().err
+
+    both, record, said = sample(tmp_path / "out/ema_0.9_000002.pt", "both")
+    assert both == {0, 1} and record["classes"] == {"0": "cold", "1": "warm"}
+    assert "warning" not in said and "2 of 2 classes" in said
+    one, record, _ = sample(tmp_path / "out/model000002.pt", "one", "--classes", "warm")
+    assert one == {1} and record["settings"]["the classes (--classes)"] == "1"
+    (tmp_path / "out/classes.json").unlink()
+    assert sample(tmp_path / "out/model000002.pt", "opt")[0] == {0, 1}
+    (tmp_path / "copy").mkdir()
+    (tmp_path / "out/model000002.pt").rename(tmp_path / "copy/model.pt")
+    unknown, record, said = sample(tmp_path / "copy/model.pt", "copied")
+    assert len(unknown) > 20 and "the classes (--classes)" not in record["settings"] and "classes" not in record
+    assert said.count("warning: ") == 1 and "copy/model.pt has no record of its classes" in said
+
+
+def test_classes_of_imagenet_keep_their_indices(photographs, tmp_path):
+    changes = {"class_cond": True, "iterations": 1, "save_interval": 1}
+    assert main_of("image_train")(*flags_of(photographs, tmp_path / "out", **changes)) == 0
+    wnids = {"281": "n02123045", "744": "n04008634", "872": "n04485082", "967": "n07920052"}
+    assert classes_in(tmp_path / "out") == {"order": "ImageNet", "classes": wnids}
+
+
+def test_a_run_that_is_resumed_keeps_the_order_of_its_classes(tmp_path, capfd):
+    folder = numbers(tmp_path / "data", [str(i) for i in range(11)])
+    changes = {"class_cond": True, "save_interval": 1}
+    train = lambda output, *more, **other: main_of("image_train")(  # noqa: E731
+        *flags_of(folder, tmp_path / output, **changes, **other), *more
+    )
+    assert train("number", "--class_order", "number", iterations=1) == 0
+    by_number = classes_in(tmp_path / "number")
+    assert by_number == {"order": "number", "classes": {str(i): str(i) for i in range(11)}}
+    assert train("number", iterations=2) == 0
+    assert "ordered as text" not in capfd.readouterr().err
+    (tmp_path / "number/classes.json").unlink()  # the optimizer's file has it too
+    assert train("number", iterations=3) == 0
+    assert classes_in(tmp_path / "number") == by_number
+    with pytest.raises(
+        UserError, match=r"--class_order text contradicts .*classes\.json, where the order is 0, 1, 2, 3"
+    ):
+        train("number", "--class_order", "text", iterations=4)
+
+    assert train("text", iterations=1) == 0
+    assert capfd.readouterr().err.count("are numbers, ordered as text: 0, 1, 10, 2") == 1
+    by_text = classes_in(tmp_path / "text")
+    assert by_text["order"] == "text" and by_text["classes"]["2"] == "10"
+    with pytest.raises(UserError, match="--class_order number contradicts"):
+        train("text", "--class_order", "number", iterations=2)
+
+    # Another folder, begun from this checkpoint, goes by its record too.
+    begun = {"resume_checkpoint": tmp_path / "number/model000001.pt", "iterations": 2}
+    assert train("begun", **begun) == 0
+    assert classes_in(tmp_path / "begun") == by_number
+
+
+def test_a_run_from_a_checkpoint_of_other_classes(pictures, tmp_path, capfd):
+    folder = numbers(tmp_path / "data", ["a", "b"])
+    assert main_of("image_train")(*flags_of(folder, tmp_path / "first", class_cond=True, iterations=1)) == 0
+    changes = {"class_cond": True, "iterations": 2, "resume_checkpoint": tmp_path / "first/model000001.pt"}
+    flags = flags_of(pictures, tmp_path / "second", **changes)
+    with pytest.raises(UserError, match=r"not among the model's 2: cold, warm\.\nThose are a, b .*--class_order text"):
+        main_of("image_train")(*flags)
+    assert not (tmp_path / "second/classes.json").exists()
+    assert main_of("image_train")(*flags, "--class_order", "text") == 0
+    assert "cold, warm: they are numbered anew" in capfd.readouterr().err
+    assert classes_in(tmp_path / "second")["classes"] == {"0": "cold", "1": "warm"}
+
+
+def test_a_part_of_the_classes_is_validated_by_name(pictures, tmp_path):
+    val = tmp_path / "val"
+    (val / "warm").mkdir(parents=True)
+    (val / "warm/1.png").write_bytes((pictures / "warm/1.png").read_bytes())
+    flags = {"data_dir": pictures, "val_data_dir": val, "output": tmp_path / "out", **TRAINING, **CLASSIFIER}
+    del flags["ema_rate"]
+    seen = []
+    module = load_script("scripts/classifier_train.py")
+    from guided_diffusion.classifier_training import ClassifierTrainLoop
+
+    class Loop(ClassifierTrainLoop):
+        def evaluate(self, batch, cond):
+            seen.extend(cond["y"].tolist())
+            super().evaluate(batch, cond)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("guided_diffusion.classifier_training.ClassifierTrainLoop", Loop)
+        assert module.main([str(f) for f in as_flags({**flags, "iterations": 1, "eval_interval": 1})]) == 0
+    assert seen == [1] * 4
+
+
 def test_a_classifier_is_trained_and_guides(pictures, tmp_path):
     flags = {"data_dir": pictures, "val_data_dir": pictures, "output": tmp_path, **TRAINING, **CLASSIFIER}
     del flags["ema_rate"]
     changes = {"iterations": 14, "anneal_lr": True, "eval_interval": 7, "log_interval": 7, "save_interval": 100}
     assert main_of("classifier_train")(*as_flags({**flags, **changes, "batch_size": 6})) == 0
-    assert names_in(tmp_path) == {"model000014.pt", "opt000014.pt", "progress.csv", "progress.json"}
+    assert names_in(tmp_path) == {"model000014.pt", "opt000014.pt", "classes.json", "progress.csv", "progress.json"}
     first, last = lines_of(tmp_path)
     assert {"train_loss", "train_acc@1", "train_acc@5", "val_loss", "val_acc@1", "val_acc@5"} <= last.keys()
     assert 3 < float(first["train_loss"]) < 7.5  # the logarithm of 1000 is 6.9
@@ -229,6 +346,7 @@ def test_a_classifier_is_trained_and_guides(pictures, tmp_path):
     assert main_of("classifier_sample")(*sampled) == 0
     with np.load(tmp_path / "samples/samples_2x64x64x3.npz") as f:
         assert f["arr_0"].shape == (2, 64, 64, 3) and f["arr_1"].shape == (2,)
+        assert set(f["arr_1"].tolist()) <= {0, 1}  # cold and warm
 
 
 def test_an_upsampler_is_trained_and_upsamples(pictures, tmp_path):
@@ -290,15 +408,15 @@ def test_other_settings_in_the_same_folder(pictures, trained):
         (
             "classifier_train",
             {"val_data_dir": "val"},
-            r"'cold' in --data_dir and 'warm' in --val_data_dir val",
+            r"1 of 1 classes in 'val' \(--val_data_dir\) are not among the model's 2: hot\.\nThose are cold, warm",
         ),
         ("classifier_train", {"classifier_pool": "max"}, r"--classifier_pool max"),
     ],
 )
 def test_plain_mistakes_get_plain_words(pictures, tmp_path, monkeypatch, script, flags, words):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "val/warm").mkdir(parents=True)  # the other class is missing
-    Image.new("RGB", (64, 64)).save(tmp_path / "val/warm/1.png")
+    (tmp_path / "val/hot").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(tmp_path / "val/hot/1.png")
     model = {"image_train": MODEL, "super_res_train": UPSAMPLER, "classifier_train": CLASSIFIER}[script]
     given = {"data_dir": pictures, "output": tmp_path / "out", "batch_size": 2, "iterations": 1, **model, **flags}
     with pytest.raises(UserError) as error:
