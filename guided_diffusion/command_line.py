@@ -8,7 +8,9 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .errors import UserError
@@ -72,6 +74,7 @@ class Flattened(argparse.Action):
 # What asks a process to end. Open MPI's mpiexec kills its processes half a second after a SIGTERM or Ctrl-C, which may
 # be too early for a checkpoint; a SIGUSR1 it only passes on.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+INSISTENCE = 1.0  # seconds after a Ctrl-C from which on another one interrupts what the first one left time for
 
 
 class Stopped(BaseException):
@@ -84,13 +87,40 @@ class Stopped(BaseException):
         self.signum = signum
 
 
+class _Asked:
+    """The signals that have come so far.
+
+    Slurm sends SIGTERM twice within milliseconds at a time limit, and launchers pass on what the process has already
+    received itself. So only Ctrl-C, pressed again after a second, means that the user cannot wait.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0  # the first one
+        self._first_interrupt: float | None = None
+
+    def note(self, signum: int) -> bool:
+        """Take note of a signal. Returns whether it is a Ctrl-C that insists."""
+        self.signum = self.signum or signum
+        if signum != signal.SIGINT:
+            return False
+        now = time.monotonic()
+        if self._first_interrupt is None:
+            self._first_interrupt = now
+            return False
+        return now - self._first_interrupt >= INSISTENCE
+
+
+_asked = _Asked()
+_when_stopped: Callable[[], str] | None = None
+
+
 class StopRequest:
     """Lets a loop end where it likes: within the `with` block, `STOP_SIGNALS` are only noted.
 
-    A second signal is not: it ends the process as it would have without the block.
+    The exception is a second Ctrl-C, at least a second after the first: it raises `Stopped` at once.
 
     Attributes:
-        signum: the signal that came, 0 before.
+        signum: the first signal that came, 0 before.
     """
 
     def __init__(self) -> None:
@@ -108,37 +138,51 @@ class StopRequest:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: Any) -> None:
-        self.signum = signum
-        self.__exit__()
+        self.signum = self.signum or signum
+        if _asked.note(signum):
+            raise Stopped(signum)
+
+
+def when_stopped(describe: Callable[[], str]) -> None:
+    """Have `run` print what `describe` returns if a signal stops the script: what was saved, and how to resume."""
+    global _when_stopped
+    _when_stopped = describe
 
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
-    A UserError is printed without a traceback and ends with its status; an error of the operating system (disk full, no
-    permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number. What all
-    ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
-    them all.
+    A UserError is printed without a traceback and ends with its status; an error of the operating system (disk
+    full, no permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number.
+    Further signals do not disturb that end, except for a Ctrl-C at least a second after the first one. What all ranks
+    meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends all.
     """
+    global _asked
+    _asked = _Asked()
 
     def stop(signum, frame):
-        signal.signal(signum, signal.SIG_DFL)  # a second signal ends the process at once
-        raise Stopped(signum)
+        ending = _asked.signum
+        if _asked.note(signum) or not ending:
+            raise Stopped(signum)
 
-    for signum in STOP_SIGNALS:
-        signal.signal(signum, stop)
+    def leave(signum, frame):
+        if _asked.note(signum):
+            os._exit(128 + signum)
+
+    _handle_stop_signals(stop)
+    reason = None
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
     except UserError as error:
-        status, words = error.status, f"error: {error}"
-        reason = error
+        status, words, reason = error.status, f"error: {error}", error
     except OSError as error:
-        status, words = 1, f"error: {error}"
-        reason = error
+        status, words, reason = 1, f"error: {error}", error
     except Stopped as stopped:
-        name = signal.Signals(stopped.signum).name
-        status, words = 128 + stopped.signum, f"stopped by {name}: what is written is whole. To go on, start it again"
-        reason = stopped
+        status, reason = 128 + stopped.signum, stopped
+        words = f"stopped by {signal.Signals(stopped.signum).name}: {_state_of_the_output()}"
+    _handle_stop_signals(leave)
+    if reason is None:
+        sys.exit(status)
     dist_util = sys.modules.get("guided_diffusion.dist_util")
     if dist_util is None or dist_util.should_report(reason):
         sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
@@ -147,3 +191,17 @@ def run(main: Callable[[], int | None]) -> None:
     if dist_util is not None and isinstance(reason, UserError) and getattr(reason, "on_all_ranks", False):
         dist_util.barrier()  # or the launcher might end rank 0 before it has spoken
     os._exit(status)
+
+
+def _handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, handler)
+
+
+def _state_of_the_output() -> str:
+    with suppress(OSError, UserError):
+        if _when_stopped:
+            return _when_stopped()
+    if "guided_diffusion.dist_util" not in sys.modules:
+        return "nothing had begun. Run the same command again"
+    return "every file written so far is complete. Run the same command again to resume"
