@@ -11,11 +11,16 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
+import signal
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from multiprocessing.connection import wait
 from types import ModuleType
 
 import numpy as np
@@ -24,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from . import dist_util, logger
 from .classes import Classes
+from .command_line import STOP_SIGNALS
 from .errors import UserError
 from .image_datasets import (
     MIN_CROP_FRAC,
@@ -37,6 +43,7 @@ from .image_datasets import (
     random_crop_arr,
     to_float,
 )
+from .inputs import compare_with_record
 from .script_util import NUM_CLASSES
 
 
@@ -131,6 +138,11 @@ class DataStream:
         self._images, self._batch_size, self._num_workers, self._flag = images, batch_size, num_workers, flag
         self._rank, self._world_size = dist_util.get_rank(), dist_util.get_world_size()
         self._batches: Iterator | None = None  # what the workers have begun to read
+        self._workers: set[multiprocessing.Process] = set()
+
+    def compare_with_record(self, record: str, owner: str) -> bool:
+        """Compare the files with a record of their content, or record it: see `inputs.compare_with_record`."""
+        return compare_with_record(self._images.data_dir, self._images.paths, self._flag, record, owner)
 
     def seek(self, position: int) -> None:
         """Let the next batch begin at `position`."""
@@ -142,7 +154,16 @@ class DataStream:
     def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self._batches is None:
             self._batches = self._read_ahead()
-        images, extra, unreadable = next(self._batches)
+        try:
+            images, extra, unreadable = next(self._batches)
+        except (RuntimeError, OSError, EOFError) as error:  # some of what the end of a worker looks like from here
+            ended = wait([worker.sentinel for worker in self._workers], timeout=1)
+            if not ended:
+                raise
+            raise UserError(
+                f"a process that reads images of {self._images.data_dir!r} ({self._flag}) was killed.\n"
+                "If this machine's memory was full, lower --num_workers"
+            ) from error
         new = {path: why for path, why in unreadable.items() if path not in self.unreadable}
         self.unreadable |= new
         if images is None:
@@ -165,15 +186,43 @@ class DataStream:
             sampler=(range(start, start + size) for start in starts),  # without `self`, lest it keep itself alive
             num_workers=self._num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_group,
+            worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else it draws from torch's own, which may be the training's
         )
-        return iter(loader)
+        others = set(multiprocessing.active_children())
+        with _signals_held():  # workers begin here, and must not be ended before they ignore signals
+            batches = iter(loader)
+        self._workers = set(multiprocessing.active_children()) - others
+        for worker in self._workers:
+            # torch and Python wait for its end, then send SIGTERM, which it ignores.
+            worker._popen.terminate = worker._popen.kill
+        return batches
 
 
-def _leave_group(worker: int) -> None:
-    """Ctrl-C and launchers signal a whole group of processes; when a worker ends is up to the one it reads for."""
-    os.setpgrp()
+# Launchers send signals to all processes of a job, and a terminal's Ctrl-C reaches a whole group. When a worker ends is
+# up to the process that it reads for, which may want a few more batches before it saves a checkpoint.
+
+
+def _outlive_signals(worker: int) -> None:
+    """Have a worker process ignore the signals that ask a run to stop, and end with the process that it reads for."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Within the block, signals that ask to stop wait; so do they in processes that begin there."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,11 @@ import json
 import multiprocessing
 import os
 import random
+import signal
 import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from guided_diffusion import dist_util, image_datasets
+from guided_diffusion.command_line import STOP_SIGNALS
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import ImageDataset, load_data
 
@@ -161,18 +166,102 @@ def test_the_random_numbers_of_others_are_left_alone(greys, num_workers):
     assert (torch.rand(()), random.random(), np.random.random()) == expected  # noqa: NPY002
 
 
-def test_workers_end_with_the_stream_and_not_by_the_signals_of_its_group(greys):
+def workers_of(stream):
+    """The worker processes of a stream that has given as many batches as it has workers."""
     before = set(multiprocessing.active_children())
-    stream = stream_of(greys(3), num_workers=2)
-    take(stream, 2)  # one of each worker, which has begun by then
-    workers = set(multiprocessing.active_children()) - before
-    assert len(workers) == 2 and all(os.getpgid(worker.pid) != os.getpgrp() for worker in workers)
+    take(stream, 2)
+    return set(multiprocessing.active_children()) - before
+
+
+def test_workers_end_with_the_stream_and_not_by_signals(greys):
+    folder = greys(3)
+    expected, _ = take(stream_of(folder), 8)
+    stream = stream_of(folder, num_workers=2)
+    workers = workers_of(stream)
+    assert len(workers) == 2
+    for worker in workers:
+        for signum in STOP_SIGNALS:
+            os.kill(worker.pid, signum)
+    assert torch.equal(take(stream, 6)[0], expected[8:])
+    assert all(worker.is_alive() for worker in workers)
+    others = workers
     stream.seek(8)
-    next(stream)
-    assert not any(worker.is_alive() for worker in workers)
-    workers = set(multiprocessing.active_children()) - before
+    workers = workers_of(stream)
+    assert not any(worker.is_alive() for worker in others) and len(workers) == 2
     del stream
-    assert len(workers) == 2 and not any(worker.is_alive() for worker in workers)
+    assert not any(worker.is_alive() for worker in workers)
+
+
+# From the third batch on, images cannot be read in a time that anybody waits for.
+STUCK = """
+import sys, time
+import torch.utils.data
+from guided_diffusion import training_data
+
+read = training_data._Batches.__getitem__
+
+def stuck(self, positions):
+    if positions.start >= 8:
+        time.sleep(1e6)
+    return read(self, positions)
+
+training_data._Batches.__getitem__ = stuck
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds until torch loses patience with a worker
+stream = training_data.load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
+for _ in range(2):
+    next(stream)
+"""
+
+
+@pytest.mark.parametrize("end", ["del stream", "pass"], ids=["by torch", "by Python"])
+def test_workers_that_do_not_end_by_themselves_are_killed(greys, end):
+    command = [sys.executable, "-c", STUCK + end, str(greys(3))]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr  # and nobody has its pipes any more
+
+
+def is_running(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+READER = """
+import multiprocessing, sys, time
+from guided_diffusion.image_datasets import load_data
+stream = load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
+for _ in range(2):
+    next(stream)
+print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_a_process_that_is_killed(greys, signum):
+    process = subprocess.Popen(
+        [sys.executable, "-c", READER, str(greys(3))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment()
+    )
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(workers) == 2 and all(map(is_running, workers))
+    process.send_signal(signum)
+    process.communicate()
+    deadline = time.monotonic() + 60
+    while any(map(is_running, workers)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_a_worker_that_is_killed_is_said_to_be(greys):
+    stream = stream_of(greys(3), num_workers=2)
+    for worker in workers_of(stream):
+        worker.kill()
+    with pytest.raises(
+        UserError, match=r"^a process that reads images of .* \(--data_dir\) was killed\.\n.*num_workers"
+    ):
+        take(stream, 8)
 
 
 def test_real_processes_share_a_batch(pictures, tmp_path):
