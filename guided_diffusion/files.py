@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -68,6 +69,36 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, path) from error
         raise
+
+
+def remove_file(path: str) -> None:
+    """Remove a file if it is there."""
+    if bf.exists(path):
+        bf.remove(path)
+
+
+def set_aside(*paths: str) -> dict[str, str]:
+    """Rename those of the files that exist to NAME.1.EXT, or the next number that is free for all of them.
+
+    Returns old path -> new path. Raises OSError.
+    """
+    paths = tuple(path for path in paths if bf.exists(path))
+    for number in itertools.count(1):
+        renamed = {path: f"{number}".join(_around_number(path)) for path in paths}
+        if not any(map(bf.exists, renamed.values())):
+            break
+    for path, other in renamed.items():
+        if is_remote(path):  # which has no renaming
+            bf.copy(path, other)
+            bf.remove(path)
+        else:
+            os.rename(path, other)
+    return renamed
+
+
+def _around_number(path: str) -> tuple[str, str]:
+    stem, extension = os.path.splitext(path)
+    return f"{stem}.", extension
 
 
 def write_json(path: str, content: Any) -> None:

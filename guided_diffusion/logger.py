@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from .errors import UserError
-from .files import write_whole
+from .files import set_aside, write_whole
 
 DEBUG, INFO, WARN, ERROR, DISABLED = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, 50
 FORMATS = ("stdout", "csv", "json")
@@ -175,6 +175,20 @@ def dumpkvs() -> dict[str, Any]:
             with open(_dir / f"progress{_suffix}.json", "a") as file:
                 file.write(json.dumps({key: _json_value(val) for key, val in values.items()}) + "\n")
     return values
+
+
+def set_aside_files() -> None:
+    """Rename progress.csv and progress.json, if they exist, to progress.1.csv and so on, so that new ones are begun.
+
+    A run that begins must not continue the log of another one, such as one that was killed before its first
+    checkpoint. Only rank 0 does something. Raises OSError.
+    """
+    if not _dir or _rank() != 0:
+        return
+    renamed = set_aside(*(str(_dir / f"progress{_suffix}.{kind}") for kind in ("csv", "json")))
+    if renamed:
+        names = ", ".join(map(os.path.basename, renamed.values()))
+        info(f"the log in {_dir} belongs to an earlier run: renamed to {names}")
 
 
 def rewind(key: str, last: float) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from . import logger
 from .errors import UserError
-from .files import write_whole
+from .files import set_aside, write_whole
 from .forward_backward import to_pixels
 from .gaussian_diffusion import GaussianDiffusion
 from .noise import NoiseStreams
@@ -55,6 +55,8 @@ class SampleGrid:
             pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, **options))
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)
-            write_whole(f"{self.output}/samples_{step:06d}.png", encode(image_grid(magnified(pixels)), "png", 100))
+            path = f"{self.output}/samples_{step:06d}.png"
+            set_aside(path)  # of an earlier run, whose checkpoints are elsewhere now
+            write_whole(path, encode(image_grid(magnified(pixels)), "png", 100))
         except (UserError, OSError, torch.OutOfMemoryError) as error:
             logger.warn(f"no sample grid at step {step} (--sample_grid): {error}")

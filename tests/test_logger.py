@@ -219,6 +219,27 @@ def test_rewind_on_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch):
     assert progress(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
 
 
+def test_set_aside_files(tmp_path, monkeypatch):
+    logger.set_aside_files()  # there is no folder
+    for suffix in "", "_x":
+        logger.configure(dir=tmp_path, log_suffix=suffix)
+        logger.set_aside_files()  # there is no file
+        for n in range(3):
+            logger.logkv("n", n)
+            logger.dumpkvs()
+            if n == 1:  # a number that is free for one of the two is not taken
+                (tmp_path / f"progress{suffix}.2.json").write_text("another's")
+            monkeypatch.setattr(logger, "_rank", lambda: 1)
+            logger.set_aside_files()
+            monkeypatch.setattr(logger, "_rank", lambda: 0)
+            logger.set_aside_files()
+    numbers = {"csv": (1, 3, 4), "json": (1, 2, 3, 4)}
+    names = {f"progress{suffix}.{n}.{kind}" for suffix in ("", "_x") for kind in numbers for n in numbers[kind]}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert [rows(tmp_path, f"progress_x.{n}.csv") for n in (1, 3, 4)] == [[{"n": str(n)}] for n in range(3)]
+    assert (tmp_path / "progress.2.json").read_text() == "another's"
+
+
 def test_mistakes(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"log folder .*file/sub cannot be made: Not a directory"):
