@@ -117,7 +117,9 @@ def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ..
     return {name: tuple(w.shape) for name, w in state_dict.items()}
 
 
-def check_fit(network: Network, path: str, found: Shapes, expected: Shapes, flags: Mapping[str, Any]) -> None:
+def check_fit(
+    network: Network, path: str, found: Shapes, expected: Shapes, flags: Mapping[str, Any], path_flag: str = ""
+) -> None:
     """Raise UserError, in the words of the flags, unless a checkpoint has exactly the names and shapes of the model.
 
     Args:
@@ -126,16 +128,18 @@ def check_fit(network: Network, path: str, found: Shapes, expected: Shapes, flag
         found: names and shapes of the checkpoint.
         expected: names and shapes of the model that `flags` describe.
         flags: the user's flags.
+        path_flag: flag that gave the path; by default the one of scripts that sample.
     """
+    named = f" ({path_flag})" if path_flag else ""
+    path_flag = path_flag or network.path_flag
     if dict(found) == dict(expected):
         return
     held = network_in(found)
     if isinstance(held, str):
-        raise UserError(f"{network.path_flag} {path} holds {held}, not {network.kind}")
+        raise UserError(f"{path_flag} {path} holds {held}, not {network.kind}")
     if held is not network:
         raise UserError(
-            f"{network.path_flag} {path} holds {held.kind}, not {network.kind}.\n"
-            f"It is for {held.path_flag} of {held.scripts}"
+            f"{path_flag} {path} holds {held.kind}, not {network.kind}.\nIt is for {held.path_flag} of {held.scripts}"
         )
     theirs, yours = read_flags(found), {**flags, **read_flags(expected)}
     sizes = []  # those whose multipliers are the checkpoint's, where yours are others
@@ -150,12 +154,10 @@ def check_fit(network: Network, path: str, found: Shapes, expected: Shapes, flag
     differing = [name for name, value in theirs.items() if value != yours[name]]
     differences = [_in_words(network, name, theirs[name], yours[name], sizes, flags) for name in differing]
     if not differences:
-        raise UserError(
-            f"{network.path_flag} {path} is not a checkpoint of this network: {_first_difference(found, expected)}"
-        )
+        raise UserError(f"{path_flag} {path} is not a checkpoint of this network: {_first_difference(found, expected)}")
     reasons, remedies = zip(*differences, strict=True)
     advice = f".\nChange your flags to: {' '.join(remedies)}" if all(remedies) else ""
-    raise UserError(f"the checkpoint {path} does not fit your flags: {'; '.join(reasons)}{advice}")
+    raise UserError(f"the checkpoint {path}{named} does not fit your flags: {'; '.join(reasons)}{advice}")
 
 
 def network_in(shapes: Shapes) -> Network | str:

@@ -78,7 +78,8 @@ HELP = {
     "ema_rate": "decay of the moving averages of the weights, one number or several separated by commas",
     "log_interval": "steps between two lines of progress.csv, of which each is the mean since the last",
     "save_interval": "steps between two checkpoints",
-    "resume_checkpoint": "modelNNNNNN.pt to go on from, with what lies beside it; empty: the newest one in output",
+    "resume_checkpoint": "modelNNNNNN.pt to begin a new run with, and the files beside it; a run in output is resumed "
+    "without this flag",
     "fp16_scale_growth": "growth of the binary logarithm of float16's loss scale per step",
     "random_crop": "whether training sees random squares of the images (else the middle square)",
     "random_flip": "whether training sees half of the images mirrored",

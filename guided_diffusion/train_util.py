@@ -9,8 +9,10 @@ for dropout).
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import blobfile as bf
@@ -22,28 +24,32 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from . import dist_util, logger
-from .command_line import Stopped, StopRequest
+from .command_line import Stopped, StopRequest, when_stopped
 from .dist_util import get_rank, get_world_size
-from .errors import UserError
+from .errors import ResultError, UserError
 from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
 from .noise import NoiseStreams
+from .optimizer_state import by_parameter, steps_taken
 from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
-from .run_record import differences
-from .training_checkpoints import (
-    ema_path,
-    find_ema_checkpoint,
-    find_resume_checkpoint,
-    model_path,
-    opt_path,
-    parse_resume_step_from_filename,
-    read_optimizer,
-    remove_unfinished,
-    write_checkpoint,
-)
+from .training_checkpoints import find_ema_checkpoint as find_ema_checkpoint
+from .training_checkpoints import find_resume_checkpoint as find_resume_checkpoint
+from .training_checkpoints import opt_path, read_optimizer, remove_unfinished, write_checkpoint
+from .training_checkpoints import parse_rates as parse_rates
+from .training_checkpoints import parse_resume_step_from_filename as parse_resume_step_from_filename
+from .training_start import Start, changes_of, choose_start, describe_newest
 
 Cond = dict[str, Tensor]  # what the model is given besides the images, each (B, ...)
+Shapes = Mapping[str, tuple[int, ...]]
+
+SKIPPED = "skipped_steps"  # in the log: those that float16's loss scaling has left out since the last line
+# PyTorch 2.13 renamed the option of whether buffers are sent around before each forward pass.
+SYNC_BUFFERS = next(
+    name
+    for name in ("forward_sync_buffers", "broadcast_buffers")
+    if name in inspect.signature(DistributedDataParallel).parameters
+)
 
 
 class TrainLoop:
@@ -63,8 +69,8 @@ class TrainLoop:
         lr: learning rate of AdamW.
         ema_rate: decays of the moving averages, a number or text with commas; empty: no averages.
         log_interval, save_interval: numbers of steps.
-        resume_checkpoint: a modelNNNNNN.pt to go on from, with the files beside it. Where `output` has checkpoints,
-            the newest whole one is gone on from without being named.
+        resume_checkpoint: a modelNNNNNN.pt to begin from, with the files beside it. If `output` has checkpoints, the
+            run resumes from the newest one, and this may only name that or the one that the run was begun with.
         use_fp16, fp16_scale_growth: see `MixedPrecisionTrainer`.
         schedule_sampler: chooses time steps; uniformly if None.
         weight_decay: of AdamW.
@@ -72,14 +78,20 @@ class TrainLoop:
         iterations: number of steps after which training ends; 0: no end.
         seed: of time steps, noise and dropout.
         output: folder of the checkpoints; that of the logger if None.
-        settings: what makes this run another one than one with other values, by the names of the flags. A folder with
-            checkpoints of other settings is not gone on in.
+        settings: what makes this run another one than one with other values, by the names of the flags. A run is not
+            resumed with other settings.
+        on_start: called on rank 0 with whether the run is resumed, when all of the checkpoint has been read and before
+            anything is written.
+        before_save: called on rank 0 before a checkpoint is written.
         on_save: called on rank 0 after a checkpoint with (model, step), where the model has the weights of the first
             moving average, if there is one.
+        check_fit: called with (path, shapes of a checkpoint, shapes of the model) if these differ; it raises a
+            UserError that says which flags to change.
         more_state: further entries of "training" in the optimizer's file.
 
     Raises:
-        UserError: checkpoints that do not fit or cannot be read; a number out of range; no folder for the results.
+        UserError: checkpoints that do not fit or cannot be read, or are those of a run with other settings; a number
+            out of range; no folder for the results.
     """
 
     prefix = ""  # of the names of losses in the log
@@ -106,7 +118,10 @@ class TrainLoop:
         seed: int = 0,
         output: str | None = None,
         settings: Mapping[str, Any] | None = None,
+        on_start: Callable[[bool], None] | None = None,
+        before_save: Callable[[], None] | None = None,
         on_save: Callable[[Callable[..., Tensor], int], None] | None = None,
+        check_fit: Callable[[str, Shapes, Shapes], None] | None = None,
         more_state: Mapping[str, Any] | None = None,
     ):
         self.model = model
@@ -125,7 +140,8 @@ class TrainLoop:
         self.last_step = min(filter(None, (lr_anneal_steps, iterations)), default=None)
         self.seed = seed
         self.settings = dict(settings or {})
-        self.on_save = on_save
+        self.on_start, self.before_save, self.on_save = on_start, before_save, on_save
+        self.check_fit = check_fit
         self.more_state = dict(more_state or {})
         folder = output or logger.get_dir()
         if not folder:
@@ -134,12 +150,17 @@ class TrainLoop:
         self.device = next(model.parameters()).device
 
         self.step = self.resume_step = 0
+        self.saved_step: int | None = None  # of the last checkpoint that this object has read or written
+        self.begun_from: dict[str, str] | None = None
         self.meter = LossMeter(self.device)
         self.mp_trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth)
         self.opt = torch.optim.AdamW(
             self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=self.device.type in ("cpu", "cuda")
         )
         self.ema_params: list[list[Tensor]] = []
+        self._continues_log = False
+        self._request = StopRequest()
+        self.named = resume_checkpoint
         self._resume(resume_checkpoint)
         self.ddp_model = self._distributed(model)
 
@@ -147,36 +168,57 @@ class TrainLoop:
         """Train until the last step, or until the process is asked to end, which saves a checkpoint first.
 
         Raises:
-            UserError: the loss is no number any more; checkpoints cannot be written.
+            UserError: checkpoints cannot be written.
+            ResultError: a loss, a norm or a weight is NaN or infinite; nothing of it is saved.
             Stopped: a signal came.
         """
+        if self.done:
+            logger.info(f"already at step {self.step}: nothing is left to do")
+            return
+        when_stopped(partial(describe_newest, self.output, self.named))
         self.model.train()
         bar = logger.progress_bar(self.last_step, "training", "step", initial=self.step)
-        with bar, StopRequest() as request:
-            while self.last_step is None or self.step < self.last_step:
-                agreed = _maximum(request)
+        with bar, StopRequest() as self._request:
+            while not self.done:
+                agreed = _maximum(self._request)
                 self.run_step(*next(self.data))
                 bar.update()
                 if self.step % self.log_interval == 0:
-                    bar.set_postfix(loss=f"{self.log()[f'{self.prefix}loss']:.4g}")
+                    line = self.log()
+                    if (name := f"{self.prefix}loss") in line:
+                        bar.set_postfix(loss=f"{line[name]:.4g}")
                 signum = agreed()
-                if self.step % self.save_interval == 0 or self.step == self.last_step or signum:
-                    self.save()
+                if self.step % self.save_interval == 0 or self.done or signum:
+                    self.save(draw=not signum)
                 if signum:
                     raise Stopped(signum)
 
+    @property
+    def done(self) -> bool:
+        """Whether the last step has been taken."""
+        return self.last_step is not None and self.step >= self.last_step
+
     def run_step(self, batch: Tensor, cond: Cond) -> None:
         """One step of the optimiser on this process's part (B, C, H, W) of the global batch."""
-        self.forward_backward(batch, cond)
+        losses, t = self.forward_backward(batch, cond)
         self._anneal_lr()
         grad_norm, param_norm = self.mp_trainer.optimize(self.opt)
-        self.meter.add_norms(grad_norm=grad_norm, param_norm=param_norm)
+        # In float16 the scaler skips a step whose gradients have overflowed: that is counted, and its losses are not.
+        taken = grad_norm.isfinite() if self.mp_trainer.scaler.is_enabled() else None
+        self.meter.add(losses, t, self.diffusion.num_timesteps, taken)
+        self.meter.add_norms(taken, grad_norm=grad_norm)
+        self.meter.add_norms(param_norm=param_norm)
+        if taken is not None:
+            self.meter.add_total(**{SKIPPED: (~taken).double() * dist_util.is_main()})
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(params, self.mp_trainer.master_params, rate=rate)
         self.step += 1
 
-    def forward_backward(self, batch: Tensor, cond: Cond) -> None:
-        """Compute the gradients of the global batch's mean loss, microbatch by microbatch."""
+    def forward_backward(self, batch: Tensor, cond: Cond) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute the gradients of the global batch's mean loss, microbatch by microbatch.
+
+        Returns the weighted terms of the loss by their names in the log, each (B,), and the indices t, (B,).
+        """
         batch = batch.to(self.device, non_blocking=True)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
         self._check_batch(batch)
@@ -201,8 +243,7 @@ class TrainLoop:
         joined = {name: torch.cat([losses[name] for losses in terms]) for name in terms[0]}  # each (B,)
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, joined["loss"])
-        weighted = {f"{self.prefix}{name}": value * weights for name, value in joined.items()}
-        self.meter.add(weighted, t, self.diffusion.num_timesteps)
+        return {f"{self.prefix}{name}": value * weights for name, value in joined.items()}, t
 
     def compute_losses(self, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> dict[str, Tensor]:
         """Terms of the loss, each (B,), among them "loss", of images x (B, C, H, W) at the indices t (B,)."""
@@ -211,26 +252,35 @@ class TrainLoop:
     def log(self) -> dict[str, Any]:
         """Write a line of the log: the means since the last, over all processes. Returns it.
 
-        Raises UserError where the loss is no number any more.
+        Raises ResultError, on all processes, and writes nothing, if a number is NaN or infinite.
         """
+        means, scaling = self.meter.means(), {}
+        self._check_finite(means)
+        if self.mp_trainer.scaler.is_enabled():
+            scale = self.mp_trainer.scaler.get_scale()
+            if f"{self.prefix}loss" not in means and scale < 1:
+                self._not_finite(f"every step since the last line overflowed, although the loss scale is {scale}")
+            scaling["lg_loss_scale"] = float(np.log2(scale))
         logger.logkv("step", self.step)
         logger.logkv("samples", self.step * self.global_batch)
-        if self.mp_trainer.scaler.is_enabled():
-            logger.logkv("lg_loss_scale", float(np.log2(self.mp_trainer.scaler.get_scale())))
-        logger.logkvs(self.meter.means())
-        line = logger.dumpkvs()
-        if not np.isfinite(line[f"{self.prefix}loss"]) and not self.mp_trainer.scaler.is_enabled():
-            dist_util.on_every_rank(self._diverged)
-        return line
+        logger.logkvs(scaling | means)
+        return logger.dumpkvs()
 
-    def save(self) -> None:
+    def save(self, draw: bool = True) -> None:
         """Write the checkpoint of this step, on rank 0; all processes call this.
 
-        Raises UserError where it cannot be written, or where weights are no numbers any more.
+        Args:
+            draw: whether to call `on_save` then.
+
+        Raises UserError if it cannot be written, and ResultError if there are numbers in it that are NaN or infinite.
         """
+        if self.step == self.saved_step:
+            return
         counted = self.meter.over_all_ranks()
+        self._check_finite(self.meter.means_of(counted))
         dist_util.on_main(self._write_checkpoint, counted)
-        if self.on_save is not None and dist_util.is_main():
+        self.saved_step = self.step
+        if draw and self.on_save is not None and dist_util.is_main():
             self.model.eval()
             self.on_save(self._averaged_model, self.step)
             self.model.train()
@@ -263,86 +313,147 @@ class TrainLoop:
 
     def _resume(self, named: str) -> None:
         """Take up the newest checkpoint in the output folder, else the `named` one, else begin."""
-        dist_util.on_main(remove_unfinished, self.output)
-        path, ours = dist_util.on_main(choose_checkpoint, named, self.output, self.ema_rate)
-        if path is None:
+        start = dist_util.on_main(choose_start, named, self.output, self.settings, self.ema_rate)
+        if start is None:
             self.ema_params = [_copies(self.mp_trainer.master_params) for _ in self.ema_rate]
             dist_util.sync_params(self.model.parameters())
-            return
-        self.step = self.resume_step = parse_resume_step_from_filename(path)
-        self._load_weights(path)
-        self.ema_params = [self._load_average(path, rate) for rate in self.ema_rate]
-        state = dist_util.on_every_rank(read_optimizer, path, self.step)
-        if state is None:
-            logger.warn(f"no {opt_path('', self.step)} beside {path}: the optimiser starts anew")
         else:
-            self._load_optimizer(path, state, ours)
-        logger.info(f"going on from {path}, after {self.step} steps")
-        if ours:
+            self.step, self.begun_from = start.number, start.begun_from
+            order = self._load_weights(start)
+            self.ema_params = [self._load_average(start, rate) for rate in self.ema_rate]
+            state = dist_util.on_every_rank(read_optimizer, start.path, start.number)
+            if state is None:
+                logger.warn(f"no {opt_path('', start.number)} beside {start.path}: the optimizer starts anew")
+            else:
+                self._load_optimizer(start, state, order)
+            self.resume_step = self.step
+        if not self.done:
+            dist_util.on_main(self._open_folder, start)
+        if start is not None and start.resumed:
+            self.saved_step = self.step
+
+    def _open_folder(self, start: Start | None) -> None:
+        """The first changes in the output folder, when nothing speaks against this run there."""
+        resumed = start is not None and start.resumed
+        if self.on_start is not None:
+            self.on_start(resumed)
+        remove_unfinished(self.output)
+        if start is not None:
+            verb = "resuming" if resumed else "beginning"
+            logger.info(f"{verb} from {start.path}, after {self.step} steps")
+        if self._continues_log:
             logger.rewind("step", self.step)
+        else:
+            logger.set_aside_files()
 
-    def _load_weights(self, path: str) -> None:
-        weights = dist_util.load_state_dict(path, flag="--resume_checkpoint")
-        _check_same_network(path, weights, self.model.state_dict())
+    def _load_weights(self, start: Start) -> list[str]:
+        """Returns the names of the parameters in the order of the file."""
+        weights = dist_util.load_state_dict(start.path, flag=_flag(start))
+        self._compare_network(start.path, weights)
         self.model.load_state_dict(weights)
+        parameters = dict(self.model.named_parameters())
+        return [name for name in weights if name in parameters]
 
-    def _load_average(self, path: str, rate: float) -> list[Tensor]:
-        average = dist_util.on_main(find_ema_checkpoint, path, self.step, rate)
+    def _load_average(self, start: Start, rate: float) -> list[Tensor]:
+        average = dist_util.on_main(find_ema_checkpoint, start.path, start.number, rate)
         if average is None:
-            logger.warn(f"no average of decay {rate} beside {path}: it starts from the model's weights")
+            logger.warn(f"no moving average of decay {rate} beside {start.path}: it begins with the model's weights")
             return _copies(self.mp_trainer.master_params)
-        weights = dist_util.load_state_dict(average, flag="--resume_checkpoint")
-        _check_same_network(average, weights, self.model.state_dict())
+        weights = dist_util.load_state_dict(average, flag=_flag(start))
+        self._compare_network(average, weights)
         return _copies(value.to(self.device) for value in self.mp_trainer.state_dict_to_master_params(weights))
 
-    def _load_optimizer(self, path: str, state: dict[str, Any], ours: bool) -> None:
-        training = state.pop("training", {})
-        changes = differences(training.get("settings", self.settings), self.settings)
-        if changes and ours:
-            raise UserError(
-                f"{self.output} holds the checkpoints of a run with other settings: {'; '.join(changes)}.\n"
-                "Go on with those, choose another --output, or begin a new run from one of them by --resume_checkpoint"
-            )
-        if changes:
-            logger.info(f"other settings than those of {path}: {'; '.join(changes)}")
-        try:
-            self.opt.load_state_dict(state)
-        except ValueError as error:
-            raise UserError(
-                f"--resume_checkpoint {path}: the optimiser's state beside it is another network's"
-            ) from error
-        for group in self.opt.param_groups:
-            group["weight_decay"] = self.weight_decay
+    def _compare_network(self, path: str, weights: Mapping[str, Tensor]) -> None:
+        """Raise UserError, on all processes, if weights are of another network than the model."""
+        found, expected = (
+            {name: tuple(value.shape) for name, value in state.items()} for state in (weights, self.model.state_dict())
+        )
+        if found != expected:
+            dist_util.on_every_rank(self._refuse, path, found, expected)
+
+    def _refuse(self, path: str, found: Shapes, expected: Shapes) -> None:
+        if self.check_fit is not None:
+            self.check_fit(path, found, expected)
+        different = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
+        name = different[0]
+        raise UserError(
+            f"--resume_checkpoint {path} is of another network than your flags describe: {name} is "
+            f"{found.get(name, 'missing')} there and {expected.get(name, 'missing')} here ({len(different)} such)"
+        )
+
+    def _load_optimizer(self, start: Start, state: dict[str, Any], order: list[str]) -> None:
+        training = state.get("training", {})
+        if not start.resumed and (changes := changes_of(training.get("settings", {}), self.settings)):
+            logger.info(f"other settings than those of {start.path}: {'; '.join(changes)}")
+        parameters = dict(self.model.named_parameters())
+        states = dist_util.on_every_rank(self._states_by_parameter, start, state, order)
+        numbered = {index: states[name] for index, name in enumerate(parameters) if name in states}
+        # Its own groups, since learning rate and weight decay may be others now.
+        self.opt.load_state_dict({"state": numbered, "param_groups": self.opt.state_dict()["param_groups"]})
+        if "training" not in state:
+            self._take_up_original(start, steps_taken(states))
         if scaler := training.get("scaler"):
             self.mp_trainer.scaler.load_state_dict(scaler)
         if isinstance(self.schedule_sampler, LossAwareSampler) and "schedule_sampler" in training:
             self.schedule_sampler.load_state_dict(training["schedule_sampler"])
-        if ours:
+        if start.resumed and "meter" in training:
             self.meter.load(training["meter"], keep=dist_util.is_main())
+            self._continues_log = True
         if hasattr(self.data, "seek"):
             self.data.seek(training.get("position", self.step * self.global_batch))
 
+    def _states_by_parameter(self, start: Start, state: dict[str, Any], order: list[str]) -> dict[str, Any]:
+        parameters = dict(self.model.named_parameters())
+        try:
+            return by_parameter(state, {name: tuple(parameters[name].shape) for name in order})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            path = opt_path(bf.dirname(start.path), start.number)
+            raise UserError(f"{path} is not the optimizer's state of {start.path}: {error}") from error
+
+    def _take_up_original(self, start: Start, taken: int) -> None:
+        """Count on from the steps that the original's optimizer has taken: its files are numbered a step lower."""
+        self.step = max(start.number, taken)
+        logger.info(
+            f"{start.path} is of another program, whose optimizer has taken {taken} steps: the next step is number "
+            f"{self.step + 1} here"
+        )
+
     def _write_checkpoint(self, meter: dict[str, Any]) -> None:
-        params = self.mp_trainer.master_params
-        if not torch.stack([param.detach().isfinite().all() for param in params]).all():
-            self._diverged()
+        if self.before_save is not None:
+            self.before_save()
+        params, optimizer = self.mp_trainer.master_params, self.opt.state_dict()
+        states = [value for state in optimizer["state"].values() for value in state.values()]
+        averages = dict(zip(self.ema_rate, self.ema_params, strict=True))
+        for what, tensors in [
+            ("a weight", params),
+            ("a number of the optimizer", states),
+            *((f"a weight of the moving average of decay {rate}", average) for rate, average in averages.items()),
+        ]:
+            if not _are_finite(tensors):
+                raise ResultError(self._divergence(f"{what} is NaN or infinite"))
         training = {
             "position": getattr(self.data, "position", self.step * self.global_batch),
             "settings": self.settings,
+            "ema_rates": self.ema_rate,
+            "begun_from": self.begun_from,
             "meter": meter,
             "scaler": self.mp_trainer.scaler.state_dict(),
             **self.more_state,
         }
         if isinstance(self.schedule_sampler, LossAwareSampler):
             training["schedule_sampler"] = self.schedule_sampler.state_dict()
-        for rate, average in zip(self.ema_rate, self.ema_params, strict=True):
-            state = self.mp_trainer.master_params_to_state_dict(average)
-            write_checkpoint(ema_path(self.output, rate, self.step), state)
-        write_checkpoint(opt_path(self.output, self.step), {**self.opt.state_dict(), "training": training})
-        write_checkpoint(model_path(self.output, self.step), self.model.state_dict())
+        write_checkpoint(
+            self.output,
+            self.step,
+            self.model.state_dict(),
+            {**optimizer, "training": training},
+            {rate: self.mp_trainer.master_params_to_state_dict(average) for rate, average in averages.items()},
+        )
 
     def _averaged_model(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the model with the weights of the first moving average."""
+        if self._request.signum:  # the checkpoint is written: a picture of samples is not worth the time that is left
+            raise UserError("the run is being stopped")
         with torch.no_grad(), self.mp_trainer.autocast():
             if not self.ema_params:
                 return self.model(*args, **kwargs)
@@ -358,7 +469,7 @@ class TrainLoop:
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{SYNC_BUFFERS: False},
             bucket_cap_mb=128,
             gradient_as_bucket_view=True,
         )
@@ -367,10 +478,20 @@ class TrainLoop:
         if len(batch) != self.batch_size:
             raise UserError(f"the data gave a batch of {len(batch)} images, expected {self.batch_size} (--batch_size)")
 
-    def _diverged(self) -> None:
-        raise UserError(
-            f"training has diverged: at step {self.step} the loss or the weights are no numbers any more. Lower --lr.\n"
-            f"The checkpoints in {self.output} are older and whole"
+    def _check_finite(self, numbers: Mapping[str, float]) -> None:
+        """Raise ResultError, on all processes, which have the same numbers, if one is NaN or infinite."""
+        if wrong := [name for name, value in numbers.items() if not np.isfinite(value)]:
+            self._not_finite(f"{wrong[0]} is {numbers[wrong[0]]}")
+
+    def _not_finite(self, what: str) -> None:
+        error = ResultError(self._divergence(what))
+        error.on_all_ranks = True
+        raise error
+
+    def _divergence(self, what: str) -> str:
+        return (
+            f"training has diverged: at step {self.step} {what}. This step is not saved. Lower --lr and start again "
+            "with another --output, from scratch or from an earlier checkpoint (--resume_checkpoint)"
         )
 
 
@@ -382,22 +503,35 @@ class LossMeter:
         self.sums: dict[str, Tensor] = {}  # name -> (5,): over all images, and over each quartile of t
         self.counts: dict[str, Tensor] = {}  # name -> (5,): of how many
 
-    def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int) -> None:
-        """Count in the terms (B,) of the losses of images at the indices t (B,) of `num_timesteps`."""
+    def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int, taken: Tensor | None = None) -> None:
+        """Count in the terms (B,) of the losses of images at the indices t (B,) of `num_timesteps`.
+
+        `taken` (0-d) tells whether their step was taken: the losses of one that was not do not count. None: it was.
+        """
         quartile = nn.functional.one_hot(4 * t // num_timesteps, 4).double()  # (B, 4)
         groups = torch.cat([torch.ones_like(quartile[:, :1]), quartile], dim=1)  # (B, 5)
         for name, values in terms.items():
-            self._count(name, values.double() @ groups, groups.sum(dim=0))
+            self._count(name, values.double() @ groups, groups.sum(dim=0), taken)
 
-    def add_norms(self, **norms: Tensor) -> None:
-        """Count in numbers (0-d) that the processes have in common; those that are no numbers are left out."""
+    def add_norms(self, taken: Tensor | None = None, **norms: Tensor) -> None:
+        """Count in numbers (0-d) of one step that the processes have in common; `taken` as in `add`."""
         for name, norm in norms.items():
-            finite = norm.isfinite()
-            only = torch.zeros(5, dtype=torch.float64, device=self.device)
-            only[0] = 1.0
-            self._count(name, only * torch.where(finite, norm, 0), only * finite)
+            self._count(name, self._only(norm), self._only(1.0), taken)
 
-    def _count(self, name: str, sums: Tensor, counts: Tensor) -> None:
+    def add_total(self, **numbers: Tensor) -> None:
+        """Count in numbers (0-d) of this process, of which the log has the sum instead of the mean."""
+        for name, number in numbers.items():
+            self._count(name, self._only(number), self._only(0.0))
+
+    def _only(self, number: Tensor | float) -> Tensor:
+        """(5,): a number that belongs to no quartile."""
+        values = torch.zeros(5, dtype=torch.float64, device=self.device)
+        values[0] = number
+        return values
+
+    def _count(self, name: str, sums: Tensor, counts: Tensor, taken: Tensor | None = None) -> None:
+        if taken is not None:
+            sums, counts = (torch.where(taken, value, 0.0) for value in (sums, counts))
         self.sums[name] = self.sums[name] + sums if name in self.sums else sums
         self.counts[name] = self.counts[name] + counts if name in self.counts else counts
 
@@ -418,8 +552,16 @@ class LossMeter:
         """The means over all processes, by name, those of quartiles as NAME_q0 .. NAME_q3; and begin anew."""
         totals = self.over_all_ranks()
         self.sums, self.counts = {}, {}
+        return self.means_of(totals)
+
+    @staticmethod
+    def means_of(totals: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """The means, by name, of sums and counts that `over_all_ranks` returned; of `SKIPPED` the sum."""
         means = {}
         for name, sums in totals["sums"].items():
+            if name == SKIPPED:
+                means[name] = round(float(sums[0]))
+                continue
             for i, (value, count) in enumerate(zip(sums.tolist(), totals["counts"][name].tolist(), strict=True)):
                 if count:
                     means[f"{name}_q{i - 1}" if i else name] = value / count
@@ -432,45 +574,13 @@ class LossMeter:
         self.counts = {name: factor * value.to(self.device) for name, value in totals["counts"].items()}
 
 
-def choose_checkpoint(named: str, output: str, ema_rates: Sequence[float]) -> tuple[str | None, bool]:
-    """The model's file to go on from, None to begin, and whether it is one of the output folder's own.
-
-    The newest whole checkpoint in `output` comes before a `named` one elsewhere, from which that run was begun.
-    Raises UserError where a named one is not the newest of its folder, and going on would write over later ones.
-    """
-    newest = find_resume_checkpoint(output, ema_rates)
-    if not named:
-        return newest, newest is not None
-    if bf.dirname(named).rstrip("/") != output.rstrip("/"):
-        return (newest, True) if newest else (named, False)
-    if newest and parse_resume_step_from_filename(newest) > parse_resume_step_from_filename(named):
-        raise UserError(
-            f"--resume_checkpoint {named}: the folder holds later checkpoints, up to {newest}, which would be written "
-            "over.\nChoose another --output, or move them away"
-        )
-    return named, True
+def _flag(start: Start) -> str:
+    """What a message about the file begins with."""
+    return "the checkpoint" if start.resumed else "--resume_checkpoint"
 
 
-def parse_rates(ema_rate: float | str) -> list[float]:
-    """The decays in "0.9999,0.99", or in a number. Raises UserError."""
-    try:
-        rates = [float(rate) for rate in str(ema_rate).split(",") if rate.strip()]
-    except ValueError:
-        rates = [-1.0]
-    if not all(0 <= rate <= 1 for rate in rates):
-        raise UserError(f"--ema_rate {ema_rate}: expected numbers from 0 to 1, separated by commas")
-    return rates
-
-
-def _check_same_network(path: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    theirs = {name: tuple(value.shape) for name, value in found.items()}
-    yours = {name: tuple(value.shape) for name, value in expected.items()}
-    if different := [name for name in {**yours, **theirs} if theirs.get(name) != yours.get(name)]:
-        name = different[0]
-        raise UserError(
-            f"--resume_checkpoint {path} is of another network than your flags describe: {name} is "
-            f"{theirs.get(name, 'missing')} there and {yours.get(name, 'missing')} here ({len(different)} such)"
-        )
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
 
 
 def _copies(params: Iterable[Tensor]) -> list[Tensor]:

@@ -3,31 +3,39 @@
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import blobfile as bf
 import numpy as np
 import torch
 from PIL import Image
 
 from . import dist_util, logger
+from .checkpoints import Network, Shapes, check_fit
 from .classes import OtherClasses, read_classes, write_classes
+from .command_line import when_stopped
 from .errors import UserError, first_line
+from .files import remove_file
 from .forward_backward import from_pixels
 from .image_datasets import list_images, read_image
+from .inference import compute_reproducibly
+from .locks import Locks, hold
 from .sample_grid import SampleGrid
 from .script_util import diffusion_from_flags
+from .training_checkpoints import newest_model
 from .training_data import load_data
+from .training_start import describe_newest
 
 if TYPE_CHECKING:
     import argparse
 
     from .training_data import DataStream
 
-# The flags that decide, with those of the network and the diffusion, the course of a training run.
+# The flags that decide, with those of the network and the diffusion, the course of a training run. That of --iterations
+# depends on --anneal_lr, and that of --fp16_scale_growth on the precision.
 DECISIVE_FLAGS = (
     "lr",
     "weight_decay",
@@ -39,13 +47,50 @@ DECISIVE_FLAGS = (
     "random_crop",
     "random_flip",
     "noised",
+    "use_fp16",
 )
 # Flags that change how numbers are computed, but not which.
 WITHOUT_EFFECT = ("use_checkpoint",)
 
 
-def begin(args: argparse.Namespace, otherwise: str) -> str:
-    """Join the other processes and open the log. Returns the folder of results: by the flags, else `otherwise`."""
+@dataclass
+class TrainingFolder:
+    """The folder of a run's results, which belongs to this run until it ends.
+
+    Attributes:
+        path: of the folder.
+        lock: held by rank 0 for all ranks.
+        data: streams of images whose files have to be those that the run was begun with, by the names of their flags.
+    """
+
+    path: str
+    lock: Locks
+    data: dict[str, DataStream] = field(default_factory=dict)
+
+    def options(self) -> dict[str, Any]:
+        """The arguments of `TrainLoop` that guard the folder."""
+        return {"output": self.path, "on_start": self.compare_data, "before_save": self.lock.check}
+
+    def compare_data(self, resumed: bool) -> None:
+        """Compare the images with those that the run was begun with, by content, or record them.
+
+        Raises UserError if they differ.
+        """
+        for flag, stream in self.data.items():
+            record = f"{self.path}/{flag.strip('-').removesuffix('_dir')}_inputs.json"
+            if not resumed:  # else what an earlier run recorded that ended before its first checkpoint
+                remove_file(record)
+            recorded = stream.compare_with_record(record, f"the training in {self.path}")
+            if resumed and not recorded:
+                logger.warn(f"{self.path} had no record of the content of the images ({flag}): made now")
+
+
+@contextmanager
+def training_folder(args: argparse.Namespace, otherwise: str) -> Iterator[TrainingFolder]:
+    """Join the other processes, take the folder of results, by the flags, else `otherwise`, and open the log there.
+
+    Raises UserError for flags that make no sense, or if another run is using the folder.
+    """
     if getattr(args, "data_dir", None) == "":  # some scripts make their images themselves
         raise UserError("no folder of images was given: --data_dir FOLDER")
     if args.lr <= 0 or args.weight_decay < 0:
@@ -54,19 +99,22 @@ def begin(args: argparse.Namespace, otherwise: str) -> str:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
     dist_util.setup_dist()
     output = logger.choose_dir(args.output, otherwise)
-    # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
-    formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
-    dist_util.on_every_rank(logger.configure, output, formats)
-    torch.set_num_threads(args.num_threads or dist_util.cores_per_rank())
-    torch.backends.cudnn.benchmark = True  # the images of a run are all of one size
-    return output
+    when_stopped(partial(describe_newest, output, args.resume_checkpoint))
+    with hold({f"{output}/training.lock": f"the training folder {output}"}) as lock:
+        # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
+        formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
+        dist_util.on_every_rank(logger.configure, output, formats)
+        compute_reproducibly(args.num_threads)
+        # Training need not repeat to the last bit on a GPU; and as its images are of one size, algorithms are timed.
+        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
+        yield TrainingFolder(output, lock)
 
 
 def training_images(args: argparse.Namespace, class_cond: bool, output: str, **options: Any) -> DataStream:
     """The stream of images in --data_dir; if the run is resumed from a checkpoint, its record numbers the classes."""
     if not class_cond:
         return images_for(args, args.data_dir, False, **options)
-    own = dist_util.on_main(_newest_model, output)
+    own = dist_util.on_main(newest_model, output)
     recorded = dist_util.on_main(read_classes, own or args.resume_checkpoint)
     try:
         return images_for(args, args.data_dir, True, recorded=recorded, **options)
@@ -77,12 +125,6 @@ def training_images(args: argparse.Namespace, class_cond: bool, output: str, **o
             raise OtherClasses(f"{error}. --class_order text numbers the folder's classes anew") from error
         logger.warn(f"{first_line(error).removesuffix('.')}: they are numbered anew (--class_order)")
         return images_for(args, args.data_dir, True, **options)
-
-
-def _newest_model(folder: str) -> str | None:
-    names = bf.listdir(folder) if bf.isdir(folder) else ()
-    steps = [int(match[1]) for match in (re.fullmatch(r"model(\d{6,})\.pt", name) for name in names) if match]
-    return bf.join(folder, f"model{max(steps):06d}.pt") if steps else None
 
 
 def more_state(data: DataStream) -> dict[str, Any]:
@@ -122,11 +164,26 @@ def loop_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataStream) -> dict[str, Any]:
     """What decides the course of a run, by the names that the user knows."""
+    names = [name for name in DECISIVE_FLAGS if hasattr(args, name)]
+    if getattr(args, "anneal_lr", False):
+        names.append("iterations")
+    if getattr(args, "use_fp16", False) or getattr(args, "classifier_use_fp16", False):
+        names.append("fp16_scale_growth")
     settings = {f"--{name}": value for name, value in flags.items() if name not in WITHOUT_EFFECT}
-    settings |= {f"--{name}": getattr(args, name) for name in DECISIVE_FLAGS if hasattr(args, name)}
+    settings |= {f"--{name}": getattr(args, name) for name in names}
     settings["images per step (--batch_size times processes)"] = args.batch_size * dist_util.get_world_size()
-    settings["the images (--data_dir)"] = data.digest
+    if hasattr(args, "data_dir"):
+        settings["the images (--data_dir)"] = data.digest
     return settings
+
+
+def fit_to(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Shapes, Shapes], None]:
+    """What tells, in the words of the flags, why a checkpoint is not of the network that they describe."""
+
+    def explain(path: str, found: Shapes, expected: Shapes) -> None:
+        check_fit(network, path, found, expected, flags, "--resume_checkpoint")
+
+    return explain
 
 
 def sample_grid(

@@ -12,6 +12,7 @@ started again with the same flags.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
@@ -24,18 +25,29 @@ from guided_diffusion.script_util import (
     training_defaults,
 )
 
+if TYPE_CHECKING:
+    from guided_diffusion.training_setup import TrainingFolder
+
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0, or 1 where images could not be read; raises UserError."""
     args = create_argparser().parse_args(argv)
 
+    from guided_diffusion.training_setup import training_folder
+
+    with training_folder(args, f"results/classifier_train_{folder_name(args.data_dir)}") as folder:
+        return train(args, folder)
+
+
+def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
+    """Train with the script's flags in the folder of results; as `main`."""
     from guided_diffusion import dist_util
-    from guided_diffusion.checkpoints import load_noisy_classifier
+    from guided_diffusion.checkpoints import CLASSIFIER, load_noisy_classifier
     from guided_diffusion.classifier_training import ClassifierTrainLoop
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.training_setup import (
-        begin,
         end,
+        fit_to,
         images_for,
         loop_options,
         more_state,
@@ -44,16 +56,17 @@ def main(argv: list[str] | None = None) -> int:
         training_images,
     )
 
-    output = begin(args, f"results/classifier_train_{folder_name(args.data_dir)}")
     flags = args_to_dict(args, classifier_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
-    data = training_images(args, True, output, image_size=args.image_size, **crops)
+    data = training_images(args, True, folder.path, image_size=args.image_size, **crops)
+    folder.data["--data_dir"] = data
     streams = [data]
     if args.val_data_dir:
         options = {"image_size": args.image_size, "random_flip": False, "flag": "--val_data_dir"}
         streams.append(images_for(args, args.val_data_dir, class_cond=True, recorded=data.classes, **options))
+        folder.data["--val_data_dir"] = streams[1]
     model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed).to(dist_util.dev())
 
     loop = ClassifierTrainLoop(
@@ -66,12 +79,13 @@ def main(argv: list[str] | None = None) -> int:
         schedule_sampler=schedule_sampler,
         use_fp16=args.classifier_use_fp16,
         lr_anneal_steps=args.iterations if args.anneal_lr else 0,
-        output=output,
         settings=settings_of(args, flags, data),
+        check_fit=fit_to(CLASSIFIER, flags),
         more_state=more_state(data),
+        **folder.options(),
         **loop_options(args),
     )
-    record_classes(output, data)
+    record_classes(folder.path, data)
     loop.run_loop()
     return end(*streams)
 

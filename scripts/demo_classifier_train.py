@@ -10,26 +10,37 @@ weights were trained with.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import add_dict_to_argparser, training_defaults
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
+
+if TYPE_CHECKING:
+    from guided_diffusion.training_setup import TrainingFolder
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
 
+    from guided_diffusion.training_setup import training_folder
+
+    with training_folder(args, "results/demo_classifier") as folder:
+        return train(args, folder)
+
+
+def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
+    """Train with the script's flags in the folder of results; as `main`."""
     import torch
 
     from guided_diffusion import dist_util
     from guided_diffusion.script_util import create_gaussian_diffusion
-    from guided_diffusion.training_setup import begin, loop_options, settings_of
+    from guided_diffusion.training_setup import loop_options, settings_of
     from random_hierarchy_model.classifier import small_convnext
     from random_hierarchy_model.classifier_training import ReadingLoop
     from random_hierarchy_model.training import ImageStream, images_from_flags
 
-    output = begin(args, "results/demo_classifier")
     images = images_from_flags(GRAMMAR_FLAGS)
     data = ImageStream(images, args.batch_size, args.seed)
     torch.manual_seed(args.seed)
@@ -40,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         model=model.to(dist_util.dev()),
         diffusion=create_gaussian_diffusion(),
         data=data,
-        output=output,
         settings=settings_of(args, GRAMMAR_FLAGS, data),
+        **folder.options(),
         **loop_options(args),
     )
     loop.run_loop()

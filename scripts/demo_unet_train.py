@@ -11,6 +11,7 @@ The defaults are those that the demo's weights were trained with.
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
@@ -22,6 +23,9 @@ from guided_diffusion.script_util import (
     training_defaults,
 )
 from random_hierarchy_model.demo import GRAMMAR_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
+
+if TYPE_CHECKING:
+    from guided_diffusion.training_setup import TrainingFolder
 
 HELP = {
     "num_symbols": "v, the symbols of every level of the grammar, and the classes",
@@ -36,13 +40,20 @@ def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
 
+    from guided_diffusion.training_setup import training_folder
+
+    with training_folder(args, "results/demo_unet") as folder:
+        return train(args, folder)
+
+
+def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
+    """Train with the script's flags in the folder of results; as `main`."""
     from guided_diffusion import dist_util
-    from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
     from guided_diffusion.resample import create_named_schedule_sampler
-    from guided_diffusion.training_setup import begin, loop_options, sample_grid, settings_of
+    from guided_diffusion.training_setup import fit_to, loop_options, sample_grid, settings_of
     from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
 
-    output = begin(args, "results/demo_unet")
     flags = args_to_dict(args, model_and_diffusion_defaults())
     images = dist_util.on_every_rank(images_from_flags, vars(args))
     if images.image_size != args.image_size:
@@ -61,9 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         diffusion=diffusion,
         data=data,
         schedule_sampler=schedule_sampler,
-        output=output,
         settings=settings_of(args, flags | args_to_dict(args, GRAMMAR_FLAGS), data),
-        on_save=sample_grid(args, flags, args.image_size, output, data),
+        on_save=sample_grid(args, flags, args.image_size, folder.path, data),
+        check_fit=fit_to(DIFFUSION_MODEL, flags),
+        **folder.options(),
         **loop_options(args),
     )
     loop.run_loop()

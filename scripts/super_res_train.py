@@ -27,19 +27,28 @@ if TYPE_CHECKING:
     import torch
 
     from guided_diffusion.training_data import DataStream
+    from guided_diffusion.training_setup import TrainingFolder
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0, or 1 where images could not be read; raises UserError."""
     args = create_argparser().parse_args(argv)
 
+    from guided_diffusion.training_setup import training_folder
+
+    with training_folder(args, f"results/super_res_train_{folder_name(args.data_dir)}") as folder:
+        return train(args, folder)
+
+
+def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
+    """Train with the script's flags in the folder of results; as `main`."""
     from guided_diffusion import dist_util
-    from guided_diffusion.checkpoints import load_upsampler
+    from guided_diffusion.checkpoints import UPSAMPLER, load_upsampler
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
     from guided_diffusion.training_setup import (
-        begin,
         end,
+        fit_to,
         loop_options,
         more_state,
         record_classes,
@@ -48,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
         training_images,
     )
 
-    output = begin(args, f"results/super_res_train_{folder_name(args.data_dir)}")
     flags = args_to_dict(args, sr_model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
-    data = training_images(args, args.class_cond, output, image_size=args.large_size, **crops)
+    data = training_images(args, args.class_cond, folder.path, image_size=args.large_size, **crops)
+    folder.data["--data_dir"] = data
     model = dist_util.on_every_rank(load_upsampler, "untrained", flags, args.seed).to(dist_util.dev())
 
     loop = TrainLoop(
@@ -61,13 +70,14 @@ def main(argv: list[str] | None = None) -> int:
         diffusion=diffusion,
         data=WithSmallImages(data, args.small_size),
         schedule_sampler=schedule_sampler,
-        output=output,
         settings=settings_of(args, flags, data),
-        on_save=sample_grid(args, flags, args.large_size, output, data),
+        on_save=sample_grid(args, flags, args.large_size, folder.path, data),
+        check_fit=fit_to(UPSAMPLER, flags),
         more_state=more_state(data),
+        **folder.options(),
         **loop_options(args),
     )
-    record_classes(output, data)
+    record_classes(folder.path, data)
     loop.run_loop()
     return end(data)
 

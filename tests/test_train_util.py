@@ -1,9 +1,11 @@
 """The training loop: against closed forms, against plain loops, stopped and resumed."""
 
 import csv
+import hashlib
 import math
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 
@@ -16,13 +18,13 @@ from torch import nn
 
 from guided_diffusion import logger, resample
 from guided_diffusion.command_line import Stopped
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import ResultError, UserError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer, half_precision_dtype
 from guided_diffusion.nn import timestep_embedding
 from guided_diffusion.noise import NoiseStreams
 from guided_diffusion.script_util import create_gaussian_diffusion, model_defaults, model_from_flags
-from guided_diffusion.train_util import LossMeter, TrainLoop, choose_checkpoint, parse_rates
-from guided_diffusion.training_checkpoints import find_resume_checkpoint
+from guided_diffusion.train_util import LossMeter, TrainLoop, find_resume_checkpoint, parse_rates
+from guided_diffusion.training_start import choose_start, describe_newest
 
 TINY = {**model_defaults(), **SMALL_MODEL, "image_size": 8, "channel_mult": "1", "attention_resolutions": ""}
 
@@ -268,13 +270,12 @@ def _with_weights(model, params, inputs):
 def test_microbatches_give_the_gradient_of_the_batch(tmp_path):
     whole, parts = make_loop(tmp_path / "a"), make_loop(tmp_path / "b", microbatch=3)
     batch, cond = next(Images(8))
-    for loop in (whole, parts):
-        loop.forward_backward(batch, cond)
+    losses, others = (loop.forward_backward(batch, cond)[0] for loop in (whole, parts))
     for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)
-    means, others = whole.meter.means(), parts.meter.means()
-    assert means == pytest.approx(others, rel=1e-5)
-    assert {"loss", "mse", "vb"} <= means.keys()
+    assert losses.keys() == others.keys() == {"loss", "mse", "vb"}
+    for name, value in losses.items():
+        assert torch.allclose(value, others[name], rtol=1e-5)
 
 
 def test_the_log_has_the_losses_by_quartile(tmp_path):
@@ -282,7 +283,9 @@ def test_the_log_has_the_losses_by_quartile(tmp_path):
     meter.add({"loss": torch.tensor([1.0, 2.0, 3.0])}, torch.tensor([0, 24, 99]), 100)
     meter.add({"loss": torch.tensor([6.0, 8.0])}, torch.tensor([25, 99]), 100)
     meter.add_norms(grad_norm=torch.tensor(2.0))
-    meter.add_norms(grad_norm=torch.tensor(math.inf))  # float16 has overflowed: no step, nothing to count
+    overflow = torch.tensor(False)  # of float16: no step was taken, so nothing counts
+    meter.add({"loss": torch.tensor([math.nan, 1.0])}, torch.tensor([0, 1]), 100, taken=overflow)
+    meter.add_norms(overflow, grad_norm=torch.tensor(math.inf))
     assert meter.means() == {
         "loss": 4.0,
         "loss_q0": 1.5,
@@ -387,29 +390,230 @@ def test_the_newest_whole_checkpoint_is_found(tmp_path):
     assert find_resume_checkpoint(str(tmp_path), [0.9, 0.5]) is None
 
 
-def test_which_checkpoint_is_gone_on_from(tmp_path):
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
-    make_loop(theirs, iterations=2).run_loop()
-    named = str(theirs / "model000002.pt")
-    assert choose_checkpoint("", str(ours), [0.9]) == (None, False)
-    assert choose_checkpoint(named, str(ours), [0.9]) == (named, False)
+def contents(folder):
+    """Digest of every file, by name."""
+    files = (path for path in Path(folder).iterdir() if path.is_file())
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-    begun = make_loop(ours, resume_checkpoint=named, iterations=4, settings={"--lr": 1}, save_interval=1)
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with the checkpoints of steps 2 and 4; not to be changed."""
+    folder = tmp_path_factory.mktemp("trained")
+    make_loop(folder, iterations=4, save_interval=2, ema_rate="0.9,0.5", settings={"--lr": 1, "--seed": 2}).run_loop()
+    return folder
+
+
+def resume(folder, **options):
+    return make_loop(folder, **{"ema_rate": "0.9,0.5", "settings": {"--lr": 1, "--seed": 2}, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"settings": {"--lr": 3, "--seed": 4}}, r"settings: --lr was 1 and is now 3; --seed was 2 and is now 4\.\n"),
+        ({"ema_rate": "0.9"}, r"--ema_rate was 0\.9,0\.5 and is now 0\.9\.\n.*--resume_checkpoint .*model000004\.pt$"),
+        ({"ema_rate": "0.9,0.5,0.1", "iterations": 3}, r"--ema_rate was 0\.9,0\.5 and is now 0\.9,0\.5,0\.1\.\n"),
+        ({"ema_rate": ""}, r"--ema_rate was 0\.9,0\.5 and is now empty\.\n"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_settings(trained, options, words):
+    before = contents(trained)
+    with pytest.raises(UserError, match=words):
+        resume(trained, **options)
+    assert contents(trained) == before
+
+
+def test_settings_that_one_of_the_two_does_not_know_do_not_differ(trained, tmp_path, capfd):
+    shutil.copytree(trained, tmp_path / "run")
+    options = {"settings": {"--lr": 1, "--colour": "red"}, "ema_rate": "0.5,0.9", "iterations": 6}
+    loop = resume(tmp_path / "run", **options)
+    assert "does not record --colour: assumed to be unchanged" in capfd.readouterr().err
+    loop.run_loop()
+    with pytest.raises(UserError, match="--colour was red and is now blue"):
+        resume(tmp_path / "run", **{**options, "settings": {"--lr": 1, "--colour": "blue"}})
+
+
+def test_a_run_with_nothing_left_to_do(trained, capfd):
+    before = contents(trained)
+    for iterations in (3, 4):
+        resume(trained, iterations=iterations).run_loop()
+        assert capfd.readouterr().err == "already at step 4: nothing is left to do\n"
+    assert contents(trained) == before
+
+
+@pytest.mark.parametrize(
+    ("remove", "words"),
+    [
+        (
+            "opt000004.pt",
+            r"opt000004\.pt is missing\.\n.*model000004\.pt with another --output, or move .* model000002",
+        ),
+        ("ema_0.5_000004.pt", r"ema_0\.5_000004\.pt is missing\.\n.*or move .* model000002\.pt$"),
+        ("*2.pt opt000004.pt", r"opt000004\.pt is missing\.\n.*model000004\.pt with another --output$"),
+        ("model*", r"has ema_0\.5_000004\.pt without a model's file.*\nMove it away"),
+        ("model* opt*", r"has ema_0\.5_000004\.pt without a model's file"),
+    ],
+)
+def test_a_folder_with_an_incomplete_checkpoint_is_not_begun_again(trained, tmp_path, remove, words):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    for pattern in remove.split():
+        for path in folder.glob(pattern):
+            path.unlink()
+    before = contents(folder)
+    for options in ({}, {"ema_rate": "0.9", "settings": {}}, {"ema_rate": ""}):
+        with pytest.raises(UserError, match=words):
+            resume(folder, **options)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["model000004.pt", "opt000004.pt", "ema_0.9_000004.pt"])
+def test_a_folder_with_a_truncated_checkpoint_is_not_begun_again(trained, tmp_path, name):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    os.truncate(folder / name, 3000)
+    with pytest.raises(UserError, match=rf"{name} is incomplete\.\n.*or move the files of step 4 away .*model000002"):
+        resume(folder)
+    for path in folder.glob("*4.pt"):  # what the message says
+        path.rename(tmp_path / path.name)
+    resumed = resume(folder, iterations=4)
+    assert resumed.step == 2
+    resumed.run_loop()
+    if name != "model000004.pt":
+        assert contents(folder)["model000004.pt"] == contents(tmp_path)["model000004.pt"]
+
+
+def test_what_a_kill_left_of_a_checkpoint_is_kept(trained, tmp_path):
+    """A run that is killed between two of the renamings leaves an average, or an optimizer's state too."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    (folder / "model000004.pt").unlink()
+    (folder / "opt000004.pt").write_bytes(b"of a run that took another course")
+    before = contents(folder)
+    resume(folder, iterations=4).run_loop()
+    after = contents(folder)
+    for name in ("opt000004", "ema_0.9_000004", "ema_0.5_000004"):
+        assert after[f"{name}.1.pt"] == before[f"{name}.pt"]
+        assert after[f"{name}.pt"] == contents(trained)[f"{name}.pt"]
+    kept = [name for name in before if "000002" in name]
+    assert len(kept) == 4 and all(after[name] == before[name] for name in kept)
+    assert resume(folder).step == 4
+
+
+def test_a_checkpoint_is_never_replaced(tmp_path):
+    loop = make_loop(tmp_path, iterations=9)
+    loop.run_step(*next(Images(8)))
+    (tmp_path / "model000001.pt").write_bytes(b"of another run")
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=r"model000001\.pt was not there when this run began: another run writes into"):
+        loop.save()
+    assert contents(tmp_path) == before
+    (tmp_path / "model000001.pt").unlink()
+    loop.save()
+    saved = contents(tmp_path)
+    loop.save()  # again, at the same step
+    assert contents(tmp_path) == saved and len(saved) == 3
+
+
+def test_the_files_of_a_checkpoint_appear_together(tmp_path, monkeypatch):
+    """And the model's last: where it is, a run can be resumed."""
+    seen = []
+    replace = os.replace
+
+    def watched(source, target):
+        assert not seen or len(list(tmp_path.glob(".*.part"))) == 3 - len(seen)  # all are written before the first
+        replace(source, target)
+        seen.append(Path(target).name)
+
+    monkeypatch.setattr(os, "replace", watched)
+    loop = make_loop(tmp_path)
+    loop.run_step(*next(Images(8)))
+    loop.save()
+    assert seen == ["ema_0.9_000001.pt", "opt000001.pt", "model000001.pt"]
+
+
+def start_of(named, output, rates=(0.9,)):
+    start = choose_start(str(named), str(output), {}, rates)
+    return start and (start.path, start.resumed)
+
+
+def test_which_checkpoint_is_started_from(tmp_path, monkeypatch):
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    monkeypatch.chdir(tmp_path)
+    make_loop(theirs, iterations=4, save_interval=2).run_loop()
+    named = str(theirs / "model000002.pt")
+    assert start_of("", ours) is None
+    assert start_of(named, ours) == (named, False)
+
+    options = {"resume_checkpoint": named, "save_interval": 1}
+    begun = make_loop(ours, iterations=4, **options)
     begun.run_loop()
     assert begun.resume_step == 2
-    assert choose_checkpoint(named, str(ours), [0.9]) == (str(ours / "model000004.pt"), True)
-    with pytest.raises(UserError, match=r"later checkpoints.*model000004.*\n.*--output"):
-        choose_checkpoint(str(ours / "model000003.pt"), str(ours), [0.9])
-    with pytest.raises(UserError, match=r"other settings: --lr was 1 and is now 2"):
-        make_loop(ours, settings={"--lr": 2})
+    newest = str(ours / "model000004.pt")
+    (tmp_path / "link").symlink_to(ours)
+    (tmp_path / "copied.pt").write_bytes(Path(named).read_bytes())
+    (tmp_path / "latest.pt").symlink_to(newest)
+    same_run = [newest, "ours/model000004.pt", "./ours/model000004.pt", "link/model000004.pt", "latest.pt"]
+    same_run += [named, "theirs/model000002.pt", "copied.pt", ""]
+    for path in same_run:
+        assert start_of(path, ours) == (newest, True), path
+        assert start_of(path, "./link") == ("./link/model000004.pt", True), path
+    for path in ("ours/model000003.pt", str(ours / "model000003.pt"), "link/model000003.pt"):
+        with pytest.raises(UserError, match=r"later checkpoints, up to .*model000004\.pt.*\n.*--output"):
+            start_of(path, ours)
+    with pytest.raises(UserError, match=r"4\.pt: .*ours has checkpoints of a run that was not begun with it, up to"):
+        start_of(theirs / "model000004.pt", ours)
+    with pytest.raises(UserError, match="not begun with it"):  # begun from scratch
+        start_of(newest, theirs)
+    for path in ("theirs/model000009.pt", "ours/model000009.pt", tmp_path):
+        with pytest.raises(UserError, match="cannot be read"):
+            start_of(path, ours)
+
+    resumed = make_loop(ours, iterations=5, **options)
+    assert (resumed.resume_step, resumed.begun_from["path"]) == (4, named)
+    resumed.run_loop()
+    (theirs / "model000002.pt").write_bytes((theirs / "model000004.pt").read_bytes())  # another one of the same name
+    with pytest.raises(UserError, match="not begun with it"):
+        start_of(named, ours)
 
 
-def test_weights_alone_can_be_gone_on_from(tmp_path, capfd):
-    """A published model has no optimiser's state and no averages beside it."""
+def test_the_words_for_a_run_that_was_stopped(trained, tmp_path):
+    nothing = f"there is no checkpoint in {tmp_path} yet. Run the same command again to begin anew"
+    assert describe_newest(str(tmp_path)) == nothing
+    newest = trained / "model000004.pt"
+    words = f"step 4 is saved in {newest}. Run the same command again"
+    assert describe_newest(str(trained)) == describe_newest(str(trained), "x/model000002.pt") == f"{words} to resume"
+    named = str(trained / "model000002.pt")
+    assert describe_newest(str(trained), named) == f"{words} without --resume_checkpoint to resume"
+
+
+def test_the_log_of_a_run_without_a_checkpoint_is_set_aside(tmp_path, capfd):
+    def logged(name):
+        return [line.split(",")[0] for line in (tmp_path / name).read_text().splitlines()]
+
+    for lr in (1e-3, 1e-4):
+        loop = make_loop(tmp_path, lr=lr)
+        for _ in range(2):  # killed before the first checkpoint
+            loop.run_step(*next(Images(8)))
+            loop.log()
+    both = {f"progress{number}.{kind}" for number in ("", ".1") for kind in ("csv", "json")}
+    assert {path.name for path in tmp_path.iterdir()} == both
+    assert logged("progress.csv") == logged("progress.1.csv") == ["step", "1", "2"]
+    said = f"the log in {tmp_path} belongs to an earlier run: renamed to progress.1.csv, progress.1.json"
+    assert said in capfd.readouterr().err
+    make_loop(tmp_path, iterations=3).run_loop()
+    assert logged("progress.csv") == ["step", "1", "2", "3"] and logged("progress.2.csv") == ["step", "1", "2"]
+    make_loop(tmp_path, iterations=4).run_loop()  # which is resumed
+    assert logged("progress.csv") == ["step", "1", "2", "3", "4"] and not (tmp_path / "progress.3.csv").exists()
+
+
+def test_weights_alone_can_be_begun_with(tmp_path, capfd):
+    """A published model has no optimizer's state and no averages beside it."""
     torch.save(tiny_model(learn_sigma=True).state_dict(), tmp_path / "published.pt")
     loop = make_loop(tmp_path / "new", resume_checkpoint=str(tmp_path / "published.pt"))
     assert loop.step == 0 and same(loop.ema_params[0], loop.model.parameters())
-    assert "the optimiser starts anew" in capfd.readouterr().err
+    assert "the optimizer starts anew" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"another network than your flags describe: out\.2\.weight is \(6, .* \(3, "):
         make_loop(tmp_path / "new", learn_sigma=False, resume_checkpoint=str(tmp_path / "published.pt"))
 
@@ -427,17 +631,94 @@ def test_a_signal_is_answered_between_steps_with_a_checkpoint(tmp_path):
     assert find_resume_checkpoint(str(tmp_path), [0.9]) == str(tmp_path / "model000003.pt")
 
 
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path):
+def spoil_weight(loop):
+    next(loop.model.parameters()).data[0] = math.nan
+
+
+def spoil_average(loop):
+    loop.ema_params[0][-1].data[0] = math.inf
+
+
+def spoil_optimizer(loop):
+    """As a gradient of 1e20 does: its square is infinite, and the weight never moves again."""
+    loop.opt.state[loop.mp_trainer.master_params[0]]["exp_avg_sq"].view(-1)[0] = math.inf
+
+
+def spoil_loss(loop):
+    """In a step between two lines of the log, which has no other trace."""
+    loop.meter.add({"loss": torch.tensor([math.nan])}, torch.tensor([3]), 100)
+
+
+def spoil_norm(loop):
+    loop.meter.add_norms(grad_norm=torch.tensor(math.inf))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_weight, "(a weight|mse) is (NaN|nan)"),
+        (spoil_average, r"a weight of the moving average of decay 0\.9 is NaN"),
+        (spoil_optimizer, "a number of the optimizer is NaN or infinite"),
+        (spoil_loss, "loss is nan"),
+        (spoil_norm, "grad_norm is inf"),
+    ],
+)
+def test_a_state_that_is_not_finite_is_neither_saved_nor_logged(tmp_path, spoil, words):
     loop = make_loop(tmp_path, iterations=9, save_interval=1, log_interval=100)
     loop.run_step(*next(Images(8)))
     loop.save()
-    next(loop.model.parameters()).data[0] = math.nan
-    with pytest.raises(UserError, match=r"diverged: at step 2 .*--lr.\n.*older and whole"):
+    before = contents(tmp_path)
+    spoil(loop)
+    with pytest.raises(ResultError, match=rf"^training has diverged: at step 2 {words}.*--lr[^\n]*$"):
         loop.run_loop()
-    assert find_resume_checkpoint(str(tmp_path), [0.9]) == str(tmp_path / "model000001.pt")
-    loop.log_interval, loop.save_interval = 1, 100
-    with pytest.raises(UserError, match="diverged: at step 3"):
-        loop.run_loop()
+    assert contents(tmp_path) == before
+    assert ResultError.status == 1 and UserError.status == 2
+
+    loop = make_loop(tmp_path, iterations=9, save_interval=100)
+    spoil(loop)
+    if spoil not in (spoil_average, spoil_optimizer):  # which have no trace in the log
+        with pytest.raises(ResultError, match="at step 2"):
+            loop.run_loop()
+        assert not (tmp_path / "progress.csv").exists()
+
+
+def test_steps_that_float16_skips_are_counted_and_their_losses_are_not(tmp_path, monkeypatch):
+    """By a real loss scale, here on a CPU; the second and the third step overflow."""
+    loop, plain = make_loop(tmp_path / "a", log_interval=100), make_loop(tmp_path / "b", log_interval=100)
+    loop.mp_trainer.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    compute, factors = loop.compute_losses, iter([1, math.nan, math.inf])
+
+    def overflowing(*args):
+        factor = next(factors, math.nan)
+        return {name: value * factor for name, value in compute(*args).items()}
+
+    monkeypatch.setattr(loop, "compute_losses", overflowing)
+    batch = next(Images(8))
+    for _ in range(3):
+        loop.run_step(*batch)
+    plain.run_step(*batch)
+    assert same(loop.model.parameters(), plain.model.parameters())
+    loop.save()
+    assert loop.meter.means_of(torch.load(tmp_path / "a/opt000003.pt")["training"]["meter"])["skipped_steps"] == 2
+    line, expected = loop.log(), plain.log()
+    assert (line.pop("step"), line.pop("samples"), line.pop("skipped_steps"), line.pop("lg_loss_scale")) == (
+        3,
+        24,
+        2,
+        1,
+    )
+    for values in (line, expected):
+        values.pop("param_norm")
+    assert (expected.pop("step"), expected.pop("samples")) == (1, 8)
+    assert line.keys() == expected.keys() and "grad_norm" in line
+    assert line == pytest.approx(expected, rel=1e-5)
+
+    loop.run_step(*batch)
+    line = loop.log()
+    assert line["skipped_steps"] == 1 and "loss" not in line and "grad_norm" not in line
+    loop.run_step(*batch)  # its scale falls below 1
+    with pytest.raises(ResultError, match=r"every step since the last line overflowed, although the loss scale is 0"):
+        loop.log()
 
 
 def test_a_full_disk_costs_no_checkpoint(tmp_path):

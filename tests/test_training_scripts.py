@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags, load_script, run_script, start_script
+from conftest import as_flags, environment, launcher, load_script, run_script, start_script
 from PIL import Image
 
 from guided_diffusion import dist_util, logger
@@ -102,7 +103,7 @@ def trained(pictures, tmp_path_factory) -> Path:
 def test_what_training_writes(trained):
     kinds = ("model", "opt", "ema_0.9_")
     checkpoints = {f"{kind}{step:06d}.pt" for kind in kinds for step in (4, 8, 12, 16)}
-    assert names_in(trained) == checkpoints | {"progress.csv", "progress.json"}
+    assert names_in(trained) == checkpoints | {"progress.csv", "progress.json", "data_inputs.json"}
     lines = lines_of(trained)
     assert [line["step"] for line in lines] == [str(step) for step in range(2, 17, 2)]
     assert lines[-1]["samples"] == "64"
@@ -121,24 +122,22 @@ def test_killed_ten_times_it_follows_the_same_course(pictures, trained, tmp_path
     kills = 0
     while kills < 10:
         before = len(list(tmp_path.glob("model*.pt")))
-        # Nothing to read from, since workers that read ahead see only after seconds that they are orphans.
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        process = start_script(*flags, script="scripts/image_train.py", **quiet)
+        process = start_script(*flags, script="scripts/image_train.py")
         deadline = time.monotonic() + 120
         while process.poll() is None and len(list(tmp_path.glob("model*.pt"))) == before:
             assert time.monotonic() < deadline
             time.sleep(0.002)
         assert process.poll() is None
         time.sleep(rng.uniform(0, 0.03))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.communicate()  # until its workers, which it did not end, have ended too
         kills += 1
         for path in tmp_path.glob("*.pt"):
             weights_of(path)  # whole
     unfinished = ".ema_0.9_000002.pt.0123456789abcdef.part"  # of which some kill or other leaves one
     (tmp_path / unfinished).write_bytes(b"PK")
     finished = run_script(*flags, script="scripts/image_train.py")
-    assert finished.returncode == 0 and "going on from" in finished.stderr, finished.stderr
+    assert finished.returncode == 0 and "resuming from" in finished.stderr, finished.stderr
     for kind in ("model", "ema_0.9_"):
         ours, theirs = weights_of(tmp_path / f"{kind}000016.pt"), weights_of(trained / f"{kind}000016.pt")
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -153,7 +152,7 @@ def test_two_processes_follow_one(pictures, trained, tmp_path, kind):
     changes = {"iterations": 16, "save_interval": 100, "random_crop": True, "batch_size": 2, "microbatch": 1}
     flags = flags_of(pictures, tmp_path, **changes)
     done = run_script(*flags, script="scripts/image_train.py", kind=kind, processes=2)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "FutureWarning" not in done.stderr, done.stderr
     for ours, theirs in zip(lines_of(tmp_path), lines_of(trained), strict=True):
         assert ours.keys() == theirs.keys()
         for name in theirs:
@@ -182,11 +181,93 @@ def test_a_signal_saves_a_checkpoint(kind, signum, to_one_rank, pictures, tmp_pa
         os.kill(int(found.stdout.split()[-1]), signum)
     else:
         process.send_signal(signum)
-    process.communicate(timeout=60)
+    _, said = process.communicate(timeout=60)
     assert process.returncode != 0
     steps = [int(path.stem.removeprefix("model")) for path in tmp_path.glob("model*.pt")]
     assert len(steps) == 1 and steps[0] >= 1
     assert {f"opt{steps[0]:06d}.pt", f"ema_0.9_{steps[0]:06d}.pt"} <= names_in(tmp_path)
+    assert said.count(f"step {steps[0]} is saved in {tmp_path}/model{steps[0]:06d}.pt") == 1
+
+
+def start_training(pictures, output, **changes):
+    """Start image_train.py, and wait until it has taken a step, or as many as asked for."""
+    steps = changes.pop("steps", 1)
+    flags = flags_of(pictures, output, save_interval=1000, log_interval=1, **changes)
+    process = start_script(*flags, script="scripts/image_train.py")
+    deadline = time.monotonic() + 120
+    while not (output / "progress.csv").exists() or len(lines_of(output)) < steps:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("signums", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1)])
+def test_signals_in_quick_succession_save_a_checkpoint(pictures, tmp_path, signums):
+    """As at Slurm's time limit, where a process and those that read for it get two within four milliseconds."""
+    process = start_training(pictures, tmp_path, num_workers=2)
+    for signum in signums:
+        os.killpg(process.pid, signum)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 128 + signums[0]
+    (model,) = tmp_path.glob("model*.pt")
+    step = int(model.stem.removeprefix("model"))
+    name = signums[0].name
+    last = f"stopped by {name}: step {step} is saved in {model}. Run the same command again to resume"
+    assert said.splitlines()[-1] == last
+    assert {f"opt{step:06d}.pt", f"ema_0.9_{step:06d}.pt"} <= names_in(tmp_path)
+    assert "training.lock" not in names_in(tmp_path)
+
+
+def test_killed_before_the_first_checkpoint(pictures, tmp_path):
+    """What it left does not stand in the way of another command, with another rate or other images."""
+    process = start_training(pictures, tmp_path, steps=3)
+    process.kill()
+    process.communicate()
+    assert {"training.lock", "progress.csv", "data_inputs.json"} <= names_in(tmp_path)
+    other = tmp_path / "other"
+    shutil.copytree(pictures / "warm", other)
+    assert main_of("image_train")(*flags_of(other, tmp_path, lr=1e-4, iterations=2, log_interval=1)) == 0
+    assert [line["step"] for line in lines_of(tmp_path)] == ["1", "2"]
+    assert (tmp_path / "progress.1.csv").read_text().splitlines()[3].startswith("3,")
+    assert (tmp_path / "progress.1.json").exists()
+
+
+def test_one_run_at_a_time(pictures, tmp_path):
+    process = start_training(pictures, tmp_path)
+    in_use = rf"the training folder {tmp_path} is in use by another run: process {process.pid} "
+    with pytest.raises(UserError, match=in_use):
+        main_of("image_train")(*flags_of(pictures, tmp_path))
+    process.kill()
+    process.communicate()
+    assert main_of("image_train")(*flags_of(pictures, tmp_path, iterations=1)) == 0  # at once
+
+
+def bitmaps(folder, seed):
+    """Three images whose files have the same names and sizes whatever the seed."""
+    folder.mkdir()
+    rng = np.random.default_rng(seed)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(folder / f"{i}.bmp")
+    return folder
+
+
+def test_other_images_of_the_same_names_and_sizes(tmp_path, capfd):
+    first, second = (bitmaps(tmp_path / name, seed) for seed, name in enumerate(("first", "second")))
+    train = main_of("image_train")
+    flags = {"iterations": 2, "save_interval": 1}
+    assert train(*flags_of(first, tmp_path / "run", **flags)) == 0
+    flags["iterations"] = 3
+    before = sorted((tmp_path / "run").iterdir())
+    with pytest.raises(UserError, match=r"the training in .*run was computed from other files: .*/0\.bmp differs"):
+        train(*flags_of(second, tmp_path / "run", **flags))
+    assert sorted((tmp_path / "run").iterdir()) == before
+    (tmp_path / "run/data_inputs.json").unlink()  # as in a folder of an earlier version
+    capfd.readouterr()
+    assert train(*flags_of(first, tmp_path / "run", **flags)) == 0
+    assert "no record of the content of the images (--data_dir)" in capfd.readouterr().err
+    flags["iterations"] = 4
+    with pytest.raises(UserError, match="computed from other files"):
+        train(*flags_of(second, tmp_path / "run", **flags))
 
 
 def test_a_trained_model_loads_into_the_main_script(pictures, trained, tmp_path):
@@ -329,7 +410,8 @@ def test_a_classifier_is_trained_and_guides(pictures, tmp_path):
     del flags["ema_rate"]
     changes = {"iterations": 14, "anneal_lr": True, "eval_interval": 7, "log_interval": 7, "save_interval": 100}
     assert main_of("classifier_train")(*as_flags({**flags, **changes, "batch_size": 6})) == 0
-    assert names_in(tmp_path) == {"model000014.pt", "opt000014.pt", "classes.json", "progress.csv", "progress.json"}
+    others = {"data_inputs.json", "val_data_inputs.json", "classes.json", "progress.csv", "progress.json"}
+    assert names_in(tmp_path) == {"model000014.pt", "opt000014.pt"} | others
     first, last = lines_of(tmp_path)
     assert {"train_loss", "train_acc@1", "train_acc@5", "val_loss", "val_acc@1", "val_acc@5"} <= last.keys()
     assert 3 < float(first["train_loss"]) < 7.5  # the logarithm of 1000 is 6.9
@@ -380,12 +462,148 @@ def test_an_unreadable_image_is_named_and_the_rest_goes_on(pictures, tmp_path, c
     assert (tmp_path / "out/model000003.pt").exists()
 
 
-def test_other_settings_in_the_same_folder(pictures, trained):
-    changes = {"iterations": 20, "save_interval": 4, "random_crop": True}
-    for change, words in (({"lr": 0.1}, "--lr was 0.001 and is now 0.1"), ({"num_channels": 64}, "another network")):
-        with pytest.raises(UserError, match=words):
-            main_of("image_train")(*flags_of(pictures, trained, **changes, **change))
-    assert main_of("image_train")(*flags_of(pictures, trained, **{**changes, "iterations": 16})) == 0  # nothing to do
+SCRIPTS = {
+    "image_train": {**TRAINING, **MODEL, "data_dir": "DATA", "use_fp16": False},
+    "super_res_train": {**TRAINING, **UPSAMPLER, "data_dir": "DATA"},
+    "classifier_train": {**TRAINING, **CLASSIFIER, "data_dir": "DATA", "anneal_lr": True},
+    "demo_unet_train": {**TRAINING, "depth": 2, "image_size": 4, "channel_mult": "1,1", "lr_anneal_steps": 9},
+    "demo_classifier_train": {**TRAINING, "lr_anneal_steps": 9},
+}
+for name in ("demo_unet_train", "demo_classifier_train"):
+    del SCRIPTS[name]["num_workers"]
+del SCRIPTS["classifier_train"]["ema_rate"]
+COMMON = {"batch_size": 2, "lr": "2e-3", "weight_decay": 0.1, "seed": 1}
+WITH_IMAGES = {"random_crop": "turned", "random_flip": "turned", "schedule_sampler": "loss-second-moment"}
+OF_UNET = {"num_channels": 64, "learn_sigma": "turned", "diffusion_steps": 50, "dropout": 0.1, "use_fp16": True}
+DECISIVE = {
+    "image_train": {
+        **COMMON,
+        **WITH_IMAGES,
+        **OF_UNET,
+        "ema_rate": "0.9,0.99",
+        "lr_anneal_steps": 9,
+        "class_cond": True,
+    },
+    "super_res_train": {**COMMON, **WITH_IMAGES, **OF_UNET, "ema_rate": "0.99", "lr_anneal_steps": 9, "small_size": 8},
+    "classifier_train": {
+        **{**COMMON, **WITH_IMAGES, "iterations": 7, "anneal_lr": False, "noised": False, "classifier_use_fp16": True},
+        **{"classifier_width": 64, "classifier_pool": "adaptive", "diffusion_steps": 50},
+    },
+    "demo_unet_train": {
+        **COMMON,
+        "ema_rate": "",
+        "lr_anneal_steps": 8,
+        "num_symbols": 4,
+        "grammar_seed": 1,
+        "dropout": 0.1,
+    },
+    "demo_classifier_train": {**COMMON, "ema_rate": "0.5", "lr_anneal_steps": 8, "use_fp16": True},
+}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_is_fixed_in_a_run_and_what_is_not(pictures, tmp_path, script, capfd):
+    given = {name: pictures if value == "DATA" else value for name, value in SCRIPTS[script].items()}
+    given |= {"output": tmp_path / "run", "save_interval": 1, "log_interval": 1}
+    parser = load_script(f"scripts/{script}.py").create_argparser()
+    defaults = vars(parser.parse_args(as_flags(given)))
+    if defaults.get("sample_grid"):
+        given["sample_grid"] = 0
+    # Where the rate falls with the iterations, they are a setting, too, and nothing is left to do in the end.
+    annealed = "anneal_lr" in given
+    given["iterations"] = 2 if annealed else 1
+    assert main_of(script)(*as_flags(given)) == 0
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    for flag, value in DECISIVE[script].items():
+        value = not defaults[flag] if value == "turned" else value
+        with pytest.raises(UserError) as error:
+            main_of(script)(*as_flags({**given, flag: value}))
+        words = "images per step (--batch_size" if flag == "batch_size" else f"--{flag} was "
+        assert "has checkpoints of a run with other settings: " in str(error.value) and words in str(error.value), flag
+        assert str(error.value).count(" and is now ") == (2 if flag == "class_cond" else 1), str(error.value)
+        assert len(str(error.value).splitlines()) == 2
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    free = {"microbatch": 1, "log_interval": 3, "save_interval": 2, "num_threads": 2}
+    capfd.readouterr()
+    assert main_of(script)(*as_flags({**given, **free, "iterations": 2})) == 0
+    said = capfd.readouterr().err
+    assert "not record" not in said and ("resuming from" in said) == (not annealed)
+
+
+@pytest.mark.parametrize(
+    ("script", "change", "words"),
+    [
+        ("image_train", {"resblock_updown": True, "num_res_blocks": 2}, "--num_res_blocks 1 --resblock_updown False"),
+        ("super_res_train", {"num_channels": 64, "learn_sigma": False}, "--num_channels 32 --learn_sigma True"),
+        ("classifier_train", {"classifier_width": 64}, "--classifier_width 32"),
+        ("demo_unet_train", {"channel_mult": "1,2"}, "--channel_mult 1,1"),
+    ],
+)
+def test_another_network_is_told_by_the_flags(pictures, tmp_path, script, change, words):
+    given = {name: pictures if value == "DATA" else value for name, value in SCRIPTS[script].items()}
+    if script != "classifier_train":
+        given["sample_grid"] = 0
+    run = tmp_path / "run"
+    assert main_of(script)(*as_flags({**given, "output": run, "iterations": 1})) == 0
+    path = run / "model000001.pt"
+    with pytest.raises(UserError) as error:
+        main_of(script)(*as_flags({**given, **change, "output": tmp_path / "new", "resume_checkpoint": path}))
+    assert f"the checkpoint {path} (--resume_checkpoint) does not fit your flags: " in str(error.value)
+    assert str(error.value).endswith(f"\nChange your flags to: {words}")
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_the_wrong_kind_of_network(pictures, tmp_path, trained):
+    given = {**TRAINING, **CLASSIFIER, "data_dir": pictures, "output": tmp_path}
+    del given["ema_rate"]
+    with pytest.raises(UserError, match=r"^--resume_checkpoint .*model000016\.pt holds a diffusion model's U-Net"):
+        main_of("classifier_train")(*as_flags({**given, "resume_checkpoint": trained / "model000016.pt"}))
+
+
+def test_float32_is_float32(pictures, tmp_path):
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    assert main_of("image_train")(*flags_of(pictures, tmp_path, iterations=1)) == 0
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.parametrize("kind", ["python", "mpiexec"])
+def test_training_that_diverges_saves_nothing_of_it(pictures, tmp_path, kind):
+    flags = flags_of(pictures, tmp_path, lr="1e38", iterations=9, save_interval=9)
+    done = run_script(*flags, script="scripts/image_train.py", kind=kind, processes=1 if kind == "python" else 2)
+    assert done.returncode == 1, done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert re.match(r"error: training has diverged: at step \d \w+ is (nan|inf)\. This step is not saved\. ", line)
+    assert not list(tmp_path.glob("*.pt"))
+    assert not any("nan" in path.read_text() for path in tmp_path.glob("progress.csv"))
+
+
+ONE_RANK = """
+import sys
+from guided_diffusion import dist_util
+from guided_diffusion.command_line import run
+from guided_diffusion.classifier_training import ClassifierTrainLoop
+from guided_diffusion.other_scripts import load_script
+
+evaluate = ClassifierTrainLoop.evaluate
+
+def spoilt(self, batch, cond):
+    evaluate(self, batch * (float("nan") if dist_util.get_rank() == 1 else 1), cond)
+
+ClassifierTrainLoop.evaluate = spoilt
+run(load_script("scripts/classifier_train.py").main)
+"""
+
+
+def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
+    (tmp_path / "script.py").write_text(ONE_RANK)
+    given = {**TRAINING, **CLASSIFIER, "data_dir": pictures, "val_data_dir": pictures, "output": tmp_path / "run"}
+    del given["ema_rate"]
+    given |= {"eval_interval": 1, "iterations": 5, "batch_size": 2, "log_interval": 100, "save_interval": 1}
+    command = [*launcher("torchrun", 2), tmp_path / "script.py", *as_flags(given)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert done.stderr.count("error: training has diverged: at step 1 val_loss is nan. This step is not saved") == 1
+    assert not list((tmp_path / "run").glob("*.pt"))
 
 
 @pytest.mark.parametrize(
