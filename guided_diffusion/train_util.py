@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from . import dist_util, logger
 from .command_line import Stopped, StopRequest, when_stopped
@@ -179,19 +180,28 @@ class TrainLoop:
         self.model.train()
         bar = logger.progress_bar(self.last_step, "training", "step", initial=self.step)
         with bar, StopRequest() as self._request:
-            while not self.done:
-                agreed = _maximum(self._request)
-                self.run_step(*next(self.data))
-                bar.update()
-                if self.step % self.log_interval == 0:
-                    line = self.log()
-                    if (name := f"{self.prefix}loss") in line:
-                        bar.set_postfix(loss=f"{line[name]:.4g}")
-                signum = agreed()
-                if self.step % self.save_interval == 0 or self.done or signum:
-                    self.save(draw=not signum)
-                if signum:
-                    raise Stopped(signum)
+            try:
+                self._take_steps(bar)
+            except RuntimeError as error:
+                # Where the signal came at the start, another rank may have left already, and cannot be talked to.
+                if self._request.signum and get_world_size() > 1:
+                    raise Stopped(self._request.signum) from error
+                raise
+
+    def _take_steps(self, bar: tqdm) -> None:
+        while not self.done:
+            agreed = _maximum(self._request)
+            self.run_step(*next(self.data))
+            bar.update()
+            if self.step % self.log_interval == 0:
+                line = self.log()
+                if (name := f"{self.prefix}loss") in line:
+                    bar.set_postfix(loss=f"{line[name]:.4g}")
+            signum = agreed()
+            if self.step % self.save_interval == 0 or self.done or signum:
+                self.save(draw=not signum)
+            if signum:
+                raise Stopped(signum)
 
     @property
     def done(self) -> bool:

@@ -179,6 +179,8 @@ def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
 
     class Watched:
         def write(self, data: bytes) -> int:
+            if failure:  # torch would write the end of the file all the same
+                raise failure[0]
             try:
                 return file.write(data)
             except BaseException as error:
@@ -190,7 +192,7 @@ def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
 
     try:
         torch.save(state, Watched())
-    except RuntimeError:
+    except BaseException:
         if failure:
             raise failure[0] from None
         raise

@@ -89,7 +89,7 @@ def choose_start(named: str, output: str, settings: Settings, ema_rates: Sequenc
     if changes := _changes(newest, state, settings, ema_rates):
         raise UserError(
             f"{output} has checkpoints of a run with other settings: {'; '.join(changes)}.\n"
-            f"Use those settings, or another --output; a new run can begin with --resume_checkpoint {newest}"
+            f"Use those settings, or begin a new run with another --output (from here: --resume_checkpoint {newest})"
         )
     _warn_of_unknown(newest, state, settings)
     return Start(newest, True, begun_from)
@@ -99,7 +99,8 @@ def describe_newest(output: str, named: str = "") -> str:
     """For a run that was stopped: which step is saved, and how to resume; `named` as in `choose_start`."""
     newest = newest_model(output)
     if newest is None:
-        return f"there is no checkpoint in {output} yet. Run the same command again to begin anew"
+        again = "" if checkpoint_files(output) else " yet. Run the same command again to begin anew"
+        return f"there is no complete checkpoint in {output}{again}"
     without = " without --resume_checkpoint" if named and _is_of(named, output) else ""
     step = parse_resume_step_from_filename(newest)
     return f"step {step} is saved in {newest}. Run the same command again{without} to resume"
@@ -118,10 +119,10 @@ def _newest_checkpoint(output: str) -> str | None:
         return None
     newest = newest_model(output)
     if newest is None:
-        name = files[max(files)][0]
+        names = ", ".join(name for of_step in files.values() for name in of_step)
         raise UserError(
-            f"{output} has {name} without a model's file: a run was ended while it wrote its first checkpoint, or the "
-            "file was removed.\nMove it away to begin from scratch, or choose another --output"
+            f"{output} has files of checkpoints without a model*.pt, which was not written or was removed: {names}.\n"
+            "Move them away to begin from scratch, or choose another --output"
         )
     step = parse_resume_step_from_filename(newest)
     rates: Sequence[str] = ema_rates_beside(output, step)

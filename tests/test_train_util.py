@@ -412,7 +412,10 @@ def resume(folder, **options):
     ("options", "words"),
     [
         ({"settings": {"--lr": 3, "--seed": 4}}, r"settings: --lr was 1 and is now 3; --seed was 2 and is now 4\.\n"),
-        ({"ema_rate": "0.9"}, r"--ema_rate was 0\.9,0\.5 and is now 0\.9\.\n.*--resume_checkpoint .*model000004\.pt$"),
+        (
+            {"ema_rate": "0.9"},
+            r"--ema_rate was 0\.9,0\.5 and is now 0\.9\.\n.*--resume_checkpoint .*model000004\.pt\)$",
+        ),
         ({"ema_rate": "0.9,0.5,0.1", "iterations": 3}, r"--ema_rate was 0\.9,0\.5 and is now 0\.9,0\.5,0\.1\.\n"),
         ({"ema_rate": ""}, r"--ema_rate was 0\.9,0\.5 and is now empty\.\n"),
     ],
@@ -434,6 +437,21 @@ def test_settings_that_one_of_the_two_does_not_know_do_not_differ(trained, tmp_p
         resume(tmp_path / "run", **{**options, "settings": {"--lr": 1, "--colour": "blue"}})
 
 
+def test_checkpoints_of_an_earlier_version(trained, tmp_path):
+    """Their record knows the averages by the flag alone, as it was given."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    state = torch.load(folder / "opt000004.pt")
+    del state["training"]["ema_rates"], state["training"]["begun_from"]
+    state["training"]["settings"] |= {"--ema_rate": "0.90, 0.5", "--gone": 1}
+    torch.save(state, folder / "opt000004.pt")
+    settings = {"--lr": 1, "--seed": 2, "--ema_rate": "0.9,0.5"}
+    resume(folder, settings=settings, iterations=5).run_loop()
+    assert torch.load(folder / "opt000005.pt")["training"]["ema_rates"] == [0.9, 0.5]
+    with pytest.raises(UserError, match=r"settings: --ema_rate was 0\.9,0\.5 and is now 0\.9\.\n"):
+        resume(folder, settings={**settings, "--ema_rate": "0.9"}, ema_rate="0.9")
+
+
 def test_a_run_with_nothing_left_to_do(trained, capfd):
     before = contents(trained)
     for iterations in (3, 4):
@@ -451,8 +469,11 @@ def test_a_run_with_nothing_left_to_do(trained, capfd):
         ),
         ("ema_0.5_000004.pt", r"ema_0\.5_000004\.pt is missing\.\n.*or move .* model000002\.pt$"),
         ("*2.pt opt000004.pt", r"opt000004\.pt is missing\.\n.*model000004\.pt with another --output$"),
-        ("model*", r"has ema_0\.5_000004\.pt without a model's file.*\nMove it away"),
-        ("model* opt*", r"has ema_0\.5_000004\.pt without a model's file"),
+        (
+            "model*",
+            r"without a model\*\.pt, .*: ema_0\.5_000002\.pt, .*opt000002\.pt, .*opt000004\.pt\.\nMove them away",
+        ),
+        ("model* opt* *2.pt", r"without a model\*\.pt, .*: ema_0\.5_000004\.pt, ema_0\.9_000004\.pt\.\nMove them away"),
     ],
 )
 def test_a_folder_with_an_incomplete_checkpoint_is_not_begun_again(trained, tmp_path, remove, words):
@@ -579,7 +600,9 @@ def test_which_checkpoint_is_started_from(tmp_path, monkeypatch):
 
 
 def test_the_words_for_a_run_that_was_stopped(trained, tmp_path):
-    nothing = f"there is no checkpoint in {tmp_path} yet. Run the same command again to begin anew"
+    nothing = f"there is no complete checkpoint in {tmp_path}"
+    assert describe_newest(str(tmp_path)) == f"{nothing} yet. Run the same command again to begin anew"
+    (tmp_path / "opt000004.pt").touch()
     assert describe_newest(str(tmp_path)) == nothing
     newest = trained / "model000004.pt"
     words = f"step 4 is saved in {newest}. Run the same command again"

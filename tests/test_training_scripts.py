@@ -7,7 +7,9 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,6 +53,16 @@ def _tidy(monkeypatch):
     yield
     torch.set_num_threads(threads)
     logger.configure()
+
+
+@pytest.fixture
+def started():
+    """Processes that are killed if the test fails before they end."""
+    processes = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture(scope="session")
@@ -189,11 +201,12 @@ def test_a_signal_saves_a_checkpoint(kind, signum, to_one_rank, pictures, tmp_pa
     assert said.count(f"step {steps[0]} is saved in {tmp_path}/model{steps[0]:06d}.pt") == 1
 
 
-def start_training(pictures, output, **changes):
+def start_training(started, pictures, output, **changes):
     """Start image_train.py, and wait until it has taken a step, or as many as asked for."""
     steps = changes.pop("steps", 1)
     flags = flags_of(pictures, output, save_interval=1000, log_interval=1, **changes)
     process = start_script(*flags, script="scripts/image_train.py")
+    started.append(process)
     deadline = time.monotonic() + 120
     while not (output / "progress.csv").exists() or len(lines_of(output)) < steps:
         assert process.poll() is None and time.monotonic() < deadline
@@ -202,9 +215,9 @@ def start_training(pictures, output, **changes):
 
 
 @pytest.mark.parametrize("signums", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGUSR1, signal.SIGUSR1)])
-def test_signals_in_quick_succession_save_a_checkpoint(pictures, tmp_path, signums):
+def test_signals_in_quick_succession_save_a_checkpoint(pictures, tmp_path, started, signums):
     """As at Slurm's time limit, where a process and those that read for it get two within four milliseconds."""
-    process = start_training(pictures, tmp_path, num_workers=2)
+    process = start_training(started, pictures, tmp_path, num_workers=2)
     for signum in signums:
         os.killpg(process.pid, signum)
     _, said = process.communicate(timeout=120)
@@ -218,9 +231,59 @@ def test_signals_in_quick_succession_save_a_checkpoint(pictures, tmp_path, signu
     assert "training.lock" not in names_in(tmp_path)
 
 
-def test_killed_before_the_first_checkpoint(pictures, tmp_path):
+SLOW_DISK = """
+import sys, time
+from guided_diffusion import command_line, training_checkpoints
+from guided_diffusion.other_scripts import load_script
+
+save, saved = training_checkpoints._save, []
+
+class Slow:
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        if len(saved) > 4:  # from the second file of the second checkpoint on
+            print("writing", flush=True)
+            time.sleep(1e6)
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+def slowly(state, file):
+    saved.append(None)
+    save(state, Slow(file))
+
+training_checkpoints._save = slowly
+command_line.INSISTENCE = 0.0  # as if the second Ctrl-C came a while after the first
+command_line.run(load_script("scripts/image_train.py").main)
+"""
+
+
+def test_ctrl_c_again_interrupts_a_save_that_takes_long(pictures, tmp_path, started):
+    (tmp_path / "script.py").write_text(SLOW_DISK)
+    flags = flags_of(pictures, tmp_path / "run", save_interval=2, log_interval=1)
+    command = [sys.executable, tmp_path / "script.py", *flags]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started.append(process)
+    assert process.stdout.readline() == "writing\n"
+    for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        process.send_signal(signum)
+        time.sleep(0.2)
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    newest = tmp_path / "run/model000002.pt"
+    last = f"stopped by SIGINT: step 2 is saved in {newest}. Run the same command again to resume"
+    assert process.returncode == 128 + signal.SIGINT and said.splitlines()[-1] == last, said
+    assert "Traceback" not in said
+    assert not [name for name in names_in(tmp_path / "run") if "000004" in name or name.endswith((".part", ".lock"))]
+
+
+def test_killed_before_the_first_checkpoint(pictures, tmp_path, started):
     """What it left does not stand in the way of another command, with another rate or other images."""
-    process = start_training(pictures, tmp_path, steps=3)
+    process = start_training(started, pictures, tmp_path, steps=3)
     process.kill()
     process.communicate()
     assert {"training.lock", "progress.csv", "data_inputs.json"} <= names_in(tmp_path)
@@ -232,8 +295,8 @@ def test_killed_before_the_first_checkpoint(pictures, tmp_path):
     assert (tmp_path / "progress.1.json").exists()
 
 
-def test_one_run_at_a_time(pictures, tmp_path):
-    process = start_training(pictures, tmp_path)
+def test_one_run_at_a_time(pictures, tmp_path, started):
+    process = start_training(started, pictures, tmp_path)
     in_use = rf"the training folder {tmp_path} is in use by another run: process {process.pid} "
     with pytest.raises(UserError, match=in_use):
         main_of("image_train")(*flags_of(pictures, tmp_path))
@@ -575,6 +638,50 @@ def test_training_that_diverges_saves_nothing_of_it(pictures, tmp_path, kind):
     assert re.match(r"error: training has diverged: at step \d \w+ is (nan|inf)\. This step is not saved\. ", line)
     assert not list(tmp_path.glob("*.pt"))
     assert not any("nan" in path.read_text() for path in tmp_path.glob("progress.csv"))
+
+
+LEAVES_EARLY = """
+import os, signal
+from guided_diffusion import dist_util
+from guided_diffusion.command_line import run
+from guided_diffusion.other_scripts import load_script
+from guided_diffusion.train_util import TrainLoop
+
+run_loop, take_steps = TrainLoop.run_loop, TrainLoop._take_steps
+
+def signalled(self):
+    if dist_util.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    run_loop(self)
+
+def signalled_later(self, bar):
+    os.kill(os.getpid(), signal.SIGTERM)
+    take_steps(self, bar)
+
+TrainLoop.run_loop, TrainLoop._take_steps = signalled, signalled_later
+run(load_script("scripts/image_train.py").main)
+"""
+
+
+def test_a_signal_that_finds_one_rank_in_the_loop_and_another_before_it(pictures, tmp_path, started):
+    """The first cannot save without the second, and says so; no launcher interferes here."""
+    (tmp_path / "script.py").write_text(LEAVES_EARLY)
+    with socket.create_server(("127.0.0.1", 0)) as unused:
+        port = unused.getsockname()[1]
+    for rank in "01":
+        place = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        command = [sys.executable, tmp_path / "script.py", *flags_of(pictures, tmp_path / "run")]
+        started.append(subprocess.Popen(command, env=environment(**place), stderr=subprocess.PIPE, text=True))
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [143, 143], said
+    nothing = f"there is no complete checkpoint in {tmp_path / 'run'} yet. Run the same command again to begin anew"
+    assert said[0].splitlines()[-1] == f"stopped by SIGTERM: {nothing}" and "Traceback" not in "".join(said)
 
 
 ONE_RANK = """
