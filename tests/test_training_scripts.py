@@ -305,6 +305,17 @@ def test_one_run_at_a_time(pictures, tmp_path, started):
     assert main_of("image_train")(*flags_of(pictures, tmp_path, iterations=1)) == 0  # at once
 
 
+def test_a_run_that_has_lost_its_folder_saves_nothing(pictures, tmp_path, started):
+    process = start_training(started, pictures, tmp_path)
+    (tmp_path / "training.lock").unlink()
+    process.terminate()
+    said = process.communicate(timeout=120)[1]
+    assert (
+        process.returncode == 2 and f"error: {tmp_path}/training.lock has disappeared: was the training folder" in said
+    )
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def bitmaps(folder, seed):
     """Three images whose files have the same names and sizes whatever the seed."""
     folder.mkdir()
