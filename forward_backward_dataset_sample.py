@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.compilation import compile_network, decide
     from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
     from guided_diffusion.inference import prepare
-    from guided_diffusion.run_record import end_record, now, settings_of, weights_digest
+    from guided_diffusion.run_record import end_record, now, recorded_compilation, settings_of, weights_digest
 
     dist_util.setup_dist()
     logger.configure()
@@ -66,11 +66,12 @@ def main(argv: list[str] | None = None) -> int:
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     weights = dist_util.on_main(weights_digest, model)
-    compiled = decide(args.compile, len(images), args.batch_size, times)
-    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled)
-
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
+    recorded = dist_util.on_main(recorded_compilation, folders.values())
+    compiled = decide(args.compile, len(images), args.batch_size, times, recorded)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled)
+
     settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
     records, units = dist_util.on_main(begin, folders, images, args.batch_size, settings, circumstances)
     processes = dist_util.get_world_size()
@@ -357,7 +358,7 @@ def create_argparser() -> argparse.ArgumentParser:
         default="auto",
         type=bool_or_auto,
         metavar="True|False|auto",
-        help="compile the network for speed; auto: on a GPU, for a run of many steps (default: %(default)s)",
+        help="compile the network for speed; auto: on a GPU that can, for a run of many steps (default: %(default)s)",
     )
     add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
     add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +107,27 @@ def begin_record(folder: SampleFolder, settings: Mapping[str, Any], circumstance
             "Go on with the settings on record, choose another --output, or move the folder away"
         )
     return record
+
+
+def recorded_compilation(folders: Iterable[SampleFolder]) -> bool | None:
+    """Whether the run on record in these folders compiled its network; None if there is no record.
+
+    Raises UserError if some did and others did not.
+    """
+    compiled = {}
+    for folder in folders:
+        try:
+            record = read_json(folder.record)
+        except ValueError:
+            continue  # `begin_record` reports it
+        if isinstance(record, dict) and isinstance(record.get("settings"), dict):
+            compiled[folder.record] = bool(record["settings"].get("--compile"))
+    if len(set(compiled.values())) > 1:
+        yes, no = (next(path for path, was in compiled.items() if was is which) for which in (True, False))
+        raise UserError(
+            f"{yes} is of a compiled run and {no} is not: resume these times in separate commands (--step_reverse)"
+        )
+    return next(iter(compiled.values()), None)
 
 
 def end_record(
