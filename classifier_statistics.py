@@ -131,7 +131,7 @@ def measure(
     from guided_diffusion import dist_util, logger
     from guided_diffusion.activations import ActivationMoments
     from guided_diffusion.classifier_results import labels_of
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.pipeline import read_ahead
     from guided_diffusion.transfer import download, upload
 

@@ -252,7 +252,7 @@ def compare(
     from guided_diffusion import dist_util, logger
     from guided_diffusion.activations import Similarities
     from guided_diffusion.image_datasets import UnreadableImage
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.pipeline import read_ahead
     from guided_diffusion.transfer import upload
 

@@ -70,7 +70,8 @@ def main(argv: list[str] | None = None) -> int:
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
     recorded = dist_util.on_main(recorded_compilation, folders.values())
     compiled = decide(args.compile, len(images), args.batch_size, times, recorded)
-    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled)
+    batch_size = min(args.batch_size, len(images))
+    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled, batch_size)
 
     settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
     records, units = dist_util.on_main(begin, folders, images, args.batch_size, settings, circumstances)
@@ -86,9 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     network = model
     if compiled and to_do:
-        network = dist_util.on_every_rank(
-            compile_network, model, diffusion, min(args.batch_size, len(images)), args.image_size
-        )
+        network = dist_util.on_every_rank(compile_network, model, diffusion, batch_size, args.image_size)
 
     started, clock = now(), time.monotonic()
     written, unreadable = sample(network, diffusion, dist_util.share_of(units), folders, args)
@@ -221,7 +220,7 @@ def forward_backward(
 
     from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import NoiseStreams, Pixels, from_pixels, noised_image
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.transfer import upload
 
     device, k = dist_util.dev(), unit.step_reverse

@@ -208,6 +208,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     from . import dist_util, logger
     from .fp16_util import half_precision_dtype
     from .inference import compute_reproducibly, keep_memory
+    from .memory import to_device
     from .run_record import hardware, versions
     from .torch_classifiers import load_classifier
 
@@ -220,7 +221,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     device = dist_util.dev()
     threads = compute_reproducibly(args.num_threads)
     keep_memory()
-    classifier.model.to(device)
+    to_device(classifier.model)
     dtype = half_precision_dtype(device) if args.classifier_use_fp16 else torch.float32
     precision = str(dtype).removeprefix("torch.")
     if args.classifier_use_fp16 and dtype != torch.float16:

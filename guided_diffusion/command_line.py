@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -100,10 +100,10 @@ class StopRequest:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
-    A UserError is printed without a traceback and ends with status 2; an error of the operating system (disk full, no
-    permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number. What all
-    ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
-    them all.
+    A UserError is printed without a traceback and ends with status 2, a lack of memory likewise; an error of the
+    operating system (disk full, no permission) with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its
+    number. What all ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the
+    launcher ends them all.
     """
 
     def stop(signum, frame):
@@ -124,6 +124,13 @@ def run(main: Callable[[], int | None]) -> None:
         name = signal.Signals(stopped.signum).name
         status, words = 128 + stopped.signum, f"stopped by {name}: what is written is whole. To go on, start it again"
         reason = stopped
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        from .memory import not_enough_memory
+
+        status, words = 2, f"error: {not_enough_memory(error)}"
+        reason = error
     dist_util = sys.modules.get("guided_diffusion.dist_util")
     if dist_util is None or dist_util.should_report(reason):
         sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import dist_util, logger
 from .errors import UserError, first_line
-from .inference import enough_memory
+from .memory import enough_memory
 
 if TYPE_CHECKING:
     from .gaussian_diffusion import GaussianDiffusion

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import dist_util, logger
-from .errors import UserError
 from .fp16_util import half_precision_dtype
+from .memory import to_device
 from .run_record import hardware, versions
 
 if TYPE_CHECKING:
@@ -19,7 +17,11 @@ if TYPE_CHECKING:
 
 
 def prepare(
-    model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: int = 0, compiled: bool = False
+    model: UNetModel | EncoderUNetModel,
+    use_fp16: bool,
+    num_threads: int = 0,
+    compiled: bool = False,
+    batch_size: int = 0,
 ) -> dict[str, Any]:
     """Move a network to this rank's device, in the precision asked for, so that it gives the same bytes every time.
 
@@ -28,14 +30,17 @@ def prepare(
         use_fp16: compute its torso in half precision.
         num_threads: CPU threads of this process; 0: the cores, shared out among the processes.
         compiled: the network will be compiled, see `compilation`.
+        batch_size: images per forward pass, for a warning if they are too many; 0: not known.
 
     Returns:
         What decides the last digits: hardware, precision, layout in memory, threads and versions, by name.
+
+    Raises UserError if the device has not enough memory for the network.
     """
     device = dist_util.dev()
     threads = compute_reproducibly(num_threads)
     keep_memory()
-    model.to(device).eval()
+    to_device(model, batch_size).eval()
     dtype = half_precision_dtype(device) if use_fp16 else torch.float32
     if dtype == torch.float32:
         model.convert_to_fp32()
@@ -82,12 +87,3 @@ def keep_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
-
-
-@contextmanager
-def enough_memory(images: int, more: str = "") -> Iterator[None]:
-    """Raise UserError where the GPU's memory does not suffice for so many images; `more` ends the message."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory does not hold {images} images at once: lower --batch_size{more}") from error

@@ -159,7 +159,8 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
     return [
         f"{name} was {_short(recorded.get(name, 'absent'))} and is now {_short(current.get(name, 'absent'))}"
         for name in dict.fromkeys([*recorded, *current])
-        if recorded.get(name) != current.get(name)
+        # A flag that an older version did not have is as one that is not given.
+        if recorded.get(name, "") != current.get(name, "")
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import partial
@@ -45,8 +46,10 @@ def begin(args: argparse.Namespace, otherwise: str) -> str:
     """Join the other processes and open the log. Returns the folder of results: by the flags, else `otherwise`."""
     if getattr(args, "data_dir", None) == "":  # some scripts make their images themselves
         raise UserError("no folder of images was given: --data_dir FOLDER")
-    if args.lr <= 0 or args.weight_decay < 0:
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf):
         raise UserError(f"--lr {args.lr} --weight_decay {args.weight_decay}: expected lr > 0 and weight_decay >= 0")
+    if not 0 < args.fp16_scale_growth < math.inf:
+        raise UserError(f"--fp16_scale_growth {args.fp16_scale_growth}: expected a number above 0, such as 0.001")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
     dist_util.setup_dist()

@@ -59,10 +59,10 @@ def main(argv: list[str] | None = None) -> int:
         model_path=dist_util.on_main(weights_digest, model),
         classifier_path=dist_util.on_main(weights_digest, classifier),
     )
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
-    circumstances["classifier's precision"] = prepare(classifier, args.classifier_use_fp16, args.num_threads)[
-        "precision"
-    ]
+    batch_size = min(args.batch_size, args.num_samples)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=batch_size)
+    of_classifier = prepare(classifier, args.classifier_use_fp16, args.num_threads, batch_size=batch_size)
+    circumstances["classifier's precision"] = of_classifier["precision"]
     classifier.requires_grad_(False)  # the gradient in x alone is wanted: less has to be kept for it
     cond_fn = class_gradient(classifier, args.classifier_scale)
     labels = draw_classes(args.seed, args.num_samples)

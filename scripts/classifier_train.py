@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import load_noisy_classifier
     from guided_diffusion.classifier_training import ClassifierTrainLoop
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.training_setup import begin, check_same_classes, end, images_for, loop_options, settings_of
 
@@ -45,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
         options = {"image_size": args.image_size, "random_flip": False, "flag": "--val_data_dir"}
         streams.append(images_for(args, args.val_data_dir, class_cond=True, **options))
         check_same_classes(*streams, args.val_data_dir)
-    model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed)
 
     loop = ClassifierTrainLoop(
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=data,
         val_data=streams[1] if args.val_data_dir else None,
@@ -69,8 +70,14 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
     add_dict_to_argparser(parser.add_argument_group("training"), classifier_training_defaults())
-    add_dict_to_argparser(
-        parser.add_argument_group("the classifier and the diffusion"), classifier_and_diffusion_defaults()
+    network = parser.add_argument_group("the classifier and the diffusion")
+    add_dict_to_argparser(network, classifier_and_diffusion_defaults())
+    network.add_argument(
+        "--channel_mult",
+        dest="classifier_channel_mult",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="another name of --classifier_channel_mult",
     )
     return parser
 

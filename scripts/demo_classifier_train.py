@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from guided_diffusion import dist_util
+    from guided_diffusion.memory import to_device
     from guided_diffusion.script_util import create_gaussian_diffusion
     from guided_diffusion.training_setup import begin, loop_options, settings_of
     from random_hierarchy_model.classifier import small_convnext
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
     loop = ReadingLoop(
         images=images,
-        model=model.to(dist_util.dev()),
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=create_gaussian_diffusion(),
         data=data,
         output=output,

@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         model_path=dist_util.on_main(weights_digest, model),
         data_dir=hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest(),
     )
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, len(images)))
 
     output = logger.choose_dir(args.output, f"results/image_nll_{folder_name(args.data_dir)}")
     result, folder = f"{output}/image_nll.npz", f"{output}/image_nll_parts"
@@ -179,7 +179,7 @@ def bits(
 
     from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import from_pixels
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.noise import NoiseStreams
 
     device = dist_util.dev()

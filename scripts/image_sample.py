@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     settings = settings_of(args, model_path=dist_util.on_main(weights_digest, model))
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     labels = draw_classes(args.seed, args.num_samples) if args.class_cond else None
 
     def make(indices: range, bar: tqdm) -> torch.Tensor:

@@ -30,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
     from guided_diffusion.training_setup import begin, end, images_for, loop_options, sample_grid, settings_of
@@ -40,10 +41,10 @@ def main(argv: list[str] | None = None) -> int:
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
     data = images_for(args, args.data_dir, args.class_cond, image_size=args.image_size, **crops)
-    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed)
 
     loop = TrainLoop(
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=data,
         schedule_sampler=schedule_sampler,

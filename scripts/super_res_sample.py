@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         model_path=dist_util.on_main(weights_digest, model),
         base_samples=dist_util.on_main(file_digest, args.base_samples),
     )
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     if args.num_samples > len(small):
         logger.info(
             f"{len(small)} images in {args.base_samples} for {args.num_samples} samples (--num_samples): "

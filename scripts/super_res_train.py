@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import load_upsampler
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
     from guided_diffusion.training_setup import begin, end, images_for, loop_options, sample_grid, settings_of
@@ -44,10 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
     data = images_for(args, args.data_dir, args.class_cond, image_size=args.large_size, **crops)
-    model = dist_util.on_every_rank(load_upsampler, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_upsampler, "untrained", flags, args.seed)
 
     loop = TrainLoop(
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=WithSmallImages(data, args.small_size),
         schedule_sampler=schedule_sampler,
