@@ -144,7 +144,7 @@ def begin(
     from guided_diffusion import logger
     from guided_diffusion.files import remove_scratch, remove_scratch_of, walk
     from guided_diffusion.forward_backward import unfinished_units
-    from guided_diffusion.run_record import begin_record, differences
+    from guided_diffusion.run_record import begin_record, circumstances_changed
 
     records = {k: begin_record(folder, settings, circumstances) for k, folder in folders.items()}
     units = []
@@ -154,7 +154,7 @@ def begin(
         present = set(walk(folder.path))
         done = {image.path for image in images if folder.sample(image.path) in present}
         left = list(unfinished_units(images, batch_size, k, done))
-        if left and (changes := differences(records[k]["begun_with"], circumstances)):
+        if left and (changes := circumstances_changed(records[k]["begun_with"], circumstances)):
             logger.warn(f"{folder.path}: {'; '.join(changes)}. Samples will agree to rounding, not to the byte")
         units += left
     return records, units

@@ -10,7 +10,7 @@ import torch
 from . import dist_util, logger
 from .fp16_util import half_precision_dtype
 from .memory import to_device
-from .run_record import hardware, versions
+from .run_record import surroundings
 
 if TYPE_CHECKING:
     from .unet import EncoderUNetModel, UNetModel
@@ -41,7 +41,7 @@ def prepare(
     threads = compute_reproducibly(num_threads)
     keep_memory()
     to_device(model, batch_size).eval()
-    dtype = half_precision_dtype(device) if use_fp16 else torch.float32
+    dtype = shared_half_precision(device) if use_fp16 else torch.float32
     if dtype == torch.float32:
         model.convert_to_fp32()
     else:
@@ -53,10 +53,15 @@ def prepare(
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     precision = str(dtype).removeprefix("torch.")
     if use_fp16 and dtype != torch.float16:
-        logger.info(f"--use_fp16 True: this CPU has no fast float16, the U-Net computes in {precision}")
+        logger.info(f"--use_fp16 True: there is no fast float16 here, the U-Net computes in {precision}")
     layout = "channels last" if channels_last else "channels first"
-    facts = {"hardware": hardware(device), "precision": precision, "layout": layout, "threads": threads}
-    return {**facts, **versions()}
+    return {"precision": precision, "layout": layout, "threads": threads, **surroundings(device)}
+
+
+def shared_half_precision(device: torch.device) -> torch.dtype:
+    """The `half_precision_dtype` that all processes have, float32 if they differ. All ranks must call this."""
+    found = set(dist_util.gather_objects(half_precision_dtype(device)))
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def compute_reproducibly(num_threads: int = 0) -> int:
@@ -64,14 +69,20 @@ def compute_reproducibly(num_threads: int = 0) -> int:
 
     Returns the number of threads.
     """
-    # No choice of algorithm by measured speed; and float32 means float32.
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = False  # no choice of algorithm by measured speed
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    compute_exactly()
     threads = num_threads or dist_util.cores_per_rank()
     torch.set_num_threads(threads)
     return threads
+
+
+def compute_exactly() -> None:
+    """Have GPUs multiply float32 in float32, not in TF32, and add up products of half precision in float32."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def keep_memory() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from . import dist_util, logger
 from .errors import UserError
 from .files import read_json, remove_scratch, walk, whole_file, write_json
-from .run_record import WITHOUT_EFFECT, differences
+from .run_record import WITHOUT_EFFECT, circumstances_changed, differences
 
 if TYPE_CHECKING:
     import argparse
@@ -62,7 +62,7 @@ class Parts:
                         "Choose another --output, or remove the folder"
                     )
                 write_json(path, {"settings": settings, "begun_with": circumstances})
-        if record and (changes := differences(record["begun_with"], circumstances)):
+        if record and (changes := circumstances_changed(record["begun_with"], circumstances)):
             logger.warn(f"{self.folder}: {'; '.join(changes)}. Results will agree to rounding, not to the byte")
 
     def done(self) -> set[int]:

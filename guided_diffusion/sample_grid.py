@@ -50,10 +50,10 @@ class SampleGrid:
     def __call__(self, model: Callable[..., torch.Tensor], step: int) -> None:
         """Sample from `model` and write the picture of `step`."""
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
-        start = noise.randn(self.shape, device=self.device)
-        options: dict[str, Any] = {"noise": start, "model_kwargs": self.model_kwargs, "device": self.device}
+        options: dict[str, Any] = {"model_kwargs": self.model_kwargs, "device": self.device}
         try:
             with enough_memory(self.shape[0], flag="--sample_grid"):
+                options["noise"] = noise.randn(self.shape, device=self.device)
                 pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, **options))
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)

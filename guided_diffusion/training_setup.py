@@ -16,6 +16,7 @@ from . import dist_util, logger
 from .errors import UserError
 from .forward_backward import from_pixels
 from .image_datasets import list_images, read_image
+from .inference import compute_exactly
 from .sample_grid import SampleGrid
 from .script_util import diffusion_from_flags
 from .training_data import load_data
@@ -58,6 +59,7 @@ def begin(args: argparse.Namespace, otherwise: str) -> str:
     formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
     dist_util.on_every_rank(logger.configure, output, formats)
     torch.set_num_threads(args.num_threads or dist_util.cores_per_rank())
+    compute_exactly()
     torch.backends.cudnn.benchmark = True  # the images of a run are all of one size
     return output
 

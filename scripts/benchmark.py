@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from guided_diffusion import dist_util
     from guided_diffusion.inference import compute_reproducibly
-    from guided_diffusion.run_record import hardware, versions
+    from guided_diffusion.run_record import surroundings
 
     logger.configure()
     threads = compute_reproducibly(args.num_threads)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.contender:
         sys.stdout.write(json.dumps(contend(args, device, threads)))
         return 0
-    circumstances = {"hardware": hardware(device), "threads": threads, **versions()}
+    circumstances = {"threads": threads, **surroundings(device)}
     report: dict[str, Any] = {"circumstances": circumstances, "arguments": vars(args)}
     write_report(report, args.output)  # a mistake shows at once, not after minutes
     with tempfile.TemporaryDirectory() as folder:
