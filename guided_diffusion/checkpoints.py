@@ -112,10 +112,11 @@ def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> A
             torch.manual_seed(seed)
             return build(network, flags)
 
-    weights = load_state_dict(path, flag=network.path_flag)
     with torch.device("meta"):
         model = build(network, flags)
-    check_fit(network, path, shapes_of(weights), shapes_of(model.state_dict()), flags)
+    expected = shapes_of(model.state_dict())
+    weights = load_state_dict(path, flag=network.path_flag, expected=expected)
+    check_fit(network, path, shapes_of(weights), expected, flags)
     model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, assign=True)
     return model
 
