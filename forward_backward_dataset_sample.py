@@ -8,7 +8,7 @@ The published model, with 10 images of each class:
 
   python forward_backward_dataset_sample.py --data_dir datasets/ILSVRC2012/validation \\
       --model_path models/256x256_diffusion_uncond.pt --timestep_respacing 250 --step_reverse 125 \\
-      --num_per_class 10 --num_classes 1000 --batch_size 32 $MODEL_FLAGS
+      --num_per_class 10 --num_classes 1000 --batch_size 32 "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations

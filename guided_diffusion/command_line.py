@@ -25,12 +25,23 @@ class ArgumentParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         # Looked for first: a misspelt flag is the reason where a required one is missing.
         for word in words:
+            if word.startswith("--") and self._has_several(word):
+                self.error(
+                    f"several words came as one, {word[:40]!r}...: zsh does that with $MODEL_FLAGS and the like. Write "
+                    "${=MODEL_FLAGS}; in bash, leave out the quotes"
+                )
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
                 self.error(self._explain(word))
         return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message}{'' if message.endswith('?') else '.'} See --help.\n")
+
+    def _has_several(self, word: str) -> bool:
+        """Whether a word holds flags with their values, or a flag and its value, between spaces."""
+        first, *others = word.split()
+        flags = {part.split("=")[0] for part in others}.intersection(self._option_string_actions)
+        return bool(flags or (others and first in self._option_string_actions))
 
     def _explain(self, word: str) -> str:
         flag = word.split("=")[0]

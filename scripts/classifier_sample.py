@@ -8,7 +8,7 @@ seed.
 
   python scripts/classifier_sample.py --model_path models/64x64_diffusion.pt \\
       --classifier_path models/64x64_classifier.pt --classifier_scale 1.0 --num_samples 50000 --batch_size 64 \\
-      --timestep_respacing 250 $MODEL_FLAGS $CLASSIFIER_FLAGS
+      --timestep_respacing 250 "${MODEL_FLAGS[@]}" "${CLASSIFIER_FLAGS[@]}"
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ that was ended goes on where it was when it is started again with the same flags
 processes share the images out; the result is the same for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/image_nll.py --data_dir datasets/ILSVRC2012/validation --num_samples 1000 --batch_size 16 \\
-      --model_path models/64x64_diffusion.pt $MODEL_FLAGS
+      --model_path models/64x64_diffusion.pt "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations

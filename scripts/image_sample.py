@@ -6,7 +6,7 @@ where it was when it is started again with the same flags. Under mpiexec, torchr
 images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/image_sample.py --model_path models/64x64_diffusion.pt --num_samples 50000 --batch_size 64 \\
-      --timestep_respacing 250 $MODEL_FLAGS
+      --timestep_respacing 250 "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations

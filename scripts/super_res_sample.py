@@ -7,7 +7,7 @@ A run that was ended goes on where it was when it is started again with the same
 the processes share the images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/super_res_sample.py --base_samples samples_50000x64x64x3.npz --num_samples 50000 \\
-      --model_path models/64_256_upsampler.pt --timestep_respacing 250 $MODEL_FLAGS
+      --model_path models/64_256_upsampler.pt --timestep_respacing 250 "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations

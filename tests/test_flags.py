@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 
 import pytest
 import torch
-from conftest import load_script
+from conftest import REPOSITORY, load_script
 
 from guided_diffusion.checkpoints import CLASSIFIER, DIFFUSION_MODEL, UPSAMPLER, build
 from guided_diffusion.errors import UserError
@@ -135,3 +137,73 @@ def test_whole_numbers_out_of_range(flag, capsys):
     with pytest.raises(SystemExit):
         load_script("scripts/image_train.py").main([f"--{flag}", "0"])
     assert f"--{flag}: expected a whole number from 1 on, not 0" in capsys.readouterr().err
+
+
+# Flags that a shell passes on
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--attention_resolutions 32,16,8 --class_cond False --image_size 64"],
+        ["--model_path", "x", "--image_size=64 --seed=3"],
+        ["--class_cond True"],
+        ["--learn_sigma\tTrue\n--image_size 64"],
+    ],
+)
+def test_several_words_that_came_as_one_are_recognised(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_script("scripts/image_sample.py").create_argparser().parse_args(words)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and len(message.splitlines()) == 1
+    assert message.startswith("error: several words came as one, '--") and "${=MODEL_FLAGS}" in message
+
+
+def test_values_may_have_spaces_in_them():
+    parser = load_script("scripts/image_sample.py").create_argparser()
+    args = parser.parse_args(["--output=my folder", "--model_path", "a --b c"])
+    assert (args.output, args.model_path) == ("my folder", "a --b c")
+
+
+COMMANDS = """
+python() { for word in "$@"; do printf '%s\\n' "$word"; done; }
+"""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_readme_s_commands_work_in_both_shells(shell):
+    """The shell says which words a script is given, and the script's parser takes them."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    blocks = [block for block in blocks if "MODEL_FLAGS" in block]
+    assert len(blocks) == 2
+    scripts = []
+    for block in blocks:
+        definition, *commands = block.strip().split("\n\n")
+        for command in commands:
+            program = f"{COMMANDS}\n{definition}\n{command}"
+            done = subprocess.run([shell, "-c", program], capture_output=True, text=True, check=True)
+            script, *words = done.stdout.splitlines()
+            args = load_script(script).create_argparser().parse_args(words)
+            assert args.learn_sigma is True and args.image_size in (64, 256) and args.num_channels in (128, 256)
+            scripts.append(script)
+    assert len(scripts) == 5
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_the_advice_for_zsh_works_in_zsh():
+    for variable, works in (("$MODEL_FLAGS", False), ("${=MODEL_FLAGS}", True)):
+        program = f'{COMMANDS}\nMODEL_FLAGS="--image_size 64 --class_cond True"\npython {variable}'
+        words = subprocess.run(["zsh", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+        parser = load_script("scripts/image_sample.py").create_argparser()
+        if works:
+            assert parser.parse_args(words).class_cond is True
+        else:
+            with pytest.raises(SystemExit):
+                parser.parse_args(words)
+
+
+def test_no_example_leaves_the_splitting_to_the_shell():
+    for path in [REPOSITORY / "README.md", *REPOSITORY.glob("*.py"), *REPOSITORY.glob("scripts/*")]:
+        assert not re.search(r"\s\$\w+_FLAGS", path.read_text()), path
