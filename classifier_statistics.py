@@ -17,9 +17,11 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+
+# isort: split
 import numpy as np
 
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 
 if TYPE_CHECKING:

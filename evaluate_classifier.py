@@ -24,10 +24,12 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+
+# isort: split
 import blobfile as bf
 import numpy as np
 
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_json, remove_scratch_of
 

@@ -32,10 +32,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+
+# isort: split
 import numpy as np
 
 from guided_diffusion import logger
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_whole
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words

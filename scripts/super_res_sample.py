@@ -14,13 +14,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line import ArgumentParser, run
+
+# isort: split
 import blobfile as bf
 import numpy as np
 
-from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.script_util import (
     NUM_CLASSES,
