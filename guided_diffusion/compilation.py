@@ -60,7 +60,7 @@ def decide(
         return False
 
     def stop() -> None:
-        if choice == "auto":
+        if recorded:
             raise UserError(
                 f"{problem}.\nThe run on record was compiled and can only be resumed compiled: install what is "
                 "missing, or choose another --output"
@@ -108,9 +108,10 @@ def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def _reason(error: Exception) -> str:
     """The line of a compiler's message that says what failed."""
-    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
-    if "returned non-zero exit status" in str(error) and not os.path.exists(header):
-        return f"{header} is missing (Debian's package python3-dev has it)"
+    header = os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # where Triton looks for it
+    if failed := re.search(r"Command '\['([^']+)'.* returned non-zero exit status", str(error)):
+        missing = f"{header} is missing (Debian's package python3-dev has it)"
+        return f"{failed[1]} failed, its message is above" if os.path.exists(header) else missing
     errors = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception): ", line)]
     return errors[-1][:300] if errors else first_line(error)
 
