@@ -18,7 +18,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from . import logger
 from .errors import UserError, first_line, is_out_of_memory
-from .files import is_remote
+from .files import LFS_POINTER, is_remote
 
 Shapes = Mapping[str, tuple[int, ...]]  # by name
 
@@ -178,7 +178,7 @@ def _diagnosis(head: bytes, size: int, whole_zip: bool, error: Exception) -> str
     """What torch.load's `error` means for a file of `size` bytes that begins with `head`."""
     if size == 0:
         return "is empty: not a checkpoint"
-    if head.startswith(b"version https://git-lfs"):
+    if head.startswith(LFS_POINTER):
         return (
             "is a Git LFS pointer, not the checkpoint itself: fetch that by git lfs pull, in the clone that it is from"
         )

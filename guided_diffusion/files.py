@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import blobfile as bf
 
 SCRATCH = ".part"  # the end of the names of files that are being written
+LFS_POINTER = b"version https://git-lfs"  # the beginning of what Git LFS leaves in the place of a file
 
 
 def is_remote(path: str) -> bool:

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from .errors import UserError
-from .files import is_remote
+from .files import LFS_POINTER, is_remote
 from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
 
 if TYPE_CHECKING:
@@ -325,7 +325,10 @@ def open_image(path: str) -> Image.Image:
     Raises UnreadableImage.
     """
     try:
-        with Image.open(io.BytesIO(_read_bytes(path)), formats=FORMATS) as image:
+        data = _read_bytes(path)
+        if data.startswith(LFS_POINTER):
+            raise ValueError("it is a Git LFS pointer, not the image itself: fetch that by git lfs pull")
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             image.load()
             return _to_rgb(_upright(image))
     except Exception as error:  # Pillow's decoders raise nearly any kind

@@ -27,6 +27,7 @@ import blobfile as bf
 import numpy as np
 
 from guided_diffusion.errors import UserError, first_line
+from guided_diffusion.files import LFS_POINTER
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
@@ -119,6 +120,11 @@ class SmallImages:
                 f"--base_samples {path} has {', '.join(self._names()) or 'nothing'}; expected {needed}"
             ) from error
         except zipfile.BadZipFile as error:
+            with bf.BlobFile(path, "rb") as f:
+                if f.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(
+                        f"--base_samples {path} is a Git LFS pointer, not the file itself: fetch that by git lfs pull"
+                    ) from error
             raise UserError(
                 f"--base_samples {path} is no .npz file, or not a whole one: {first_line(error)}"
             ) from error

@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from guided_diffusion.checkpoints import build
 from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import UnreadableImage, read_image
 from guided_diffusion.torch_classifiers import load_classifier
 
 WRAPPERS = {
@@ -291,6 +292,16 @@ def test_a_git_lfs_pointer(tmp_path):
         ) as caught:
             load()
         assert len(str(caught.value).splitlines()) == 1
+
+
+def test_other_files_that_are_git_lfs_pointers(tmp_path):
+    pointer = tmp_path / "x.png"
+    pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2211383297\n")
+    with pytest.raises(UnreadableImage, match=r"x.png' cannot be read: it is a Git LFS pointer, .* git lfs pull$"):
+        read_image(str(pointer), 16)
+    pointer.rename(tmp_path / "x.npz")
+    with pytest.raises(UserError, match=r"^--base_samples \S+ is a Git LFS pointer, not the file itself: .* lfs pull$"):
+        load_script("scripts/super_res_sample.py").SmallImages(str(tmp_path / "x.npz"), 16, False)
 
 
 @pytest.fixture
