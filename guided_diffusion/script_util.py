@@ -119,7 +119,6 @@ LEAST = {
     "sample_steps": 1,
     "save_interval": 1,
     "seed": 0,
-    "small_size": 1,
 }
 
 
