@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -25,12 +25,23 @@ class ArgumentParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         # Looked for first: a misspelt flag is the reason where a required one is missing.
         for word in words:
+            if word.startswith("--") and self._has_several(word):
+                self.error(
+                    f"several words came as one, {word[:40]!r}...: zsh does that with $MODEL_FLAGS and the like. Write "
+                    "${=MODEL_FLAGS}; in bash, leave out the quotes"
+                )
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
                 self.error(self._explain(word))
         return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message}{'' if message.endswith('?') else '.'} See --help.\n")
+
+    def _has_several(self, word: str) -> bool:
+        """Whether a word holds flags with their values, or a flag and its value, between spaces."""
+        first, *others = word.split()
+        flags = {part.split("=")[0] for part in others}.intersection(self._option_string_actions)
+        return bool(flags or (others and first in self._option_string_actions))
 
     def _explain(self, word: str) -> str:
         flag = word.split("=")[0]
@@ -115,10 +126,10 @@ class StopRequest:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
-    A UserError is printed without a traceback and ends with its status; an error of the operating system (disk full, no
-    permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number. What all
-    ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
-    them all.
+    A UserError is printed without a traceback and ends with its status, a lack of memory with status 2; an error of the
+    operating system (disk full, no permission) with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its
+    number. What all ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the
+    launcher ends them all.
     """
 
     def stop(signum, frame):
@@ -139,6 +150,13 @@ def run(main: Callable[[], int | None]) -> None:
         name = signal.Signals(stopped.signum).name
         status, words = 128 + stopped.signum, f"stopped by {name}: what is written is whole. To go on, start it again"
         reason = stopped
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        from .memory import not_enough_memory
+
+        status, words = 2, f"error: {not_enough_memory(error)}"
+        reason = error
     dist_util = sys.modules.get("guided_diffusion.dist_util")
     if dist_util is None or dist_util.should_report(reason):
         sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")

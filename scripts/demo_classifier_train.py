@@ -10,7 +10,10 @@ weights were trained with.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import add_dict_to_argparser, training_defaults
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
@@ -22,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
 
     import torch
 
-    from guided_diffusion import dist_util
+    from guided_diffusion.memory import to_device
     from guided_diffusion.script_util import create_gaussian_diffusion
     from guided_diffusion.training_setup import begin, loop_options, settings_of
     from random_hierarchy_model.classifier import small_convnext
@@ -37,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
     loop = ReadingLoop(
         images=images,
-        model=model.to(dist_util.dev()),
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=create_gaussian_diffusion(),
         data=data,
         output=output,

@@ -12,7 +12,10 @@ torchrun or srun, each process takes batch_size images per step.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
@@ -31,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import load_model
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
     from guided_diffusion.training_setup import (
@@ -50,10 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
     data = training_images(args, args.class_cond, output, image_size=args.image_size, **crops)
-    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed)
 
     loop = TrainLoop(
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=data,
         schedule_sampler=schedule_sampler,

@@ -9,9 +9,12 @@ is as in image_train.py; the picture of samples shows each small image beside wh
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
@@ -35,6 +38,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import load_upsampler
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
     from guided_diffusion.training_setup import (
@@ -54,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
     data = training_images(args, args.class_cond, output, image_size=args.large_size, **crops)
-    model = dist_util.on_every_rank(load_upsampler, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_upsampler, "untrained", flags, args.seed)
 
     loop = TrainLoop(
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=WithSmallImages(data, args.small_size),
         schedule_sampler=schedule_sampler,
