@@ -19,11 +19,13 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+
+# isort: split
 import blobfile as bf
 import numpy as np
 
 from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import HELP
 from guided_diffusion.shards import Shard, add_shard_flags, shard_of
@@ -170,7 +172,7 @@ def measure(
     from guided_diffusion import dist_util, logger
     from guided_diffusion.activations import ActivationMoments
     from guided_diffusion.classifier_results import labels_of
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.parts import check_finite
     from guided_diffusion.pipeline import read_ahead
     from guided_diffusion.transfer import download, upload

@@ -24,11 +24,13 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
+
+# isort: split
 import blobfile as bf
 import numpy as np
 
 from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_json, remove_scratch_of
 from guided_diffusion.script_util import HELP, number_of_steps
@@ -320,7 +322,7 @@ def compare(
     from guided_diffusion import dist_util, logger
     from guided_diffusion.activations import Similarities
     from guided_diffusion.image_datasets import UnreadableImage
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.pipeline import read_ahead
     from guided_diffusion.transfer import upload
 

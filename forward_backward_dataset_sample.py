@@ -8,7 +8,7 @@ The published model, with 10 images of each class:
 
   python forward_backward_dataset_sample.py --data_dir datasets/ILSVRC2012/validation \\
       --model_path models/256x256_diffusion_uncond.pt --timestep_respacing 250 --step_reverse 125 \\
-      --num_per_class 10 --num_classes 1000 --batch_size 32 $MODEL_FLAGS
+      --num_per_class 10 --num_classes 1000 --batch_size 32 "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
+
+# isort: split
 import numpy as np
 
 from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
     HELP,
@@ -63,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.inference import prepare
     from guided_diffusion.locks import hold
     from guided_diffusion.run_record import now, settings_of, weights_digest
-    from guided_diffusion.sample_folders import open_folders
+    from guided_diffusion.sample_folders import open_folders, recorded_compilation
 
     dist_util.setup_dist()
     logger.configure()
@@ -79,8 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     weights = dist_util.on_main(weights_digest, model)
-    compiled = decide(args.compile, len(images), args.batch_size, times)
-    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled)
+    recorded = dist_util.on_main(recorded_compilation, folders.values())
+    compiled = decide(args.compile, len(images), args.batch_size, times, recorded)
+    batch_size = min(args.batch_size, len(images))
+    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled, batch_size)
 
     settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
     with hold({shard.lock(f.unit): f.path for f in folders.values()}, about=settings) as locks:
@@ -97,9 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         network = model
         if compiled and units:
-            network = dist_util.on_every_rank(
-                compile_network, model, diffusion, min(args.batch_size, len(images)), args.image_size
-            )
+            network = dist_util.on_every_rank(compile_network, model, diffusion, batch_size, args.image_size)
 
         started, clock = now(), time.monotonic()
         done = sample(network, diffusion, dist_util.share_of(units), folders, inputs, locks, args)
@@ -226,7 +228,7 @@ def forward_backward(
 
     from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import NoiseStreams, Pixels, from_pixels, noised_image
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.transfer import upload
 
     device, k = dist_util.dev(), unit.step_reverse
@@ -393,7 +395,7 @@ def create_argparser() -> argparse.ArgumentParser:
         default="auto",
         type=bool_or_auto,
         metavar="True|False|auto",
-        help="compile the network for speed; auto: on a GPU, for a run of many steps (default: %(default)s)",
+        help="compile the network for speed; auto: on a GPU that can, for a run of many steps (default: %(default)s)",
     )
     add_shard_flags(add)
     add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())

@@ -1,5 +1,6 @@
 """Reading a checkpoint's file, and saying what is wrong with it."""
 
+import argparse
 import http.client
 import io
 import os
@@ -8,14 +9,18 @@ import shutil
 import urllib.request
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 import torch
+from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
-from .errors import UserError, first_line
-from .files import is_remote
+from . import logger
+from .errors import UserError, first_line, is_out_of_memory
+from .files import LFS_POINTER, is_remote
+
+Shapes = Mapping[str, tuple[int, ...]]  # by name
 
 
 @contextmanager
@@ -43,19 +48,35 @@ def _open_url(url: str, _mode: str) -> http.client.HTTPResponse:
     return urllib.request.urlopen(url, timeout=60)
 
 
-def read_checkpoint(path: str | os.PathLike, flag: str, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """The dict of tensors in the file `path`, or a UserError that says what is there instead."""
-    state = read_saved(path, flag, **kwargs)
-    if not isinstance(state, dict) or not state or not all(isinstance(w, torch.Tensor) for w in state.values()):
+def read_checkpoint(
+    path: str | os.PathLike, flag: str, kwargs: dict[str, Any], expected: Shapes | None = None
+) -> dict[str, torch.Tensor]:
+    """The state dict in the file `path`.
+
+    Args:
+        path: a file of torch.save or of safetensors.
+        flag: the flag that named it, for messages.
+        kwargs: for torch.load.
+        expected: names and shapes of the network's state dict, if they are known. Then names may have a wrapper's
+            prefix, and the file may hold other things too: the state dict is found by what fits.
+
+    Raises UserError that says what is there if there is no state dict, or more than one that could be meant.
+    """
+    saved = read_saved(path, flag, **kwargs)
+    state = saved if expected is None or _is_state_dict(saved) else _only_fitting(saved, expected, f"{flag} {path}")
+    if not _is_state_dict(state):
         raise UserError(
-            f"{flag} {path} holds {_describe(state)}; expected a dict of tensors, as from "
+            f"{flag} {path} holds {_describe(saved)}; expected a dict of tensors, as from "
             "torch.save(model.state_dict(), path)"
         )
-    return state
+    return state if expected is None else _unwrapped(state, expected)
 
 
 def read_saved(path: str | os.PathLike, flag: str, **kwargs: Any) -> Any:
-    """What torch.save wrote to `path`, or a UserError that says what the file is; `kwargs` go to torch.load."""
+    """What torch.save or safetensors wrote to `path`; `kwargs` go to torch.load.
+
+    Raises UserError that says what the file is if it is something else.
+    """
     with _open(path, flag) as opened:
         file = opened
         if is_remote(os.fspath(path)):
@@ -64,21 +85,107 @@ def read_saved(path: str | os.PathLike, flag: str, **kwargs: Any) -> Any:
         whole_zip = zipfile.is_zipfile(file)
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
+        head = file.read(64)
+        file.seek(0)
         mapped = whole_zip and file is opened
         try:
-            with warnings.catch_warnings():
+            if _is_safetensors(head):
+                return _read_safetensors(os.fspath(path) if file is opened else file.read())
+            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
                 warnings.simplefilter("ignore")  # of formats that are refused in the next moment
                 return torch.load(os.fspath(path) if mapped else file, **{"mmap": mapped, **kwargs})
         except Exception as error:
-            file.seek(0)
-            problem = _diagnosis(file.read(64), size, whole_zip, error)
+            if is_out_of_memory(error):
+                raise
+            problem = _diagnosis(head, size, whole_zip, error)
             raise UserError(f"{flag} {path} ({size:,} bytes) {problem}") from error
+
+
+def _is_safetensors(head: bytes) -> bool:
+    """Whether a file begins as those of safetensors: the length of a JSON object, in 8 bytes, and the object."""
+    return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 2**27
+
+
+def _read_safetensors(file: str | bytes) -> dict[str, torch.Tensor]:
+    """The tensors in a file, named or given as bytes. Raises ImportError if the package is missing."""
+    from safetensors.torch import load, load_file
+
+    return load(file) if isinstance(file, bytes) else load_file(file)
+
+
+# Which of the tensors in a file are the network's
+
+
+def _is_state_dict(value: Any) -> bool:
+    """Whether a value is a dict of tensors by name, and not empty."""
+    if not isinstance(value, dict) or not value:
+        return False
+    return all(isinstance(name, str) and isinstance(w, torch.Tensor) for name, w in value.items())
+
+
+def _only_fitting(saved: Any, expected: Shapes, what: str) -> Any:
+    """The one entry of a dict that is a state dict of the network, or that may be meant as one; else the dict itself.
+
+    Raises UserError if several could be meant.
+    """
+    entries = {key: value for key, value in saved.items() if _is_state_dict(value)} if isinstance(saved, dict) else {}
+    unwrapped = {key: _shapes(_unwrapped(dict(value), expected)) for key, value in entries.items()}
+    exact = [key for key, shapes in unwrapped.items() if shapes == expected]
+    similar = [key for key, shapes in unwrapped.items() if shapes.keys() & expected.keys()]
+    candidates = exact or similar or list(entries)
+    if len(candidates) > 1:
+        raise UserError(
+            f"{what} has the entries {_keys(saved)}, and several are state dicts of this network: "
+            f"{_keys(candidates)}.\n"
+            f"Save one in a file of its own: torch.save(torch.load(FILE)[{candidates[0]!r}], NEW_FILE)"
+            if similar
+            else f"{what} has the entries {_keys(saved)}, and none is a state dict of this network"
+        )
+    if not candidates:
+        return saved
+    logger.info(f"{what} has the entries {_keys(saved)}: {candidates[0]} is used")
+    return entries[candidates[0]]
+
+
+def _unwrapped(state: dict[str, torch.Tensor], expected: Shapes) -> dict[str, torch.Tensor]:
+    """A state dict without the prefix that a wrapper, such as DistributedDataParallel, has put before all names.
+
+    Of all prefixes that the names have in common, none included, it is that without which most names are expected ones.
+    """
+    if "n_averaged" not in expected:  # the count of torch.optim.swa_utils.AveragedModel, beside the names
+        state.pop("n_averaged", None)
+    first = next(iter(state), "")
+    prefixes = ["", *(first[: dot.end()] for dot in re.finditer(r"\.", first))]
+    in_common = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in state)]
+    best = max(in_common, key=lambda prefix: sum(name[len(prefix) :] in expected for name in state))
+    consume_prefix_in_state_dict_if_present(state, best)
+    return state
+
+
+def _shapes(state: dict[str, torch.Tensor]) -> Shapes:
+    return {name: tuple(w.shape) for name, w in state.items()}
+
+
+def _keys(entries: Iterable[Any]) -> str:
+    keys = list(map(str, entries))
+    return ", ".join(keys[:8]) + (", ..." if len(keys) > 8 else "")
+
+
+# What is wrong with a file
 
 
 def _diagnosis(head: bytes, size: int, whole_zip: bool, error: Exception) -> str:
     """What torch.load's `error` means for a file of `size` bytes that begins with `head`."""
     if size == 0:
         return "is empty: not a checkpoint"
+    if head.startswith(LFS_POINTER):
+        return (
+            "is a Git LFS pointer, not the checkpoint itself: fetch that by git lfs pull, in the clone that it is from"
+        )
+    if _is_safetensors(head):
+        if isinstance(error, ImportError):
+            return 'is a safetensors file, which needs the extra safetensors: pip install -e ".[safetensors]"'
+        return f"is a safetensors file that is truncated or damaged: {first_line(error)}"
     if head.lstrip().startswith(b"<"):
         return "is a web page, not a checkpoint: the download failed. It begins with " + repr(head[:40])[1:]
     if "TorchScript" in str(error):
@@ -101,7 +208,5 @@ def _diagnosis(head: bytes, size: int, whole_zip: bool, error: Exception) -> str
 def _describe(value: Any) -> str:
     if not isinstance(value, dict) or not value:
         return f"a {type(value).__name__}" if value else f"an empty {type(value).__name__}"
-    entries = [
-        f"{key!r}: {type(entry).__name__}" for key, entry in value.items() if not isinstance(entry, torch.Tensor)
-    ]
-    return "entries that are no tensors (" + ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "") + ")"
+    others = [f"{key!r}: {type(entry).__name__}" for key, entry in value.items() if not isinstance(entry, torch.Tensor)]
+    return f"entries that are no tensors ({_keys(others)})" if others else "tensors without names"

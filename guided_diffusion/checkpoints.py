@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
-from .script_util import CHANNEL_MULT, create_classifier, create_model, downsampling_factors, sr_create_model
+from .script_util import (
+    CHANNEL_MULT,
+    create_classifier,
+    create_model,
+    downsampling_factors,
+    numbers,
+    sr_create_model,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -36,6 +43,10 @@ class Network:
     scripts: str  # that take its checkpoint
     path_flag: str = "--model_path"
     size_flag: str = "image_size"
+
+    def flag(self, name: str) -> str:
+        """What this network calls a flag of the U-Net."""
+        return CLASSIFIER_FLAGS.get(name, name) if self is CLASSIFIER else name
 
 
 DIFFUSION_MODEL = Network(
@@ -63,6 +74,7 @@ CLASSIFIER_FLAGS = {
     "resblock_updown": "classifier_resblock_updown",
     "use_scale_shift_norm": "classifier_use_scale_shift_norm",
     "pool": "classifier_pool",
+    "channel_mult": "classifier_channel_mult",
 }
 
 
@@ -93,22 +105,25 @@ def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> A
     import torch
 
     from .dist_util import load_state_dict
+    from .memory import enough_memory_for_network
 
     if path == UNTRAINED:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), enough_memory_for_network():
             torch.manual_seed(seed)
             return build(network, flags)
 
-    weights = load_state_dict(path, flag=network.path_flag)
     with torch.device("meta"):
         model = build(network, flags)
-    check_fit(network, path, shapes_of(weights), shapes_of(model.state_dict()), flags)
+    expected = shapes_of(model.state_dict())
+    weights = load_state_dict(path, flag=network.path_flag, expected=expected)
+    check_fit(network, path, shapes_of(weights), expected, flags)
     model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, assign=True)
     return model
 
 
 def build(network: Network, flags: Mapping[str, Any]) -> torch.nn.Module:
-    """The network that `flags` describe. Raises UserError where they describe none."""
+    """The network that `flags` describe; their channel_mult may be absent. Raises UserError if they describe none."""
+    flags = {"channel_mult": "", "classifier_channel_mult": "", **flags}
     return network.create(**{name: flags[name] for name in inspect.signature(network.create).parameters})
 
 
@@ -143,12 +158,15 @@ def check_fit(
         )
     theirs, yours = read_flags(found), {**flags, **read_flags(expected)}
     sizes = []  # those whose multipliers are the checkpoint's, where yours are others
-    if "channel_mult" in theirs and theirs["channel_mult"] != yours["channel_mult"]:
-        sizes = [size for size, multipliers in network.sizes.items() if multipliers == theirs["channel_mult"]]
+    mult = network.flag("channel_mult")
+    if isinstance(yours.get(mult), str):  # the widths of your network leave it open
+        yours[mult] = numbers(yours[mult], mult)
+    if mult in theirs and theirs[mult] != yours.get(mult) and flags[network.size_flag] in network.sizes:
+        sizes = [size for size, multipliers in network.sizes.items() if multipliers == theirs[mult]]
     if "attention_factors" in theirs:  # compared by the sides that they are at once the image size is right
         size = sizes[0] if sizes else flags[network.size_flag]
-        flag = CLASSIFIER_FLAGS["attention_resolutions"] if network is CLASSIFIER else "attention_resolutions"
-        levels = {2**level for level in range(len(theirs["channel_mult"]))}
+        flag = network.flag("attention_resolutions")
+        levels = {2**level for level in range(len(theirs[mult]))}
         both = theirs.pop("attention_factors"), levels.intersection(downsampling_factors(size, flags[flag]))
         theirs[flag], yours[flag] = (",".join(str(size // f) for f in sorted(factors)) for factors in both)
     differing = [name for name, value in theirs.items() if value != yours[name]]
@@ -201,7 +219,7 @@ def read_flags(shapes: Shapes) -> dict[str, Any]:
             flags["pool"] = "adaptive"
         else:
             flags["pool"] = "spatial_v2" if "out.1.weight" in shapes else "spatial"
-        return {CLASSIFIER_FLAGS.get(name, name): value for name, value in flags.items()}
+        return {CLASSIFIER.flag(name): value for name, value in flags.items()}
     flags["class_cond"] = "label_emb.weight" in shapes
     if (out_channels := shapes.get("out.2.weight", (0,))[0]) in (3, 6):
         flags["learn_sigma"] = out_channels == 6
@@ -229,14 +247,18 @@ def _levels(shapes: Shapes, channels: int) -> int | None:
     outputs = _blocks(shapes, "output_blocks").values()
     if outputs:
         return 1 + sum("conv" in kinds or kinds.count("in_layers") == 2 for kinds in outputs)
-    # Without a decoder, nothing tells a residual block that halves the resolution from one that does not. But a
-    # classifier has the multipliers of one of the published sizes, and no two of them give the same widths.
+    # Without a decoder, nothing tells a residual block that halves the resolution from one that does not. The widths
+    # do, if they are those of one of the published sizes, or if only one number of levels is possible.
     widths = [_width(shapes, i) for i in _blocks(shapes, "input_blocks")]
-    for multipliers in CLASSIFIER.sizes.values():
-        per_level = (len(widths) + 1) // len(multipliers)
-        if widths == [int(m * channels) for m in multipliers for _ in range(per_level)][:-1]:
-            return len(multipliers)
-    return None
+    possible = []
+    for levels in range(1, len(widths)):
+        per_level = (len(widths) + 1) // levels
+        groups = [set(widths[level * per_level : (level + 1) * per_level]) for level in range(levels)]
+        if (len(widths) + 1) % levels == 0 and per_level > 1 and all(len(group) == 1 for group in groups):
+            possible.append(tuple(width / channels for (width,) in groups))
+    published = [multipliers for multipliers in possible if multipliers in CLASSIFIER.sizes.values()]
+    candidates = published or possible
+    return len(candidates[0]) if len(candidates) == 1 else None
 
 
 def _in_words(
@@ -249,18 +271,16 @@ def _in_words(
         return f"the checkpoint has {6 if theirs else 3} output channels, so {remedy}", remedy
     if name == "class_cond":
         return f"the checkpoint has {'a' if theirs else 'no'} class embedding, so {remedy}", remedy
-    if name != "channel_mult":
+    if name != network.flag("channel_mult"):
         return f"{name} is {value} in the checkpoint, {mine} in your flags", remedy
     value, mine = (",".join(map(str, multipliers)) for multipliers in (theirs, yours))
     if sizes:
         whose = f" (those of {network.size_flag} {' or '.join(map(str, sizes))})"
         remedy = f"--{network.size_flag} {sizes[0]}"
-        if network is DIFFUSION_MODEL and flags["channel_mult"]:
-            remedy += ' --channel_mult ""'
-    elif network is DIFFUSION_MODEL:
-        whose, remedy = "", f"--channel_mult {value}"
+        if flags.get(name):
+            remedy += f' --{name} ""'
     else:
-        whose, remedy = f", which no --{network.size_flag} has", ""
+        whose, remedy = "", f"--{name} {value}"
     return f"the multipliers of the channels are {value} in the checkpoint{whose}, {mine} in your flags", remedy
 
 

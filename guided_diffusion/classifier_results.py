@@ -216,27 +216,29 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     import torchvision
 
     from . import dist_util, logger
-    from .fp16_util import half_precision_dtype
-    from .inference import compute_reproducibly, keep_memory
-    from .run_record import hardware, versions
+    from .inference import compute_reproducibly, keep_memory, shared_half_precision
+    from .memory import to_device
+    from .run_record import surroundings
     from .torch_classifiers import load_classifier
 
     patterns = [pattern.strip() for pattern in args.layers.split(",") if pattern.strip()]
     chosen = args.classifier_name, args.classifier_path, patterns, args.image_size
     if not args.classifier_path and dist_util.get_world_size() > 1:
-        dist_util.on_main(lambda: bool(load_classifier(*chosen)))  # one rank downloads, the others find the file
+        dist_util.on_main(lambda: bool(load_classifier(*chosen[:2])))  # one rank downloads, the others find the file
     classifier = dist_util.on_every_rank(load_classifier, *chosen)
 
     device = dist_util.dev()
     threads = compute_reproducibly(args.num_threads)
     keep_memory()
-    classifier.model.to(device)
-    dtype = half_precision_dtype(device) if args.classifier_use_fp16 else torch.float32
+    to_device(classifier.model)
+    dtype = shared_half_precision(device) if args.classifier_use_fp16 else torch.float32
     precision = str(dtype).removeprefix("torch.")
     if args.classifier_use_fp16 and dtype != torch.float16:
-        logger.info(f"--classifier_use_fp16 True: this CPU has no fast float16, the classifier computes in {precision}")
+        logger.info(
+            f"--classifier_use_fp16 True: there is no fast float16 here, the classifier computes in {precision}"
+        )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    circumstances = {"hardware": hardware(device), "precision": precision, "threads": threads, **versions()}
+    circumstances = {"precision": precision, "threads": threads, **surroundings(device)}
     return classifier, autocast, {**circumstances, "torchvision": torchvision.__version__}
 
 

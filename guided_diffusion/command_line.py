@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, is_out_of_memory
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -27,12 +27,23 @@ class ArgumentParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         # Looked for first: a misspelt flag is the reason where a required one is missing.
         for word in words:
+            if word.startswith("--") and self._has_several(word):
+                self.error(
+                    f"several words came as one, {word[:40]!r}...: zsh does that with $MODEL_FLAGS and the like. Write "
+                    "${=MODEL_FLAGS}; in bash, leave out the quotes"
+                )
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
                 self.error(self._explain(word))
         return super().parse_args(args, namespace)
 
     def error(self, message):
         self.exit(2, f"error: {message}{'' if message.endswith('?') else '.'} See --help.\n")
+
+    def _has_several(self, word: str) -> bool:
+        """Whether a word holds flags with their values, or a flag and its value, between spaces."""
+        first, *others = word.split()
+        flags = {part.split("=")[0] for part in others}.intersection(self._option_string_actions)
+        return bool(flags or (others and first in self._option_string_actions))
 
     def _explain(self, word: str) -> str:
         flag = word.split("=")[0]
@@ -152,10 +163,11 @@ def when_stopped(describe: Callable[[], str]) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
-    A UserError is printed without a traceback and ends with its status; an error of the operating system (disk
-    full, no permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number.
-    Further signals do not disturb that end, except for a Ctrl-C at least a second after the first one. What all ranks
-    meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends all.
+    A UserError is printed without a traceback and ends with its status, a lack of memory with status 2; an error of the
+    operating system (disk full, no permission) with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its
+    number. Further signals do not disturb that end, except for a Ctrl-C at least a second after the first one. What all
+    ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
+    them all.
     """
     global _asked
     _asked = _Asked()
@@ -180,6 +192,12 @@ def run(main: Callable[[], int | None]) -> None:
     except Stopped as stopped:
         status, reason = 128 + stopped.signum, stopped
         words = f"stopped by {signal.Signals(stopped.signum).name}: {_state_of_the_output()}"
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        from .memory import not_enough_memory
+
+        status, words, reason = 2, f"error: {not_enough_memory(error)}", error
     _handle_stop_signals(leave)
     if reason is None:
         sys.exit(status)

@@ -7,7 +7,7 @@ import atexit
 import os
 import socket
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -200,6 +200,7 @@ def load_state_dict(
     *,
     flag: str = "--model_path",
     chunk_size: int = CHUNK_SIZE,
+    expected: Mapping[str, tuple[int, ...]] | None = None,
     **kwargs: Any,
 ) -> dict[str, torch.Tensor]:
     """The state dict saved in `path`, on the CPU unless `map_location` says otherwise. All ranks must call this.
@@ -208,15 +209,16 @@ def load_state_dict(
     node. A remote one (gs://, az://, https://, ...) is read by rank 0 and sent to the others. Nothing but tensors and
     plain containers is unpickled; `kwargs` go to torch.load. Raises UserError, on all ranks, where the file is missing,
     no complete checkpoint, or holds anything but a dict of tensors; `flag` is the flag that the message names.
+    `expected` are names and shapes of the network's state dict, by which that is found: see `read_checkpoint`.
     """
     kwargs = {"map_location": "cpu", "weights_only": True, **kwargs}
     if not is_remote(os.fspath(path)):
-        state = on_every_rank(read_checkpoint, path, flag, kwargs)
+        state = on_every_rank(read_checkpoint, path, flag, kwargs, expected)
     else:
         state = {}
 
         def read() -> dict:
-            state.update(read_checkpoint(path, flag, kwargs))
+            state.update(read_checkpoint(path, flag, kwargs, expected))
             return {name: (w.shape, w.dtype) for name, w in state.items()}
 
         layout = on_main(read)

@@ -1,4 +1,6 @@
-"""The exceptions that end a script with one or two lines instead of a traceback."""
+"""The exceptions that end a script with one or two lines instead of a traceback, and what can be told of others."""
+
+import re
 
 
 class UserError(ValueError):
@@ -23,3 +25,15 @@ class ResultError(UserError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its kind where it has none, for use in another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that a GPU's memory, or this machine's, did not suffice.
+
+    PyTorch raises OutOfMemoryError for its own tensors only. The libraries and the driver, which need memory too, raise
+    a RuntimeError.
+    """
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = r"out of memory|_ALLOC(ATION)?_FAILED|can(no|')t allocate memory|not enough memory|bad_alloc"
+    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None

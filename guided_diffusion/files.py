@@ -18,6 +18,7 @@ import blobfile as bf
 from .errors import ResultError
 
 SCRATCH = ".part"  # the end of the names of files that are being written
+LFS_POINTER = b"version https://git-lfs"  # the beginning of what Git LFS leaves in the place of a file
 
 
 def is_remote(path: str) -> bool:

@@ -27,7 +27,7 @@ from PIL import Image, UnidentifiedImageError, features
 from . import logger
 from .classes import IMAGENET, Classes, number_classes
 from .errors import UserError
-from .files import is_remote
+from .files import LFS_POINTER, is_remote
 from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
 
 if TYPE_CHECKING:
@@ -471,6 +471,9 @@ def _open(path: str, short_side: int | None, check: Check | None) -> Image.Image
 
 def _decode(path: str, file: BinaryIO, short_side: int | None) -> Image.Image:
     try:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ValueError("it is a Git LFS pointer, not the image itself: fetch that by git lfs pull")
+        file.seek(0)
         with Image.open(file, formats=FORMATS) as image:
             raw_mode = str(image.tile[0][3]) if image.tile else ""
             image.load()

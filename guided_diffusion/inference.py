@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import dist_util, logger
-from .errors import UserError
 from .fp16_util import half_precision_dtype
-from .run_record import hardware, versions
+from .memory import to_device
+from .run_record import surroundings
 
 if TYPE_CHECKING:
     from .unet import EncoderUNetModel, UNetModel
 
 
 def prepare(
-    model: UNetModel | EncoderUNetModel, use_fp16: bool, num_threads: int = 0, compiled: bool = False
+    model: UNetModel | EncoderUNetModel,
+    use_fp16: bool,
+    num_threads: int = 0,
+    compiled: bool = False,
+    batch_size: int = 0,
 ) -> dict[str, Any]:
     """Move a network to this rank's device, in the precision asked for, so that it gives the same bytes every time.
 
@@ -28,15 +30,18 @@ def prepare(
         use_fp16: compute its torso in half precision.
         num_threads: CPU threads of this process; 0: the cores, shared out among the processes.
         compiled: the network will be compiled, see `compilation`.
+        batch_size: images per forward pass, for a warning if they are too many; 0: not known.
 
     Returns:
         What decides the last digits: hardware, precision, layout in memory, threads and versions, by name.
+
+    Raises UserError if the device has not enough memory for the network.
     """
     device = dist_util.dev()
     threads = compute_reproducibly(num_threads)
     keep_memory()
-    model.to(device).eval()
-    dtype = half_precision_dtype(device) if use_fp16 else torch.float32
+    to_device(model, batch_size).eval()
+    dtype = shared_half_precision(device) if use_fp16 else torch.float32
     if dtype == torch.float32:
         model.convert_to_fp32()
     else:
@@ -48,10 +53,15 @@ def prepare(
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     precision = str(dtype).removeprefix("torch.")
     if use_fp16 and dtype != torch.float16:
-        logger.info(f"--use_fp16 True: this CPU has no fast float16, the U-Net computes in {precision}")
+        logger.info(f"--use_fp16 True: there is no fast float16 here, the U-Net computes in {precision}")
     layout = "channels last" if channels_last else "channels first"
-    facts = {"hardware": hardware(device), "precision": precision, "layout": layout, "threads": threads}
-    return {**facts, **versions()}
+    return {"precision": precision, "layout": layout, "threads": threads, **surroundings(device)}
+
+
+def shared_half_precision(device: torch.device) -> torch.dtype:
+    """The `half_precision_dtype` that all processes have, float32 if they differ. All ranks must call this."""
+    found = set(dist_util.gather_objects(half_precision_dtype(device)))
+    return found.pop() if len(found) == 1 else torch.float32
 
 
 def compute_reproducibly(num_threads: int = 0) -> int:
@@ -59,14 +69,20 @@ def compute_reproducibly(num_threads: int = 0) -> int:
 
     Returns the number of threads.
     """
-    # No choice of algorithm by measured speed; and float32 means float32.
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = False  # no choice of algorithm by measured speed
     torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    compute_exactly()
     threads = num_threads or dist_util.cores_per_rank()
     torch.set_num_threads(threads)
     return threads
+
+
+def compute_exactly() -> None:
+    """Have GPUs multiply float32 in float32, not in TF32, and add up products of half precision in float32."""
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
 def keep_memory() -> None:
@@ -82,12 +98,3 @@ def keep_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
-
-
-@contextmanager
-def enough_memory(images: int, more: str = "") -> Iterator[None]:
-    """Raise UserError where the GPU's memory does not suffice for so many images; `more` ends the message."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise UserError(f"the GPU's memory does not hold {images} images at once: lower --batch_size{more}") from error

@@ -21,7 +21,7 @@ from .errors import ResultError, UserError
 from .files import SCRATCH, read_json, remove_scratch, walk, whole_file, write_json
 from .inputs import Inputs, as_entries, inputs_of, read_entries, write_entries
 from .locks import Locks
-from .run_record import WITHOUT_EFFECT, differences
+from .run_record import WITHOUT_EFFECT, circumstances_changed, differences
 from .shards import WHOLE, Shard, check_num_shards
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Parts:
                 write_json(path, {"settings": settings, "begun_with": circumstances, **shards})
         if record:
             check_num_shards(record.get("num_shards"), self.shard, self.folder)
-            if changes := differences(record["begun_with"], circumstances):
+            if changes := circumstances_changed(record["begun_with"], circumstances):
                 logger.warn(f"{self.folder}: {'; '.join(changes)}. Results will agree to rounding, not to the byte")
 
     def update(self) -> Locks:

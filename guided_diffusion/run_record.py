@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import PIL
 import torch
+
+from . import dist_util, logger
 
 if TYPE_CHECKING:
     import argparse
@@ -21,6 +26,13 @@ if TYPE_CHECKING:
 DECISIVE_FLAGS = ("seed", "batch_size", "clip_denoised", "use_ddim", "image_format", "jpeg_quality")
 # Model flags that change how the numbers are computed in training alone.
 WITHOUT_EFFECT = ("use_checkpoint", "dropout")
+# Variables of the environment by which NVIDIA's libraries and PyTorch compute differently.
+DECISIVE_VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 
 def settings_of(
@@ -67,13 +79,42 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
     return [
         f"{name} was {_short(recorded.get(name, 'absent'))} and is now {_short(current.get(name, 'absent'))}"
         for name in dict.fromkeys([*recorded, *current])
-        if recorded.get(name) != current.get(name)
+        # A flag that an older version did not have is as one that is not given.
+        if recorded.get(name, "") != current.get(name, "")
     ]
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide the bytes."""
+def circumstances_changed(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """As `differences`, for circumstances; of those on record, since older versions recorded fewer."""
+    return differences(recorded, {name: value for name, value in current.items() if name in recorded})
+
+
+@cache
+def surroundings(device: torch.device) -> dict[str, str]:
+    """What decides the last digits besides the settings: hardware and environment of all processes, and versions.
+
+    All ranks must call this. If processes differ, there is a warning.
+    """
+    variables = " ".join(f"{name}={os.environ[name]}" for name in DECISIVE_VARIABLES if name in os.environ)
+    ranks = dist_util.gather_objects((hardware(device), variables))
+    of_all = {}
+    for name, found in zip(("hardware", "environment"), zip(*ranks, strict=True), strict=True):
+        counts = Counter(found)
+        of_all[name] = found[0]
+        if len(counts) > 1:
+            of_all[name] = ", ".join(f"{count} x {what or 'nothing set'}" for what, count in sorted(counts.items()))
+            logger.warn(
+                f"the {name} is not the same for all processes ({of_all[name]}): which process computes an image "
+                "decides its last digits"
+            )
+    return {**of_all, **versions(device)}
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Versions of Python and of what else decides the bytes that are computed on a device."""
     packages = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    if device.type == "cuda":
+        packages |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return {"python": platform.python_version(), **packages}
 
 

@@ -9,7 +9,8 @@ t_K_N_inputs_parts, a file per unit, which is written before the unit's samples.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from .forward_backward import SampleFolder, Unit, cut_units
 from .image_datasets import LabelledImage
 from .inputs import Entries, Inputs, read_entries, write_entries
 from .locks import Locks
-from .run_record import differences
+from .run_record import circumstances_changed, differences
 from .shards import Shard, check_num_shards
 
 UPDATE = 600.0  # seconds to wait for other shards to update a record
@@ -98,7 +99,9 @@ def open_folders(
     units = [unit for unit in shard.units(everything) if unit.todo]
     for k, state in states.items():
         begun_with = state.record["begun_with"] if state.record else circumstances
-        if any(unit.step_reverse == k for unit in units) and (changes := differences(begun_with, circumstances)):
+        if any(unit.step_reverse == k for unit in units) and (
+            changes := circumstances_changed(begun_with, circumstances)
+        ):
             logger.warn(f"{folders[k].path}: {'; '.join(changes)}. Samples will agree to rounding, not to the byte")
     return units, inputs
 
@@ -152,6 +155,24 @@ def close_folders(
             f"{len(gone)} sample(s) that were written are missing, such as {gone[0]}:\n"
             "was the folder changed during the run? Rerun the same command to make them again"
         )
+
+
+def recorded_compilation(folders: Iterable[SampleFolder]) -> bool | None:
+    """Whether the run on record in these folders compiled its network; None if there is no record.
+
+    Raises UserError if some did and others did not.
+    """
+    compiled = {}
+    for folder in folders:
+        with suppress(UserError):  # a damaged record is reported by `open_folders`
+            if record := _read_record(folder):
+                compiled[folder.record] = bool(record["settings"].get("--compile"))
+    if len(set(compiled.values())) > 1:
+        yes, no = (next(path for path, was in compiled.items() if was is which) for which in (True, False))
+        raise UserError(
+            f"{yes} is of a compiled run and {no} is not: resume these times in separate commands (--step_reverse)"
+        )
+    return next(iter(compiled.values()), None)
 
 
 def recorded_inputs(folder: SampleFolder) -> Entries | None:

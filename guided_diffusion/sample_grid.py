@@ -13,6 +13,7 @@ from .errors import UserError
 from .files import set_aside, write_whole
 from .forward_backward import to_pixels
 from .gaussian_diffusion import GaussianDiffusion
+from .memory import enough_memory
 from .noise import NoiseStreams
 from .pipeline import encode
 from .sampling import image_grid, magnified
@@ -49,14 +50,15 @@ class SampleGrid:
     def __call__(self, model: Callable[..., torch.Tensor], step: int) -> None:
         """Sample from `model` and write the picture of `step`."""
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
-        start = noise.randn(self.shape, device=self.device)
-        options: dict[str, Any] = {"noise": start, "model_kwargs": self.model_kwargs, "device": self.device}
+        options: dict[str, Any] = {"model_kwargs": self.model_kwargs, "device": self.device}
         try:
-            pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, **options))
+            with enough_memory(self.shape[0], flag="--sample_grid"):
+                options["noise"] = noise.randn(self.shape, device=self.device)
+                pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, **options))
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)
             path = f"{self.output}/samples_{step:06d}.png"
             set_aside(path)  # of an earlier run, whose checkpoints are elsewhere now
             write_whole(path, encode(image_grid(magnified(pixels)), "png", 100))
-        except (UserError, OSError, torch.OutOfMemoryError) as error:
+        except (UserError, OSError) as error:
             logger.warn(f"no sample grid at step {step} (--sample_grid): {error}")

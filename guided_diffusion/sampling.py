@@ -19,8 +19,8 @@ import torch
 from . import dist_util, logger
 from .files import whole_file, write_json, write_whole
 from .forward_backward import to_pixels
-from .inference import enough_memory
 from .locks import hold
+from .memory import enough_memory
 from .noise import NoiseStreams, noise_seed
 from .parts import Parts, finished_record, lock_of, plain_write_errors, record_of, remove_parts
 from .pipeline import encode

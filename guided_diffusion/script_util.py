@@ -36,7 +36,7 @@ HELP = {
     "num_heads_upsample": "attention heads in the decoder; -1: as num_heads",
     "num_head_channels": "channels per attention head; -1: num_heads decides",
     "attention_resolutions": "image sides in pixels at which the U-Net has attention, separated by commas",
-    "channel_mult": "channel multiplier of each resolution level, separated by commas; empty: chosen by image_size",
+    "channel_mult": "channel multiplier of each resolution level, separated by commas; empty: chosen by the image size",
     "dropout": "probability of dropout in the residual blocks; no effect when sampling",
     "class_cond": "whether the model is conditioned on the class of the image",
     "use_checkpoint": "recompute activations in the backward pass, to save memory in training",
@@ -59,6 +59,8 @@ HELP = {
     "classifier_attention_resolutions": "image sides in pixels at which the classifier has attention",
     "classifier_use_scale_shift_norm": "whether the time embedding scales and shifts the classifier's activations",
     "classifier_resblock_updown": "whether the classifier's residual blocks change the resolution",
+    "classifier_channel_mult": "channel multiplier of each of the classifier's resolution levels, separated by commas; "
+    "empty: chosen by image_size",
     "classifier_pool": "how the classifier pools its features: adaptive, attention, spatial or spatial_v2",
     "data_dir": "folder of images; its subfolders are looked through",
     "labels_file": "classes of the images if their names do not give them: LOC_val_solution.csv; lines of a file name "
@@ -100,11 +102,17 @@ HELP = {
 # The least value of a flag, where there is one.
 LEAST = {
     "batch_size": 1,
+    "classifier_depth": 1,
+    "classifier_width": 1,
     "diffusion_steps": 1,
     "eval_interval": 1,
+    "image_size": 1,
     "iterations": 0,
+    "large_size": 1,
     "log_interval": 1,
     "lr_anneal_steps": 0,
+    "num_channels": 1,
+    "num_res_blocks": 1,
     "num_samples": 1,
     "num_threads": 0,
     "num_workers": 0,
@@ -208,6 +216,7 @@ def classifier_defaults() -> dict[str, Any]:
         "classifier_use_scale_shift_norm": True,
         "classifier_resblock_updown": True,
         "classifier_pool": "attention",
+        "classifier_channel_mult": "",
     }
 
 
@@ -219,7 +228,7 @@ def classifier_and_diffusion_defaults() -> dict[str, Any]:
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """Flags of an upsampler: those of a diffusion model, with two image sizes instead of one."""
     flags = model_and_diffusion_defaults()
-    for absent in ("image_size", "channel_mult", "use_new_attention_order"):
+    for absent in ("image_size", "use_new_attention_order"):
         del flags[absent]
     return {"large_size": 256, "small_size": 64, **flags}
 
@@ -230,13 +239,21 @@ def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion
 
 
 def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:
-    """Build the upsampler and the diffusion that `sr_model_and_diffusion_defaults` describes."""
+    """Build the upsampler and the diffusion that `sr_model_and_diffusion_defaults` describes.
+
+    channel_mult may be absent.
+    """
+    flags = {"channel_mult": "", **flags}
     of_model = sr_model_and_diffusion_defaults().keys() - diffusion_defaults().keys() | {"learn_sigma"}
     return sr_create_model(**{name: flags[name] for name in of_model}), diffusion_from_flags(flags)
 
 
 def create_classifier_and_diffusion(**flags: Any) -> tuple[EncoderUNetModel, SpacedDiffusion]:
-    """Build the classifier and the diffusion that `classifier_and_diffusion_defaults` describes."""
+    """Build the classifier and the diffusion that `classifier_and_diffusion_defaults` describes.
+
+    classifier_channel_mult may be absent.
+    """
+    flags = {"classifier_channel_mult": "", **flags}
     return create_classifier(**{name: flags[name] for name in classifier_defaults()}), diffusion_from_flags(flags)
 
 
@@ -264,8 +281,8 @@ def create_model(
     """
     from .unet import UNetModel
 
-    multipliers = numbers(channel_mult, "channel_mult") if channel_mult else default_channel_mult(image_size)
-    check_sizes(image_size, num_channels, multipliers)
+    multipliers = channel_multipliers(channel_mult, image_size, num_channels)
+    check_dropout(dropout)
     return UNetModel(
         image_size=image_size,
         in_channels=3,
@@ -303,6 +320,7 @@ def sr_create_model(
     dropout: float,
     resblock_updown: bool,
     use_fp16: bool,
+    channel_mult: str = "",
 ) -> SuperResModel:
     """Build an upsampler from `small_size` to `large_size`; the former is the size of the images that it is given.
 
@@ -312,9 +330,11 @@ def sr_create_model(
 
     if not 1 <= small_size <= large_size:
         raise UserError(f"--small_size {small_size}: expected a side from 1 to --large_size, {large_size}")
-    # The published upsamplers to 512 pixels have as many levels as those to 256.
-    multipliers = default_channel_mult(256 if large_size == 512 else large_size, "large_size")
-    check_sizes(large_size, num_channels, multipliers)
+    names = {"image_size": "large_size"}
+    if large_size == 512 and not channel_mult:  # the published upsamplers to 512 pixels have the levels of those to 256
+        channel_mult = ",".join(map(str, CHANNEL_MULT[256]))
+    multipliers = channel_multipliers(channel_mult, large_size, num_channels, names)
+    check_dropout(dropout)
     return SuperResModel(
         image_size=large_size,
         in_channels=3,
@@ -344,6 +364,7 @@ def create_classifier(
     classifier_use_scale_shift_norm: bool,
     classifier_resblock_updown: bool,
     classifier_pool: str,
+    classifier_channel_mult: str = "",
 ) -> EncoderUNetModel:
     """Build a classifier of noisy images: the encoder half of the U-Net, with a pooled output of 1000 logits.
 
@@ -351,15 +372,24 @@ def create_classifier(
     """
     from .unet import EncoderUNetModel
 
-    multipliers = default_channel_mult(image_size)
-    check_sizes(image_size, classifier_width, multipliers)
+    names = {"num_channels": "classifier_width", "channel_mult": "classifier_channel_mult"}
+    multipliers = channel_multipliers(classifier_channel_mult, image_size, classifier_width, names)
+    factors = downsampling_factors(image_size, classifier_attention_resolutions, "classifier_attention_resolutions")
+    for level, multiplier in enumerate(multipliers):
+        attention = 2**level in factors or level == len(multipliers) - 1
+        if attention and int(multiplier * classifier_width) % 64:
+            raise UserError(
+                f"--classifier_width {classifier_width} times the multiplier {multiplier} is not a multiple of 64, as "
+                f"attention at {image_size // 2**level} pixels needs (--classifier_attention_resolutions; the last "
+                "level always has it)"
+            )
     return EncoderUNetModel(
         image_size=image_size,
         in_channels=3,
         model_channels=classifier_width,
         out_channels=NUM_CLASSES,
         num_res_blocks=classifier_depth,
-        attention_resolutions=downsampling_factors(image_size, classifier_attention_resolutions),
+        attention_resolutions=factors,
         channel_mult=multipliers,
         use_fp16=classifier_use_fp16,
         num_head_channels=64,
@@ -430,45 +460,62 @@ def create_gaussian_diffusion(
     )
 
 
-def default_channel_mult(image_size: int, flag: str = "image_size") -> tuple[float, ...]:
-    """Channel multipliers of the published models by image size.
+def channel_multipliers(
+    given: str, image_size: int, num_channels: int, names: Mapping[str, str] | None = None
+) -> tuple[float, ...]:
+    """The channel multiplier of each resolution level.
 
-    Raises UserError for a size that has none.
+    Args:
+        given: the flag's value, numbers separated by commas; empty: those of the published models of this size.
+        image_size: side of the images, in pixels; it is halved at every level but the last.
+        num_channels: channels before multiplication; group normalisation splits them into 32.
+        names: what this network calls its flags image_size, num_channels and channel_mult, where it differs.
+
+    Raises UserError if there are none for this size, or if they do not fit the size or the channels.
     """
-    if image_size not in CHANNEL_MULT:
-        sizes = ", ".join(map(str, sorted(CHANNEL_MULT)))
-        remedy = " Give --channel_mult, for instance 1,2,2." if flag == "image_size" else ""
-        raise UserError(f"--{flag} {image_size} has no default channel multipliers (those that have: {sizes}).{remedy}")
-    return CHANNEL_MULT[image_size]
+    size, width, flag = ((names or {}).get(name, name) for name in ("image_size", "num_channels", "channel_mult"))
+    if not given and image_size not in CHANNEL_MULT:
+        halvings = next(n for n in (2, 1, 0) if image_size % 2**n == 0)
+        raise UserError(
+            f"--{size} {image_size} has no default channel multipliers (those that have: "
+            f"{', '.join(map(str, sorted(CHANNEL_MULT)))}). Give --{flag}, for instance {'1,2,2'[: 1 + 2 * halvings]}"
+        )
+    multipliers = numbers(given, flag, "1,2,2") if given else CHANNEL_MULT[image_size]
+    if not multipliers or min(multipliers) <= 0:
+        raise UserError(f"--{flag} {given}: expected numbers above 0, separated by commas, such as 1,2,2")
+    halved = 2 ** (len(multipliers) - 1)
+    if image_size % halved:
+        raise UserError(
+            f"--{size} {image_size} is not a multiple of {halved}, as the {len(multipliers)} levels of --{flag} "
+            f"{','.join(map(str, multipliers))} need"
+        )
+    for multiplier in multipliers:
+        if int(multiplier * num_channels) % 32 or int(multiplier * num_channels) <= 0:
+            raise UserError(
+                f"--{width} {num_channels} times the multiplier {multiplier} is not a multiple of 32, as group "
+                f"normalisation needs (--{flag})"
+            )
+    return multipliers
 
 
-def downsampling_factors(image_size: int, resolutions: str) -> tuple[int, ...]:
-    """Turn image sides at which there is attention ("32,16,8") into factors of downsampling."""
-    sides = numbers(resolutions, "attention_resolutions")
+def check_dropout(dropout: float) -> None:
+    """Raise UserError unless this is a probability."""
+    if not 0 <= dropout <= 1:
+        raise UserError(f"--dropout {dropout}: expected a probability, from 0 to 1")
+
+
+def downsampling_factors(image_size: int, resolutions: str, flag: str = "attention_resolutions") -> tuple[int, ...]:
+    """Turn image sides at which there is attention ("32,16,8", the value of `flag`) into factors of downsampling."""
+    sides = numbers(resolutions, flag)
     return tuple(int(image_size // side) for side in sides if side > 0)
 
 
-def numbers(text: str, flag: str) -> tuple[float, ...]:
+def numbers(text: str, flag: str, example: str = "32,16,8") -> tuple[float, ...]:
     """Read numbers separated by commas; an empty text has none. Raises UserError."""
     try:
         return tuple(float(n) if "." in n else int(n) for n in str(text).split(",") if n.strip())
     except ValueError:
-        raise UserError(f"--{flag} {text}: expected numbers separated by commas, such as 32,16,8") from None
-
-
-def check_sizes(image_size: int, num_channels: int, channel_mult: tuple[float, ...]) -> None:
-    """Raise UserError unless the image can be halved at every level and group norm can split the channels."""
-    halvings = 2 ** (len(channel_mult) - 1)
-    if image_size % halvings:
-        raise UserError(
-            f"--image_size {image_size} is not a multiple of {halvings}, as {len(channel_mult)} levels need"
-        )
-    for multiplier in channel_mult:
-        if int(multiplier * num_channels) % 32 or int(multiplier * num_channels) == 0:
-            raise UserError(
-                f"--num_channels {num_channels} times the multiplier {multiplier} is not a multiple of 32, "
-                "as group normalisation needs"
-            )
+        raise UserError(f"--{flag} {text}: expected numbers separated by commas, such as {example}") from None
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:

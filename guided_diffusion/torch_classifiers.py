@@ -18,11 +18,13 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
-from .checkpoint_file import read_checkpoint
+from .checkpoint_file import Shapes, read_checkpoint
 from .checkpoints import UNTRAINED, shapes_of
 from .errors import UserError, first_line
 from .run_record import weights_digest
 from .watched_layers import WatchedLayer, find_layers
+
+AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")  # of GoogLeNet and Inception
 
 Preprocess = Callable[[np.ndarray], Tensor]
 
@@ -108,8 +110,7 @@ def _own(name: str, path: str) -> tuple[nn.Module, Preprocess]:
         )
     model, preprocess = made
     if path not in ("", UNTRAINED):
-        found = read_checkpoint(path, "--classifier_path", {"map_location": "cpu", "weights_only": True})
-        _load(model, found, path, name)
+        _load(model, _read(path, model), path, name)
     return model, preprocess
 
 
@@ -155,29 +156,45 @@ def _build(name: str, weights: Any, num_classes: int = 1000) -> nn.Module:
 
 def _with_weights_of(name: str, weights: Any, path: str) -> nn.Module:
     """The network with the weights in the file `path`, for as many classes as its head has."""
-    found = read_checkpoint(path, "--classifier_path", {"map_location": "cpu", "weights_only": True})
+    model = _build(name, weights)
+    found = _read(path, model)
     if name.startswith("densenet"):  # whose published files have names with a dot more: norm.1 for norm1
         for old in list(found):
             found[re.sub(r"(denselayer\d+\.(?:norm|conv))\.(\d\.)", r"\1\2", old)] = found.pop(old)
-    model = _build(name, weights)
     head = [entry for entry, w in model.named_parameters() if w.ndim > 1][-1]
     if head in found and found[head].ndim > 1 and found[head].shape[0] != model.state_dict()[head].shape[0]:
         model = _build(name, weights, found[head].shape[0])
+    for auxiliary in AUXILIARY_HEADS:  # used in training alone
+        if hasattr(model, auxiliary) and not any(entry.startswith(f"{auxiliary}.") for entry in found):
+            setattr(model, auxiliary, None)
     _load(model, found, path, name)
     return model
 
 
-def _load(model: nn.Module, found: dict[str, Tensor], path: str, name: str) -> None:
-    """Give a network the weights `found` in a file, in float32. Raises UserError where they do not fit."""
-    if difference := _difference(shapes_of(found), shapes_of(model.state_dict())):
-        raise UserError(f"--classifier_path {path} does not fit --classifier_name {name}: {difference}")
+def _read(path: str, model: nn.Module) -> dict[str, Tensor]:
+    """The state dict in a file, in float32."""
+    options = {"map_location": "cpu", "weights_only": True}
+    found = read_checkpoint(path, "--classifier_path", options, shapes_of(model.state_dict()))
     for entry, w in found.items():  # in place: a state dict may have a version, which some networks ask for
         found[entry] = w.float() if w.is_floating_point() else w
-    model.load_state_dict(found, assign=True)
+    return found
 
 
-def _difference(found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> str:
-    """A line on how a file's names and shapes differ from the network's; "" where they do not."""
+def _load(model: nn.Module, found: dict[str, Tensor], path: str, name: str) -> None:
+    """Give a network the weights `found` in a file. Raises UserError if PyTorch does not take them."""
+    shapes, expected = shapes_of(found), shapes_of(model.state_dict())
+    refusal = ""
+    try:
+        lacks, besides = model.load_state_dict(found, strict=False, assign=True)
+    except RuntimeError as error:  # the shapes
+        lacks, besides, refusal = [], [], " ".join(str(error).split())[:300]
+    if lacks or besides or refusal:
+        difference = _difference(shapes, expected) or refusal
+        raise UserError(f"--classifier_path {path} does not fit --classifier_name {name}: {difference}")
+
+
+def _difference(found: Shapes, expected: Shapes) -> str:
+    """A line on how a file's names and shapes differ from the network's; "" if they do not."""
     missing, besides = ([name for name in a if name not in b] for a, b in ((expected, found), (found, expected)))
     if missing or besides:
         counts = f"it lacks {len(missing)} of {len(expected)} weights and has {len(besides)} besides"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .errors import UserError, first_line
 from .files import remove_file
 from .forward_backward import from_pixels
 from .image_datasets import list_images, read_image
-from .inference import compute_reproducibly
+from .inference import compute_exactly
 from .locks import Locks, hold
 from .sample_grid import SampleGrid
 from .script_util import diffusion_from_flags
@@ -93,8 +94,10 @@ def training_folder(args: argparse.Namespace, otherwise: str) -> Iterator[Traini
     """
     if getattr(args, "data_dir", None) == "":  # some scripts make their images themselves
         raise UserError("no folder of images was given: --data_dir FOLDER")
-    if args.lr <= 0 or args.weight_decay < 0:
+    if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf):
         raise UserError(f"--lr {args.lr} --weight_decay {args.weight_decay}: expected lr > 0 and weight_decay >= 0")
+    if not 0 < args.fp16_scale_growth < math.inf:
+        raise UserError(f"--fp16_scale_growth {args.fp16_scale_growth}: expected a number above 0, such as 0.001")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
     dist_util.setup_dist()
@@ -104,9 +107,9 @@ def training_folder(args: argparse.Namespace, otherwise: str) -> Iterator[Traini
         # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
         formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
         dist_util.on_every_rank(logger.configure, output, formats)
-        compute_reproducibly(args.num_threads)
-        # Training need not repeat to the last bit on a GPU; and as its images are of one size, algorithms are timed.
-        torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = True, False
+        torch.set_num_threads(args.num_threads or dist_util.cores_per_rank())
+        compute_exactly()
+        torch.backends.cudnn.benchmark = True  # the images of a run are all of one size
         yield TrainingFolder(output, lock)
 
 

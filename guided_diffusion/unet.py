@@ -227,7 +227,10 @@ class AttentionBlock(nn.Module):
 def _heads(channels: int, num_heads: int, num_head_channels: int) -> int:
     if num_head_channels == -1:
         if num_heads < 1 or channels % num_heads:
-            raise UserError(f"{channels} channels cannot be split into --num_heads {num_heads} attention heads")
+            raise UserError(
+                f"{channels} channels cannot be split into {num_heads} attention heads (--num_heads, "
+                "--num_heads_upsample)"
+            )
         return num_heads
     if num_head_channels < 1 or channels % num_head_channels:
         raise UserError(

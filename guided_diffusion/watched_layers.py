@@ -18,6 +18,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.swin_transformer import SwinTransformerBlock
 from torchvision.models.vision_transformer import EncoderBlock
 
+from . import logger
 from .errors import UserError
 
 # A block of a residual network or of a transformer; version 2 of Swin's derives from version 1.
@@ -85,12 +86,13 @@ def find_layers(model: nn.Module, size: int, patterns: Sequence[str] = ()) -> tu
         model: the classifier, in evaluation mode.
         size: side of the images that it takes, in pixels.
         patterns: names of layers, or patterns, where * stands for any characters, dots too; for none, `default_layers`.
+            Of the layers that a pattern matches, those that cannot be watched are left out, and named in a message.
 
     Returns:
         the layers, in the order of the network, and the number of logits.
 
     Raises:
-        UserError: a pattern matches no layer, or one that cannot be watched.
+        UserError: a pattern matches no layer that can be watched, or a layer that was named cannot.
     """
     calls = _dry_run(model, 2, size).calls
     try:  # Only the channels stay as they are where the image's size changes.
@@ -99,10 +101,7 @@ def find_layers(model: nn.Module, size: int, patterns: Sequence[str] = ()) -> tu
         smaller = {}
     logits = [name for name, module in model.named_modules() if name and calls.get(name, _Calls()).storage]
     logits = [name for name in logits if calls[name].storage == calls[""].storage]
-    names = _chosen(model, patterns) if patterns else default_layers(model, logits[0], calls)
-    for name in names:
-        if problem := _problem(calls.get(name, _Calls())):
-            raise UserError(f"--layers: {name} cannot be watched: {problem}")
+    names = _chosen(model, patterns, calls) if patterns else default_layers(model, logits[0], calls)
     layers = []
     for name in sorted(names, key=list(calls).index):
         axis = _channel_axis(model.get_submodule(name), calls[name].shape, smaller.get(name, _Calls()).shape)
@@ -119,17 +118,28 @@ def _problem(calls: _Calls) -> str:
     return ""
 
 
-def _chosen(model: nn.Module, patterns: Iterable[str]) -> list[str]:
-    """The names of the modules that patterns match. Raises UserError for one that matches nothing."""
+def _chosen(model: nn.Module, patterns: Iterable[str], calls: dict[str, _Calls]) -> list[str]:
+    """The names of the modules that patterns match and that can be watched; see `find_layers`."""
     names = [name for name, _ in model.named_modules() if name]
     chosen: dict[str, None] = {}
+    left_out: dict[str, str] = {}  # and why
     for pattern in patterns:
         matching = fnmatch.filter(names, pattern) if pattern not in names else [pattern]
         if not matching:
             close = difflib.get_close_matches(pattern, names, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"its parts are {', '.join(model._modules)}"
             raise UserError(f"--layers: {pattern} matches no layer of the classifier; {hint}")
-        chosen |= dict.fromkeys(matching)
+        problems = {name: _problem(calls.get(name, _Calls())) for name in matching}
+        if all(problems.values()):
+            name, problem = next(iter(problems.items()))
+            which = f"none of the {len(matching)} layers that {pattern} matches can be watched: " * (name != pattern)
+            raise UserError(f"--layers: {which}{name} cannot be watched: {problem}")
+        chosen |= dict.fromkeys(name for name, problem in problems.items() if not problem)
+        left_out |= {name: problem for name, problem in problems.items() if problem}
+    if left_out:
+        some = "; ".join(f"{name}: {problem}" for name, problem in [*left_out.items()][:2])
+        more = "; ..." if len(left_out) > 2 else ""
+        logger.info(f"--layers: {len(left_out)} layers cannot be watched and are left out ({some}{more})")
     return list(chosen)
 
 

@@ -32,10 +32,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+
+# isort: split
 import numpy as np
 
 from guided_diffusion import logger
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import ResultError, UserError
 from guided_diffusion.files import write_whole
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words
@@ -86,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from guided_diffusion import dist_util
     from guided_diffusion.inference import compute_reproducibly
-    from guided_diffusion.run_record import hardware, versions
+    from guided_diffusion.run_record import surroundings
 
     logger.configure()
     threads = compute_reproducibly(args.num_threads)
@@ -95,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.contender:
         sys.stdout.write(json.dumps(contend(args, device, threads)))
         return 0
-    circumstances = {"hardware": hardware(device), "threads": threads, **versions()}
+    circumstances = {"threads": threads, **surroundings(device)}
     report: dict[str, Any] = {"circumstances": circumstances, "arguments": vars(args)}
     write_report(report, args.output)  # a mistake shows at once, not after minutes
     with tempfile.TemporaryDirectory() as folder:

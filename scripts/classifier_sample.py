@@ -8,14 +8,17 @@ seed.
 
   python scripts/classifier_sample.py --model_path models/64x64_diffusion.pt \\
       --classifier_path models/64x64_classifier.pt --classifier_scale 1.0 --num_samples 50000 --batch_size 64 \\
-      --timestep_respacing 250 $MODEL_FLAGS $CLASSIFIER_FLAGS
+      --timestep_respacing 250 "${MODEL_FLAGS[@]}" "${CLASSIFIER_FLAGS[@]}"
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import (
@@ -63,10 +66,10 @@ def main(argv: list[str] | None = None) -> int:
         classifier_path=dist_util.on_main(weights_digest, classifier),
     )
     settings |= sampled_classes_setting(classes)
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
-    circumstances["classifier's precision"] = prepare(classifier, args.classifier_use_fp16, args.num_threads)[
-        "precision"
-    ]
+    batch_size = min(args.batch_size, args.num_samples)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=batch_size)
+    of_classifier = prepare(classifier, args.classifier_use_fp16, args.num_threads, batch_size=batch_size)
+    circumstances["classifier's precision"] = of_classifier["precision"]
     classifier.requires_grad_(False)  # the gradient in x alone is wanted: less has to be kept for it
     cond_fn = class_gradient(classifier, args.classifier_scale)
     labels = draw_classes(args.seed, args.num_samples, classes)

@@ -12,8 +12,11 @@ started again with the same flags.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
@@ -44,6 +47,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import CLASSIFIER, load_noisy_classifier
     from guided_diffusion.classifier_training import ClassifierTrainLoop
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.training_setup import (
         end,
@@ -67,10 +71,10 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
         options = {"image_size": args.image_size, "random_flip": False, "flag": "--val_data_dir"}
         streams.append(images_for(args, args.val_data_dir, class_cond=True, recorded=data.classes, **options))
         folder.data["--val_data_dir"] = streams[1]
-    model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed)
 
     loop = ClassifierTrainLoop(
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=data,
         val_data=streams[1] if args.val_data_dir else None,
@@ -96,8 +100,14 @@ def create_argparser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     add_dict_to_argparser(training, classifier_training_defaults())
     add_class_order(training)
-    add_dict_to_argparser(
-        parser.add_argument_group("the classifier and the diffusion"), classifier_and_diffusion_defaults()
+    network = parser.add_argument_group("the classifier and the diffusion")
+    add_dict_to_argparser(network, classifier_and_diffusion_defaults())
+    network.add_argument(
+        "--channel_mult",
+        dest="classifier_channel_mult",
+        default=argparse.SUPPRESS,
+        metavar="TEXT",
+        help="another name of --classifier_channel_mult",
     )
     return parser
 

@@ -18,12 +18,16 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
+
+# isort: split
 import numpy as np
 
 from guided_diffusion import logger
-from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.figures import (
     BLUE,

@@ -10,8 +10,11 @@ weights were trained with.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import add_dict_to_argparser, training_defaults
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
@@ -34,7 +37,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     """Train with the script's flags in the folder of results; as `main`."""
     import torch
 
-    from guided_diffusion import dist_util
+    from guided_diffusion.memory import to_device
     from guided_diffusion.script_util import create_gaussian_diffusion
     from guided_diffusion.training_setup import loop_options, settings_of
     from random_hierarchy_model.classifier import small_convnext
@@ -48,7 +51,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
 
     loop = ReadingLoop(
         images=images,
-        model=model.to(dist_util.dev()),
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=create_gaussian_diffusion(),
         data=data,
         settings=settings_of(args, GRAMMAR_FLAGS, data),

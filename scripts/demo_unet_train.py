@@ -11,8 +11,11 @@ The defaults are those that the demo's weights were trained with.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
@@ -50,6 +53,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     """Train with the script's flags in the folder of results; as `main`."""
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.training_setup import fit_to, loop_options, sample_grid, settings_of
     from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
@@ -64,11 +68,11 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
     data = ImageStream(images, args.batch_size, args.seed)
-    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed)
 
     loop = ExactTargetLoop(
         images=images,
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=data,
         schedule_sampler=schedule_sampler,

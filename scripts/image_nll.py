@@ -9,22 +9,27 @@ that was ended goes on where it was when it is started again with the same flags
 processes share the images out; the result is the same for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/image_nll.py --data_dir datasets/ILSVRC2012/validation --num_samples 1000 --batch_size 16 \\
-      --model_path models/64x64_diffusion.pt $MODEL_FLAGS
+      --model_path models/64x64_diffusion.pt "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+
+# isort: split
 import numpy as np
 
 from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import folder_name
 from guided_diffusion.script_util import (
@@ -82,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         model_path=dist_util.on_main(weights_digest, model),
         data_dir=hashlib.sha256(listed.encode(errors="surrogateescape")).hexdigest(),
     )
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, len(images)))
 
     output = logger.choose_dir(args.output, f"results/image_nll_{folder_name(args.data_dir)}")
     result, folder = f"{output}/image_nll.npz", f"{output}/image_nll_parts"
@@ -196,7 +201,7 @@ def bits(
 
     from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import from_pixels
-    from guided_diffusion.inference import enough_memory
+    from guided_diffusion.memory import enough_memory
     from guided_diffusion.noise import NoiseStreams
 
     device = dist_util.dev()

@@ -6,14 +6,17 @@ where it was when it is started again with the same flags. Under mpiexec, torchr
 images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/image_sample.py --model_path models/64x64_diffusion.pt --num_samples 50000 --batch_size 64 \\
-      --timestep_respacing 250 $MODEL_FLAGS
+      --timestep_respacing 250 "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import (
@@ -53,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     networks = [args.model_path] if args.class_cond else []
     classes, record = dist_util.on_main(classes_to_sample, args.classes, networks)
     settings = settings_of(args, model_path=dist_util.on_main(weights_digest, model)) | sampled_classes_setting(classes)
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     labels = draw_classes(args.seed, args.num_samples, classes) if args.class_cond else None
 
     def make(indices: range, bar: tqdm) -> torch.Tensor:

@@ -12,8 +12,11 @@ torchrun or srun, each process takes batch_size images per step.
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
@@ -43,6 +46,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     """Train with the script's flags in the folder of results; as `main`."""
     from guided_diffusion import dist_util
     from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
+    from guided_diffusion.memory import to_device
     from guided_diffusion.resample import create_named_schedule_sampler
     from guided_diffusion.train_util import TrainLoop
     from guided_diffusion.training_setup import (
@@ -62,10 +66,10 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     crops = {"random_crop": args.random_crop, "random_flip": args.random_flip}
     data = training_images(args, args.class_cond, folder.path, image_size=args.image_size, **crops)
     folder.data["--data_dir"] = data
-    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed).to(dist_util.dev())
+    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed)
 
     loop = TrainLoop(
-        model=model,
+        model=to_device(model, args.batch_size, args.microbatch),
         diffusion=diffusion,
         data=data,
         schedule_sampler=schedule_sampler,

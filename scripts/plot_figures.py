@@ -20,9 +20,15 @@ import argparse
 import difflib
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line import ArgumentParser, run, whole_number
+
+# isort: split
 import numpy as np
 
 from guided_diffusion import logger
@@ -33,7 +39,6 @@ from guided_diffusion.classifier_results import (
     name_in_files,
     read_series,
 )
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.figures import (
     BLUE,

@@ -7,23 +7,28 @@ A run that was ended goes on where it was when it is started again with the same
 the processes share the images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/super_res_sample.py --base_samples samples_50000x64x64x3.npz --num_samples 50000 \\
-      --model_path models/64_256_upsampler.pt --timestep_respacing 250 $MODEL_FLAGS
+      --model_path models/64_256_upsampler.pt --timestep_respacing 250 "${MODEL_FLAGS[@]}"
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import sys
 import zipfile
+from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line import ArgumentParser, run
+
+# isort: split
 import blobfile as bf
 import numpy as np
 
 from guided_diffusion.classes import Classes, read_classes
-from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.errors import UserError, first_line
-from guided_diffusion.files import read_json
+from guided_diffusion.files import LFS_POINTER, read_json
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_dict_to_argparser,
@@ -65,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         model_path=dist_util.on_main(weights_digest, model),
         base_samples=dist_util.on_main(file_digest, args.base_samples),
     )
-    circumstances = prepare(model, args.use_fp16, args.num_threads)
+    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     if args.num_samples > len(small):
         logger.info(
             f"{len(small)} images in {args.base_samples} for {args.num_samples} samples (--num_samples): "
@@ -120,6 +125,11 @@ class SmallImages:
                 f"--base_samples {path} has {', '.join(self._names()) or 'nothing'}; expected {needed}"
             ) from error
         except zipfile.BadZipFile as error:
+            with bf.BlobFile(path, "rb") as f:
+                if f.read(len(LFS_POINTER)) == LFS_POINTER:
+                    raise UserError(
+                        f"--base_samples {path} is a Git LFS pointer, not the file itself: fetch that by git lfs pull"
+                    ) from error
             raise UserError(
                 f"--base_samples {path} is no .npz file, or not a whole one: {first_line(error)}"
             ) from error

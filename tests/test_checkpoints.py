@@ -63,6 +63,7 @@ WRONG_FLAGS = {
         ("num_channels", 64),
         ("num_res_blocks", 1),
         ("attention_resolutions", "16"),
+        ("channel_mult", "1,2"),
         ("class_cond", None),
         ("learn_sigma", None),
         ("resblock_updown", None),
@@ -74,6 +75,8 @@ WRONG_FLAGS = {
         ("classifier_depth", 1),
         ("classifier_depth", 5),
         ("classifier_attention_resolutions", "16"),
+        ("classifier_channel_mult", "1,2"),
+        ("classifier_channel_mult", "1,2,4"),
         ("classifier_pool", "adaptive"),
         ("classifier_pool", "spatial"),
         ("classifier_pool", "spatial_v2"),
@@ -139,7 +142,7 @@ def test_flags_of_published_models(name):
     flags = parse(network, PUBLISHED[name]["flags"])
     assert network_in(shapes_in(name)) is network
     size, prefix = flags[network.size_flag], "classifier_" if network is CLASSIFIER else ""
-    assert found.pop("channel_mult") == CHANNEL_MULT[256 if network is UPSAMPLER else size]
+    assert found.pop(f"{prefix}channel_mult") == CHANNEL_MULT[256 if network is UPSAMPLER else size]
     factors = downsampling_factors(size, flags[f"{prefix}attention_resolutions"])
     assert found.pop("attention_factors") == tuple(sorted(factors))
     assert found == {flag: flags[flag] for flag in found}
@@ -227,20 +230,29 @@ def test_sizes_that_share_their_multipliers_are_both_named():
         check_fit(UPSAMPLER, name, shapes_in(name), shapes_made(UPSAMPLER, flags), flags)
 
 
-def test_multipliers_that_no_flag_gives():
-    """An upsampler with other multipliers than its size's: said, and no flag proposed that would not mend it."""
-    flags = {**sr_model_and_diffusion_defaults(), **SMALL_UPSAMPLER}
-    expected = shapes_made(UPSAMPLER, flags)
-    other = dict(
-        shapes_made(DIFFUSION_MODEL, {**model_and_diffusion_defaults(), **SMALL_UPSAMPLER, "channel_mult": "1,2"})
-    )
-    other["input_blocks.0.0.weight"] = expected["input_blocks.0.0.weight"]
-    with pytest.raises(UserError) as error:
-        check_fit(UPSAMPLER, "x.pt", other, expected, flags)
-    words = (
-        "the multipliers of the channels are 1,2 in the checkpoint, which no --large_size has, 1,2,3,4 in your flags"
-    )
-    assert words in str(error.value) and "Change your flags" not in str(error.value)
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_multipliers_of_no_published_size(network):
+    """Said with the flag of that network, and the advice works."""
+    flags = {**DEFAULTS[network], **SMALL[network], network.size_flag: 64}
+    flag = "classifier_channel_mult" if network is CLASSIFIER else "channel_mult"
+    small = {**flags, network.size_flag: 32, flag: "1,2"}  # no published size: it is not proposed to change it
+    found = shapes_made(network, {**small, flag: "1,2,3,4"})
+    with pytest.raises(UserError, match=f"Change your flags to: --{flag} 1,2,3,4"):
+        check_fit(network, "mine.pt", found, shapes_made(network, small), small)
+    for theirs in ("1,2", "1,2,2", "2,1"):
+        found = shapes_made(network, {**flags, flag: theirs})
+        for yours in ("", "1,3", "1,2,3,6", "1,1,1"):
+            check_advice(network, "mine.pt", found, {**flags, flag: yours})
+
+
+def test_a_classifier_whose_widths_leave_its_levels_open_is_refused_in_words():
+    flags = {**classifier_defaults(), **SMALL_CLASSIFIER, "classifier_channel_mult": "1,1,2,2"}
+    found = shapes_made(CLASSIFIER, flags)  # or 1,2 with a depth of 3
+    assert "classifier_channel_mult" not in read_flags(found)
+    check_fit(CLASSIFIER, "x.pt", found, shapes_made(CLASSIFIER, flags), flags)
+    for wrong in ({"classifier_channel_mult": "1,2"}, {"classifier_width": 128}, {"classifier_depth": 2}):
+        with pytest.raises(UserError, match=r"x\.pt"):
+            check_fit(CLASSIFIER, "x.pt", found, shapes_made(CLASSIFIER, {**flags, **wrong}), {**flags, **wrong})
 
 
 def test_differences_that_no_flag_explains():

@@ -1,6 +1,6 @@
 """Ranks, rendezvous and checkpoints, with real processes: plain, mpiexec, torchrun, and the environment of srun."""
 
-import argparse
+import datetime
 import functools
 import http.server
 import json
@@ -363,6 +363,8 @@ def write_bad(path, kind, good):
         case "web page":
             path.write_text("\n<!DOCTYPE html><title>Sign in</title>")
         case "text":
+            path.write_text("see the release page for the weights\n")
+        case "pointer":
             path.write_text("version https://git-lfs.github.com/spec/v1\n")
         case "archive":
             with zipfile.ZipFile(path, "w") as archive:
@@ -380,7 +382,7 @@ def write_bad(path, kind, good):
         case "other pickle":
             path.write_bytes(pickle.dumps({"a": 1}))
         case "objects":
-            torch.save({"args": argparse.Namespace(lr=1)}, path)
+            torch.save({"begun": datetime.date(2025, 1, 1)}, path)
         case "trainer":
             torch.save({"model": torch.load(good), "step": 3, "lr": 0.1, "epoch": 2}, path)
         case "list":
@@ -394,7 +396,8 @@ BAD = {
     "folder": "cannot be read: Is a directory",
     "empty": r"\(0 bytes\) is empty",
     "web page": r"\(38 bytes\) is a web page, not a checkpoint: the download failed. It begins with '\\n<!DOCTYPE html",
-    "text": "is not a checkpoint of torch.save: it begins with 'version https://git-'$",
+    "text": "is not a checkpoint of torch.save: it begins with 'see the release page'$",
+    "pointer": r"\(43 bytes\) is a Git LFS pointer, not the checkpoint itself",
     "archive": "is not a checkpoint of torch.save: it begins with ['\"]PK",
     "half": "is truncated",
     "last byte missing": "is truncated",
@@ -402,8 +405,8 @@ BAD = {
     "legacy half": "is truncated",
     "legacy start": r"\(40 bytes\) is truncated",
     "other pickle": "is not a checkpoint of torch.save",
-    "objects": r"holds a Python object besides tensors \(argparse.Namespace\)",
-    "trainer": r"holds entries that are no tensors \('model': dict, 'step': int, 'lr': float, ...\)",
+    "objects": r"holds a Python object besides tensors \(datetime.date\)",
+    "trainer": r"holds entries that are no tensors \('model': dict, 'step': int, 'lr': float, 'epoch': int\)",
     "list": "holds a list; expected a dict of tensors",
     "no tensors": "holds an empty dict; expected a dict of tensors",
 }

@@ -94,6 +94,42 @@ def test_layers_that_cannot_be_watched(name, pattern, message):
         load_classifier(name, "untrained", [pattern])
 
 
+@pytest.mark.parametrize(
+    ("name", "patterns", "number", "some", "told"),
+    [
+        ("resnet18", ["layer4.*"], 13, "layer4.0.bn1", r"2 layers .*\(layer4.0.relu: the network calls it 2 times per"),
+        (
+            "swin_t",
+            ["features.7.*", "head"],
+            21,
+            "features.7.1.attn",
+            "6 layers .*features.7.0.attn.qkv: the network cal",
+        ),
+        (
+            "vit_b_32",
+            ["encoder.layers.*"],
+            120,
+            "encoder.layers.encoder_layer_11",
+            "24 layers .*self_attention: its outp",
+        ),
+    ],
+)
+def test_a_pattern_leaves_out_what_cannot_be_watched(name, patterns, number, some, told, capsys):
+    layers = [layer.name for layer in load_classifier(name, "untrained", patterns).layers]
+    assert len(layers) == number and some in layers
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"--layers: {told}", line) and len(line) < 300
+
+
+def test_a_pattern_of_which_nothing_can_be_watched_is_refused():
+    with pytest.raises(
+        UserError, match=r"^--layers: none of the 6 layers that aux1\.\* matches can be watched: aux1.conv "
+    ):
+        load_classifier("googlenet", "untrained", ["fc", "aux1.*"])
+    with pytest.raises(UserError, match=r"^--layers: layer4.0.relu cannot be watched: the network calls it 2 times"):
+        load_classifier("resnet18", "untrained", ["layer4.*", "layer4.0.relu"])  # a name is meant
+
+
 def test_names():
     with pytest.raises(UserError, match=r"^--classifier_name is 'ConvNext_bse', .*; did you mean convnext_base"):
         load_classifier("ConvNext_bse", "untrained")
