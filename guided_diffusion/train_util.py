@@ -358,8 +358,7 @@ class TrainLoop:
 
     def _load_weights(self, start: Start) -> list[str]:
         """Returns the names of the parameters in the order of the file."""
-        weights = dist_util.load_state_dict(start.path, flag=_flag(start))
-        self._compare_network(start.path, weights)
+        weights = self._read_weights(start.path, start)
         self.model.load_state_dict(weights)
         parameters = dict(self.model.named_parameters())
         return [name for name in weights if name in parameters]
@@ -369,17 +368,16 @@ class TrainLoop:
         if average is None:
             logger.warn(f"no moving average of decay {rate} beside {start.path}: it begins with the model's weights")
             return _copies(self.mp_trainer.master_params)
-        weights = dist_util.load_state_dict(average, flag=_flag(start))
-        self._compare_network(average, weights)
+        weights = self._read_weights(average, start)
         return _copies(value.to(self.device) for value in self.mp_trainer.state_dict_to_master_params(weights))
 
-    def _compare_network(self, path: str, weights: Mapping[str, Tensor]) -> None:
-        """Raise UserError, on all processes, if weights are of another network than the model."""
-        found, expected = (
-            {name: tuple(value.shape) for name, value in state.items()} for state in (weights, self.model.state_dict())
-        )
-        if found != expected:
-            dist_util.on_every_rank(self._refuse, path, found, expected)
+    def _read_weights(self, path: str, start: Start) -> dict[str, Tensor]:
+        """Raises UserError, on all processes, if a file has the weights of another network than the model."""
+        expected = _shapes(self.model.state_dict())
+        weights = dist_util.load_state_dict(path, flag=_flag(start), expected=expected)
+        if _shapes(weights) != expected:
+            dist_util.on_every_rank(self._refuse, path, _shapes(weights), expected)
+        return weights
 
     def _refuse(self, path: str, found: Shapes, expected: Shapes) -> None:
         if self.check_fit is not None:
@@ -587,6 +585,10 @@ class LossMeter:
 def _flag(start: Start) -> str:
     """What a message about the file begins with."""
     return "the checkpoint" if start.resumed else "--resume_checkpoint"
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:

@@ -68,7 +68,7 @@ def choose_start(named: str, output: str, settings: Settings, ema_rates: Sequenc
     if named and not is_remote(named):
         if not os.path.isfile(named):
             raise UserError(f"--resume_checkpoint {named} cannot be read: No such file")
-        if not parse_resume_step_from_filename(named):  # a link may have any name
+        if not parse_resume_step_from_filename(named) and os.path.islink(named):  # which may have any name
             named = os.path.realpath(named)
     newest = _newest_checkpoint(output)
     if newest is None:

@@ -637,6 +637,10 @@ def test_weights_alone_can_be_begun_with(tmp_path, capfd):
     loop = make_loop(tmp_path / "new", resume_checkpoint=str(tmp_path / "published.pt"))
     assert loop.step == 0 and same(loop.ema_params[0], loop.model.parameters())
     assert "the optimizer starts anew" in capfd.readouterr().err
+    wrapped = {f"module.{name}": w for name, w in torch.load(tmp_path / "published.pt").items()}
+    torch.save({"ema": wrapped, "epoch": 3}, tmp_path / "wrapped.pt")
+    again = make_loop(tmp_path / "other", resume_checkpoint=str(tmp_path / "wrapped.pt"))
+    assert same(again.model.parameters(), loop.model.parameters())
     with pytest.raises(UserError, match=r"another network than your flags describe: out\.2\.weight is \(6, .* \(3, "):
         make_loop(tmp_path / "new", learn_sigma=False, resume_checkpoint=str(tmp_path / "published.pt"))
 
