@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.parts import finished_record
     from guided_diffusion.run_record import now
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     images, class_names = dist_util.on_main(find_images, args)
     classifier, autocast, circumstances = set_up(args)

@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.run_record import now
     from guided_diffusion.sample_pairs import check_sizes, find_pairs, samples_digests
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     name, data_dir = name_in_files(args.classifier_name), args.data_dir or default_output(args.starting_data_dir)
     output = args.output or default_folder(name)

@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.inference import prepare
     from guided_diffusion.run_record import end_record, now, settings_of, weights_digest
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     flags = args_to_dict(args, [*model_defaults(), *diffusion_defaults()])
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)

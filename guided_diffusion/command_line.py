@@ -9,17 +9,29 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 from .errors import UserError
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake in one line, and proposes the flag that was meant."""
+    """An argument parser that answers a mistake in one line, and proposes the flag that was meant.
 
-    def __init__(self, **kwargs):
+    Args:
+        computes: the script runs networks: it has the flag --device.
+    """
+
+    def __init__(self, computes: bool = True, **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        if computes:
+            self.add_argument(
+                "--device",
+                default="auto",
+                choices=["auto", "cpu", "cuda"],
+                help="where to compute; auto: on the GPU if the machine has one (default: %(default)s)",
+            )
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
@@ -101,9 +113,8 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
     A UserError is printed without a traceback and ends with status 2; an error of the operating system (disk full, no
-    permission) likewise, with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its number. What all
-    ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
-    them all.
+    permission) likewise, with status 1; another rank that is gone likewise, with status 3; a signal (SIGTERM, Ctrl-C,
+    SIGUSR1) ends with 128 and its number. What all ranks meet is said once. A rank that fails alone tells the others.
     """
 
     def stop(signum, frame):
@@ -124,11 +135,28 @@ def run(main: Callable[[], int | None]) -> None:
         name = signal.Signals(stopped.signum).name
         status, words = 128 + stopped.signum, f"stopped by {name}: what is written is whole. To go on, start it again"
         reason = stopped
-    dist_util = sys.modules.get("guided_diffusion.dist_util")
-    if dist_util is None or dist_util.should_report(reason):
-        sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
+    except Exception as error:
+        lost = dist_util().explain(error) if dist_util() else None
+        if lost is None:
+            if dist_util():
+                dist_util().leave_alone(error)
+            raise
+        status, words = lost.exit_status, f"error: {lost}"
+        reason = lost
     sys.stdout.flush()
-    sys.stderr.flush()
-    if dist_util is not None and isinstance(reason, UserError) and getattr(reason, "on_all_ranks", False):
-        dist_util.barrier()  # or the launcher might end rank 0 before it has spoken
+    if dist_util():
+        dist_util().end(reason, words)
+    else:
+        say(words)
     os._exit(status)
+
+
+def dist_util() -> ModuleType | None:
+    """The module of that name, if it is loaded: it imports torch, for which not every script waits."""
+    return sys.modules.get("guided_diffusion.dist_util")
+
+
+def say(words: str) -> None:
+    """Print words to stderr, on a line of their own even if a progress bar is there."""
+    sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
+    sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""Exceptions that the scripts answer with a line instead of a traceback."""
 
 
 class UserError(ValueError):
@@ -7,6 +7,12 @@ class UserError(ValueError):
     Its message is one or two lines that say what was found, what was expected and which flag to change. The scripts
     print it without a traceback and end with status 2.
     """
+
+
+class LostPeer(RuntimeError):
+    """Another process of the run is gone, so that this one cannot complete its work. The message says which."""
+
+    exit_status = 3  # of a script that ends because of it
 
 
 def first_line(error: BaseException) -> str:

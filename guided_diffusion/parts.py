@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import argparse
 
 # Flags that do not decide what is computed, and those that name files: these are known by their contents.
-NOT_DECISIVE = (*WITHOUT_EFFECT, "output", "num_threads", "num_workers")
+NOT_DECISIVE = (*WITHOUT_EFFECT, "output", "num_threads", "num_workers", "device")
 NAMING_FILES = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
 
 

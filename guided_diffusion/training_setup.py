@@ -49,7 +49,7 @@ def begin(args: argparse.Namespace, otherwise: str) -> str:
         raise UserError(f"--lr {args.lr} --weight_decay {args.weight_decay}: expected lr > 0 and weight_decay >= 0")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     output = logger.choose_dir(args.output, otherwise)
     # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
     formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")

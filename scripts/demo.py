@@ -122,7 +122,7 @@ def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, l
     times = [str(k) for k in args.time_series]
     steps = {"timestep_respacing": args.timestep_respacing}
     classifier = {"classifier_name": CLASSIFIER, "classifier_path": str(CLASSIFIER_FILE)}
-    size, threads = {"image_size": MODEL_FLAGS["image_size"]}, {"num_threads": args.num_threads}
+    size, threads = {"image_size": MODEL_FLAGS["image_size"]}, {"num_threads": args.num_threads, "device": args.device}
     classes = GRAMMAR_FLAGS["num_symbols"]
     sampling = {"model_path": UNET_FILE, "data_dir": folders["images"], "output": folders["samples"], **MODEL_FLAGS}
     choice = {"num_classes": classes, "num_per_class": args.num_images // classes, "seed": args.seed}

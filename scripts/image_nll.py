@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.parts import Parts, finished_record, remove_parts, settings_of
     from guided_diffusion.run_record import now, weights_digest
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     flags = args_to_dict(args, model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)

@@ -4,12 +4,11 @@ import json
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 
-from guided_diffusion import dist_util, launchers, logger
+from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserError
 
 
@@ -106,11 +105,9 @@ TASKS = {f.__name__: f for f in (tell, load, fail_together, fail_on_last, fail_a
 def main():
     tasks, folder, *arguments = sys.argv[1:]
     folder = Path(folder)
-    if "short_meeting" in tasks:
-        launchers.MEETING_TIMEOUT = timedelta(seconds=3)
     if "other_nodes" in tasks:  # as if MPI's ranks were not on one node
-        meet = launchers._meet_by_mpi
-        launchers._meet_by_mpi = lambda world: meet(replace(world, one_node=False))
+        find_world = dist_util.find_world
+        dist_util.find_world = lambda: replace(find_world(), one_node=False)
     try:
         dist_util.setup_dist()
     except UserError as error:

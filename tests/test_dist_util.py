@@ -159,8 +159,10 @@ def test_srun_does_without_mpi(tmp_path):
 
 
 def test_a_rank_that_does_not_come_is_missed(tmp_path):
-    (first,) = srun(1, [*PYTHON, "short_meeting", tmp_path], SLURM_STEP_NUM_TASKS="2")
-    assert "the 2 ranks of srun did not meet" in finish(first, 2)
+    (first,) = srun(1, [*PYTHON, "tell", tmp_path], SLURM_STEP_NUM_TASKS="2", GUIDED_DIFFUSION_MEETING_TIMEOUT="3")
+    stderr = finish(first, 2)
+    assert "rank(s) 1 of 2 did not come within 3 s (srun; rank 0 is on" in stderr
+    assert len(stderr.splitlines()) == 1
 
 
 def test_mpiexec_of_another_mpi(monkeypatch):
@@ -232,11 +234,25 @@ def test_place_in_doubt(monkeypatch, environment, words):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9],x", "gpu03"), ("r[1-2]n[01,04]-ib,x[1-2]", "r1n01-ib")],
+    ("nodes", "hosts"),
+    [
+        ("", ""),
+        ("n1", "n1"),
+        ("n1,n2", "n1 n2"),
+        ("gpu[03-05,9],x", "gpu03 gpu04 gpu05 gpu9 x"),
+        ("n[098-101]", "n098 n099 n100 n101"),
+        ("r[1-2]n[01,04]-ib,x[1-2]", "r1n01-ib r1n04-ib r2n01-ib r2n04-ib x1 x2"),
+        ("a[1[0-2],7]b", "a10b a11b a12b a7b"),
+        ("a[b[1-2]c[3-4],d]", "ab1c3 ab1c4 ab2c3 ab2c4 ad"),
+    ],
 )
-def test_first_host_of_a_slurm_node_list(nodes, first):
-    assert launchers._first_host(nodes) == first
+def test_hosts_of_a_slurm_node_list(nodes, hosts):
+    assert launchers.expand_node_list(nodes) == hosts.split()
+
+
+def test_node_list_that_is_cut_off():
+    with pytest.raises(UserError, match=r"brackets that do not match: gpu\[1-"):
+        launchers.expand_node_list("x,gpu[1-")
 
 
 def test_each_rank_has_its_own_gpu():
@@ -432,4 +448,3 @@ def test_nobody_answers():
         port = unused.getsockname()[1]
         with pytest.raises(UserError, match="Connection refused"):
             dist_util.load_state_dict(f"http://127.0.0.1:{port}/model.pt")
-        assert not launchers._answers("127.0.0.1", port)

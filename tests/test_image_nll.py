@@ -35,7 +35,7 @@ NAMES = ["vb_terms.npz", "mse_terms.npz", "xstart_mse_terms.npz", "image_nll.npz
 def _one_process(monkeypatch):
     """The script runs in the tests' own process, which stays what it was."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
+    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield
     torch.set_num_threads(threads)
