@@ -150,6 +150,7 @@ def measure(
                     logits = classifier.model(x)  # (B, classes)
                 found.append((download(logits.float()), labels_of(image for image, _ in fine)))
             bar.update(len(batch))
+            dist_util.check_peers()
     ranks = [np.empty(0, np.int64), *(ranks_of(*wait(), labels) for wait, labels in found)]
     return watch.moments, np.concatenate(ranks), unreadable
 

@@ -281,6 +281,7 @@ def compare(
                 last()  # now, since this batch is under way: a GPU goes on meanwhile
             last = partial(write_part, parts, index, ~unreadable.reshape(1 + times, len(images)), watch.latest)
             bar.update(len(x))
+            dist_util.check_peers()
         last()
     return lost
 

@@ -247,6 +247,7 @@ def forward_backward(
         for step in steps:
             x = step["sample"]
             bar.update()
+            dist_util.check_peers()
     return Pixels(x)
 
 

@@ -288,7 +288,7 @@ def end(error: BaseException, words: str) -> None:
     if signum := getattr(error, "signum", 0):
         others_ended = _peers.leave("failed", f"was stopped by {signal.Signals(signum).name}", reporter)
     elif lost or getattr(error, "on_all_ranks", False):
-        others_ended = _peers.leave("followed", reporter=reporter)
+        others_ended = _peers.leave("followed", str(error) if lost else "", reporter)
     else:
         others_ended = _peers.leave("failed", f"ended: {first_line(error)}")
     if lost and not speaks and not others_ended:

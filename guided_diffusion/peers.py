@@ -32,7 +32,7 @@ class Ending(NamedTuple):
     Attributes:
         rank: which one.
         kind: "finished", "failed", or "followed" if it ended because of others, or together with all.
-        words: of a rank that failed, what completes the sentence "rank 1 on HOST ...".
+        words: of a rank that failed, what completes the sentence "rank 1 on HOST ..."; of one that followed, why.
     """
 
     rank: int
@@ -143,8 +143,7 @@ class Peers:
         """What `check` raises, if anything; also if rank `awaited` has ended, from which a message is still to come."""
         endings = list(self._endings)
         found = next((ending for ending in endings if ending.kind == "failed"), None)  # the first is the others' cause
-        if found is None and awaited is not None:
-            found = next((Ending(awaited, "failed", "ended") for ending in endings if ending.rank == awaited), None)
+        found = found or next((ending for ending in endings if ending.rank == awaited), None)
         return self._describe(found) if found else None
 
     def explain(self) -> LostPeer | None:
@@ -166,10 +165,12 @@ class Peers:
         return min(set(range(self.size)) - out, default=self.rank)
 
     def _describe(self, ending: Ending) -> LostPeer:
+        if ending.kind == "followed" and ending.words:
+            return LostPeer(ending.words)
         if ending.rank == self.rank:
             return LostPeer(f"the other ranks ended, since this one gave no sign of life for {self.patience:g} s")
         name = f"rank {ending.rank} on {self.hosts[ending.rank]}"
-        return LostPeer(f"{name} {ending.words}; see its output. Start the same command again to resume")
+        return LostPeer(f"{name} {ending.words or 'ended'}; see its output. Start the same command again to resume")
 
     def _beat(self) -> None:
         """Count up this rank's heartbeat, judge those of others, and read the log of endings."""
@@ -254,7 +255,10 @@ class Peers:
         awaited.discard(self.rank)
         pause, read = 0.001, 0
         while awaited and time.monotonic() < limit:
-            endings = self._read_log(self._store, read)
+            try:
+                endings = self._read_log(self._store, read)
+            except RuntimeError:
+                return reporter in (None, 0)  # rank 0 has seen our ending, and ended
             read += len(endings)
             awaited -= {ending.rank for ending in endings}
             time.sleep(pause if awaited else 0)

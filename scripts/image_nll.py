@@ -187,6 +187,7 @@ def bits(
     def counted(*inputs: Any, **labels: Any) -> torch.Tensor:
         answer = model(*inputs, **labels)
         bar.update()
+        dist_util.check_peers()
         return answer
 
     labels = {"y": torch.tensor([image.label for image in images], device=device)} if args.class_cond else {}

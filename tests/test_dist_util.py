@@ -1,6 +1,7 @@
 """Ranks, rendezvous and checkpoints, with real processes: plain, mpiexec, torchrun, and the environment of srun."""
 
 import argparse
+import contextlib
 import functools
 import http.server
 import json
@@ -8,10 +9,12 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -137,6 +140,16 @@ def test_only_rank_0_speaks(tmp_path):
     assert_told(tmp_path, 2)
     said = sorted(line for line in stderr.splitlines() if " of " in line)
     assert said == ["error: error of 0", "error: error of 1", "information of 0", "warning: warning of 0"]
+
+
+def listens(pid):
+    """Whether a process has a socket that waits for connections, besides those of every process."""
+    sockets = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(fd))
+    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(f"socket:[{fields[9]}]" in sockets for fields in table if fields[3] == "0A")
 
 
 def srun(count, command, **environment):
@@ -448,3 +461,81 @@ def test_nobody_answers():
         port = unused.getsockname()[1]
         with pytest.raises(UserError, match="Connection refused"):
             dist_util.load_state_dict(f"http://127.0.0.1:{port}/model.pt")
+
+
+# ---------------------------------------------------------------------------------------------- lost peers
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def start_working(ranks, task, folder, **environment):
+    """Start ranks, and wait until they have come to the point that their task marks."""
+    processes = srun(ranks, [*PYTHON, task, folder], GUIDED_DIFFUSION_PEER_TIMEOUT="3", **environment)
+    wait_until(lambda: len(list(folder.glob("working*"))) == ranks, "the ranks to work")
+    return processes
+
+
+def ended(rank):
+    return (
+        f"error: rank {rank} on {socket.gethostname()} ended or cannot be reached; see its output. "
+        "Start the same command again to resume\n"
+    )
+
+
+@pytest.mark.parametrize(("task", "count"), [("until_told", 3), ("train", 2)])
+def test_a_rank_that_is_killed_is_named_once_by_the_others(tmp_path, task, count):
+    ranks = start_working(count, task, tmp_path)
+    ranks.pop(1).kill()
+    assert "".join(finish(rank, 3) for rank in ranks) == ended(1)
+
+
+def test_rank_0_that_is_killed_is_named_by_the_others(tmp_path):
+    first, second = start_working(2, "train", tmp_path)
+    first.kill()
+    assert finish(second, 3) == ended(0)
+
+
+def test_a_rank_that_does_not_move_is_named_even_if_the_others_wait_inside_pytorch(tmp_path):
+    first, second = start_working(2, "train", tmp_path)
+    second.send_signal(signal.SIGSTOP)
+    try:
+        assert finish(first, 3) == ended(1)
+    finally:
+        second.kill()
+        second.communicate()
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path):
+    ranks = start_working(2, "until_told", tmp_path)
+    for signum in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            rank.send_signal(signum)
+        time.sleep(5)  # longer than a single rank may be silent
+    (tmp_path / "go").touch()
+    for rank in ranks:
+        finish(rank)
+
+
+def test_a_rank_tells_the_others_why_it_ends(tmp_path):
+    first, second = srun(2, [*PYTHON, "fail_alone", tmp_path])
+    assert f"rank 1 on {socket.gethostname()} ended: RuntimeError: a bug; see its output" in finish(first, 3)
+    assert "Traceback" in finish(second, 1)  # the bug's
+
+
+def test_a_signal_ends_ranks_that_wait_for_each_other(tmp_path):
+    ranks = start_working(3, "until_told", tmp_path)
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    assert "stopped by SIGUSR1" in "".join(finish(rank, 128 + signal.SIGUSR1) for rank in ranks)
+
+
+def test_a_signal_ends_a_rank_that_waits_for_others_to_come(tmp_path):
+    (first,) = srun(1, [*PYTHON, "tell", tmp_path], SLURM_STEP_NUM_TASKS="2")
+    wait_until(lambda: listens(first.pid), "rank 0 to listen")
+    first.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in finish(first, 143)
