@@ -2,7 +2,7 @@
 
 Everything is polled: a rank may wait for hours for another one that works, signals are handled meanwhile, and a rank
 that died is noticed. Every rank counts up a key of its own, its heartbeat. Rank 0 watches all of them, the others watch
-rank 0, and what happened to a rank is told to all in a log of endings.
+rank 0; how a rank ended is told to all.
 """
 
 from __future__ import annotations
@@ -142,9 +142,10 @@ class Peers:
     def lost(self, awaited: int | None = None) -> LostPeer | None:
         """What `check` raises, if anything; also if rank `awaited` has ended, from which a message is still to come."""
         endings = list(self._endings)
-        found = next((ending for ending in endings if ending.kind == "failed"), None)  # the first is the others' cause
-        found = found or next((ending for ending in endings if ending.rank == awaited), None)
-        return self._describe(found) if found else None
+        failed = [ending for ending in endings if ending.kind == "failed"]  # the first is the others' cause
+        followed = [ending for ending in endings if ending.kind == "followed" and ending.words]
+        missed = [ending for ending in endings if ending.rank == awaited]
+        return next((self._describe(ending) for ending in failed + followed + missed), None)
 
     def explain(self) -> LostPeer | None:
         """The lost rank that explains why communication between ranks failed; None if all are alive.
@@ -165,50 +166,48 @@ class Peers:
         return min(set(range(self.size)) - out, default=self.rank)
 
     def _describe(self, ending: Ending) -> LostPeer:
+        here, name = (f"rank {rank} on {self.hosts[rank]}" for rank in (self.rank, ending.rank))
+        if ending.rank == self.rank or ending.words.startswith(here):
+            other = "the other ranks" if ending.rank == self.rank else name
+            return LostPeer(f"{other} ended, for want of a sign of life from this one, {here}: is the network sound?")
         if ending.kind == "followed" and ending.words:
             return LostPeer(ending.words)
-        if ending.rank == self.rank:
-            return LostPeer(f"the other ranks ended, since this one gave no sign of life for {self.patience:g} s")
-        name = f"rank {ending.rank} on {self.hosts[ending.rank]}"
         return LostPeer(f"{name} {ending.words or 'ended'}; see its output. Start the same command again to resume")
 
     def _beat(self) -> None:
-        """Count up this rank's heartbeat, judge those of others, and read the log of endings."""
+        """Count up this rank's heartbeat, judge those of others, and see who has ended."""
         watched = range(1, self.size) if self.rank == 0 else [0]
         seen = {rank: ("", 0) for rank in watched}  # last value, and for how many beats of our own it has not changed
         fresh: list[Ending] = []
-        beat = read = 0
+        beat = version = 0
         while not self._left.wait(self.patience / BEATS if beat else 0):
             beat += 1
             try:
                 self._beats.set(f"beat/{self.rank}", str(beat))
                 # What was read last time counts now: a signal for all ranks has meanwhile reached this one too.
                 self._endings += fresh
-                fresh = self._read_log(self._beats, read)
-                read += len(fresh)
+                fresh, version = self._new_endings(version)
                 for rank in set(watched) - {ending.rank for ending in self._endings + fresh}:
                     value = self._beats.get(f"beat/{rank}") if self._beats.check([f"beat/{rank}"]) else ""
                     seen[rank] = (value, 0 if value != seen[rank][0] else seen[rank][1] + 1)
                     if seen[rank][1] == BEATS:
-                        self._log(self._beats, Ending(rank, "failed", GONE))
+                        self._tell(self._beats, Ending(rank, "failed", GONE))
             except RuntimeError:
                 self._endings.append(Ending(0, "failed", GONE))
                 return
             self._answered = beat
 
     @staticmethod
-    def _log(store: dist.Store, ending: Ending) -> None:
-        store.set(f"ending/{store.add('endings', 1)}", json.dumps(ending))
+    def _tell(store: dist.Store, ending: Ending) -> None:
+        store.set(f"ending/{ending.rank}", json.dumps(ending))
+        store.add("endings", 1)  # last: who sees it finds the other
 
-    @staticmethod
-    def _read_log(store: dist.Store, known: int) -> list[Ending]:
-        """The endings after the first `known` ones."""
-        found = []
-        for number in range(known + 1, store.add("endings", 0) + 1):
-            if not store.check([f"ending/{number}"]):  # being written
-                break
-            found.append(Ending(*json.loads(store.get(f"ending/{number}"))))
-        return found
+    def _new_endings(self, version: int) -> tuple[list[Ending], int]:
+        """The endings that are not known yet, if there are more than `version`; and their number."""
+        if (now := self._beats.add("endings", 0)) == version:
+            return [], now
+        keys = [f"ending/{rank}" for rank in set(range(self.size)) - {ending.rank for ending in self._endings}]
+        return [Ending(*json.loads(self._beats.get(key))) for key in keys if self._beats.check([key])], now
 
     def _watch(self) -> None:
         """See that the heartbeat does not wait for a store out of reach, nor the main thread for a lost rank."""
@@ -249,18 +248,16 @@ class Peers:
             self._left.set()
 
     def _leave(self, ending: Ending, reporter: int | None) -> bool:
-        self._log(self._store, ending)
+        self._tell(self._store, ending)
         limit = time.monotonic() + LINGER if ending.kind != "finished" else float("inf")
         awaited = set(range(self.size)) if self.rank == 0 else {self.rank if reporter is None else reporter}
         awaited.discard(self.rank)
-        pause, read = 0.001, 0
+        pause = 0.001
         while awaited and time.monotonic() < limit:
             try:
-                endings = self._read_log(self._store, read)
+                awaited = {rank for rank in awaited if not self._store.check([f"ending/{rank}"])}
             except RuntimeError:
                 return reporter in (None, 0)  # rank 0 has seen our ending, and ended
-            read += len(endings)
-            awaited -= {ending.rank for ending in endings}
             time.sleep(pause if awaited else 0)
             pause = min(1.5 * pause, 0.25)
         return not awaited

@@ -271,7 +271,12 @@ def _ask(host: str, port: int, place: Place) -> tuple[str, str, int]:
         words = connection.makefile("rb").readline(100).split()
     if len(words) != 2 or words[0] != digest:
         raise OSError("another program answers")
-    return address, own, int(words[1])
+    store_port = int(words[1])
+    try:
+        socket.create_connection((address, store_port), timeout=ANSWER_TIMEOUT).close()
+    except OSError as error:
+        raise OSError(f"it answers on port {port}, but not on port {store_port}: {error.strerror or error}") from error
+    return address, own, store_port
 
 
 def _wait_for_all(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -101,6 +102,11 @@ def run_of(folder):
     return dist_util.gather_objects(f"job {os.environ['SLURM_JOB_ID']} step {os.environ['SLURM_STEP_ID']}")
 
 
+def where(folder):
+    """The host of every rank."""
+    return dist_util.gather_objects(socket.gethostname())
+
+
 def until_told(folder):
     """Ranks 0 and 1 work alone, as in a denoising loop, until the file `go` is there; the others wait for them."""
     (folder / f"working{dist_util.get_rank()}").touch()
@@ -119,7 +125,7 @@ def train(folder):
 
 
 TASKS = (tell, load, fail_together, fail_on_last, fail_alone, speak)
-TASKS += (run_of, until_told, train)
+TASKS += (run_of, where, until_told, train)
 TASKS = {f.__name__: f for f in TASKS}
 
 
