@@ -137,13 +137,15 @@ def test_heterogeneous_step(slurm, tmp_path):
     assert told(tmp_path, "where") == [["gpu-b", "gpu-a"]] * 2
 
 
-def test_a_node_whose_own_name_is_a_loopback_address(slurm, tmp_path):
-    """As Debian's installer leaves it: the other node cannot use the address that this one finds for itself."""
-    slurm.set_hosts("gpu-a", f"127.0.1.1 gpu-a\n{HOSTS}")
+def test_nodes_whose_own_names_are_loopback_addresses(slurm, tmp_path):
+    """As Debian's installer leaves them: others cannot use the address that a node finds for itself."""
     try:
+        for node in NODES:
+            slurm.set_hosts(node, HOSTS.replace(ADDRESSES[node], "127.0.1.1"))
         Step(slurm, tmp_path, WORKER, "tell", tmp_path, options=("-N2", "-n3")).end()
     finally:
-        slurm.set_hosts("gpu-a")
+        for node in NODES:
+            slurm.set_hosts(node)
     assert [result["gather"] for result in told(tmp_path, "tell")] == [[0, 10, 20]] * 3
 
 
