@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -37,9 +38,22 @@ class ArgumentParser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else args
         # Looked for first: a misspelt flag is the reason where a required one is missing.
         for word in words:
+            if word.split("=")[0] in ("--local-rank", "--local_rank"):
+                self._answer_old_launcher()
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
                 self.error(self._explain(word))
         return super().parse_args(args, namespace)
+
+    def _answer_old_launcher(self):
+        """`python -m torch.distributed.launch` gives a flag to every process: one answers, the others wait for it."""
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # the launcher ends all processes as soon as one ends
+            self.exit(2)
+        self.exit(
+            2,
+            "error: python -m torch.distributed.launch adds the flag --local-rank, which the scripts do not take. Use "
+            "torchrun instead, with the same flags: torchrun --nproc_per_node N SCRIPT ...\n",
+        )
 
     def error(self, message):
         self.exit(2, f"error: {message}{'' if message.endswith('?') else '.'} See --help.\n")

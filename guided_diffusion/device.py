@@ -10,7 +10,7 @@ import torch
 from . import logger
 from .errors import UserError, first_line
 
-SLURM_GPUS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")  # set by Slurm if it has allotted GPUs
+SLURM_GPUS = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE")  # two lists of numbers, and how many
 
 
 def check_device(choice: str) -> None:
@@ -21,26 +21,33 @@ def check_device(choice: str) -> None:
     """
     if choice == "cpu" or torch.cuda.is_available():
         return
-    host = socket.gethostname()
-    if choice == "auto":
-        if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1", "NoDevFiles"):  # the last is Slurm's
-            return
-        allotted = [name for name in SLURM_GPUS if os.environ.get(name, "0") not in ("", "0")]
-        files = _gpu_files()
-        if not allotted and not files:
-            return
-        why = f"{', '.join(allotted)} in the environment" if allotted else files[0]
-        here = f"{host} has a GPU ({why})"
-        if torch.version.cuda is None and not allotted:
-            logger.warn(f"{here}, but PyTorch {torch.__version__} is a build for CPUs: computing on the CPU")
-            return
+    host, pytorch = socket.gethostname(), f"PyTorch {torch.__version__}"
+    if choice == "cuda":
+        problem = f"--device cuda: {pytorch} finds no GPU on {host}"
+    elif not (sign := _sign_of_gpu()):
+        return
+    elif torch.version.cuda is None and not sign.startswith("SLURM"):
+        logger.warn(f"{host} has a GPU ({sign}), but {pytorch} is a build for CPUs: computing on the CPU")
+        return
     else:
-        here = f"--device cuda: {host} has no GPU that can be used"
+        problem = f"{host} has a GPU ({sign}), but {pytorch} cannot use it"
     raise UserError(
-        f"{here}, but PyTorch {torch.__version__} cannot use it: {_why_no_cuda()}.\n"
-        "Install a build of PyTorch for this driver (pip install torch --index-url https://download.pytorch.org/whl/cu126,"
-        " or another of https://pytorch.org/get-started/locally), or compute on the CPU: --device cpu"
+        f"{problem}: {_why_no_cuda()}.\n"
+        "Install a build of PyTorch for this driver (pip install torch --index-url "
+        "https://download.pytorch.org/whl/cu126, or another of https://pytorch.org/get-started/locally), or compute on "
+        "the CPU: --device cpu"
     )
+
+
+def _sign_of_gpu() -> str:
+    """What says that there is a GPU for this process: a variable of Slurm, or a device file; empty if nothing does."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0].strip()
+    if hidden in ("", "-1", "NoDevFiles"):  # the last is Slurm's
+        return ""
+    for name in SLURM_GPUS:
+        if os.environ.get(name) and (name, os.environ[name]) != ("SLURM_GPUS_ON_NODE", "0"):
+            return f"{name}={os.environ[name]}"
+    return next(iter(_gpu_files()), "")
 
 
 def _gpu_files() -> list[str]:

@@ -22,12 +22,13 @@ from .command_line import say
 from .device import check_device
 from .errors import LostPeer, UserError, first_line
 from .files import is_remote
-from .launchers import World, find_world
+from .launchers import World, find_world, is_first
 from .peers import Peers
 from .rendezvous import Meeting, meet
 from .waiting import in_background, seconds_from
 
 CHUNK_SIZE = 2**28  # bytes per broadcast
+SPEAKING_TIME = 2  # seconds that the first process has for its words if the ranks have not met
 
 _world = World()
 _peers: Peers | None = None
@@ -259,7 +260,9 @@ def should_report(error: BaseException) -> bool:
     """Whether this rank should print `error`: rank 0 speaks for all where all raised it together."""
     if isinstance(error, LostPeer):
         return _peers is None or _peers.reporter() == get_rank()
-    return is_main() or not getattr(error, "on_all_ranks", False)
+    if not getattr(error, "on_all_ranks", False):
+        return True
+    return is_main() if dist.is_initialized() or _peers is not None else _world.rank == 0 and is_first()
 
 
 def explain(error: BaseException) -> LostPeer | None:
@@ -282,6 +285,7 @@ def end(error: BaseException, words: str) -> None:
     if speaks:
         say(words)
     if _peers is None:
+        time.sleep(0 if speaks else SPEAKING_TIME)
         return
     lost = isinstance(error, LostPeer)
     reporter = None if speaks else _peers.reporter() if lost else 0

@@ -1,12 +1,16 @@
 """Who started this process, and which of how many it is."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 from .errors import UserError, first_line
 
+# The ranks that launchers tell. A torchrun may be started by another of them: then it takes both to be the first.
+_RANKS = ("OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID", "RANK")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPIEXEC = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")  # set by mpiexec, never by srun
 
@@ -37,7 +41,23 @@ def number_from(variable: str) -> int:
 
 
 def find_world() -> World:
-    """This process's place, by the rules in the docstring of `setup_dist`."""
+    """This process's place, by the rules in the docstring of `setup_dist`.
+
+    Raises UserError if it is in doubt, for the first process to report.
+    """
+    try:
+        return _find_world()
+    except UserError as error:
+        error.on_all_ranks = True
+        raise
+
+
+def is_first() -> bool:
+    """Whether this is the first process by all that launchers say, before the ranks have met."""
+    return all(os.environ.get(name, "0") == "0" for name in _RANKS)
+
+
+def _find_world() -> World:
     sizes = {name: number_from(name) for name in (*_MPIEXEC, "PMI_SIZE") if name in os.environ}
     by_mpiexec = not sizes.keys().isdisjoint(_MPIEXEC)
     step = {}
@@ -57,6 +77,16 @@ def find_world() -> World:
             f"rank(s), and torchrun's {missing} are not set.\nStart with torchrun, or unset WORLD_SIZE."
         )
     return world
+
+
+def _loaded_from(library: str) -> str:
+    """Where this process has loaded a library from, as " in FOLDER", if Linux tells."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return ""
+    paths = (line[line.index("/") :] for line in lines if f"/{library}." in line)
+    return next((f" in {os.path.dirname(path)}" for path in paths), "")
 
 
 def _torchrun_world(sizes: dict[str, int]) -> World:
@@ -123,7 +153,9 @@ def _mpi_world(sizes: dict[str, int]) -> World:
         sizes = {"PMIX_RANK": number_from("PMIX_RANK") + 1}  # a launcher that tells ranks, but not how many there are
     name, expected = max(sizes.items(), key=lambda item: item[1], default=("", 1))
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of another MPI's launcher: it is looked at below
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
         if expected > 1:
             raise UserError(
@@ -134,9 +166,9 @@ def _mpi_world(sizes: dict[str, int]) -> World:
     comm = MPI.COMM_WORLD
     if expected > comm.size:
         raise UserError(
-            f"the MPI launcher says {expected} ranks ({name}={os.environ[name]}), mpi4py's MPI says {comm.size} "
-            f"({MPI.Get_library_version().split(',')[0].strip()}): the launcher belongs to another MPI library.\n"
-            'Use the mpiexec of mpi4py\'s MPI (python -c "import mpi4py; print(mpi4py.get_config())" tells which), or '
+            f"the MPI launcher says {expected} ranks ({name}={os.environ[name]}), mpi4py's MPI says {comm.size}: the "
+            f"launcher belongs to another MPI library.\nUse the mpiexec of the one that mpi4py loads, "
+            f"{first_line(MPI.Get_library_version()).split(',')[0].strip()}{_loaded_from('libmpi')}, or "
             f"torchrun --nproc_per_node {expected}"
         )
     if comm.size == 1:

@@ -59,11 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.num_images % (classes := GRAMMAR_FLAGS["num_symbols"]):
         raise UserError(f"--num_images {args.num_images}: expected a multiple of the {classes} classes")
 
+    from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import check_times
     from guided_diffusion.image_datasets import choose_images, label_images, list_images
     from guided_diffusion.script_util import create_gaussian_diffusion
     from random_hierarchy_model.training import images_from_flags
 
+    dist_util.use_device(args.device)  # or the first script would stop, after images have been written
     args.time_series = check_times(args.time_series, args.timestep_respacing, "--time_series")
     logger.configure()
     images = images_from_flags(GRAMMAR_FLAGS)

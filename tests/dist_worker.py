@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import time
@@ -102,6 +103,12 @@ def run_of(folder):
     return dist_util.gather_objects(f"job {os.environ['SLURM_JOB_ID']} step {os.environ['SLURM_STEP_ID']}")
 
 
+def die_first(folder):
+    """Rank 1 of a first attempt is killed."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist_util.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def where(folder):
     """The host of every rank."""
     return dist_util.gather_objects(socket.gethostname())
@@ -125,7 +132,7 @@ def train(folder):
 
 
 TASKS = (tell, load, fail_together, fail_on_last, fail_alone, speak)
-TASKS += (run_of, where, until_told, train)
+TASKS += (die_first, run_of, where, until_told, train)
 TASKS = {f.__name__: f for f in TASKS}
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import socket
@@ -183,8 +184,49 @@ def test_mpiexec_of_another_mpi(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(UserError) as caught:
         launchers.find_world()
-    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1 (" in str(caught.value)
-    assert "mpi4py.get_config()" in str(caught.value) and "torchrun --nproc_per_node 2" in str(caught.value)
+    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1: the launcher belongs to another" in str(caught.value)
+    where = r"the one that mpi4py loads, .+( in /.+)?, or torchrun --nproc_per_node 2$"
+    assert re.search(where, str(caught.value)), caught.value
+
+
+def test_every_rank_of_another_mpi_ends_and_the_first_tells_why(tmp_path):
+    ranks = [start([*PYTHON, "tell", tmp_path], PMI_SIZE="2", PMI_RANK=str(rank)) for rank in range(2)]
+    first, second = (finish(rank, 2) for rank in ranks)
+    assert "the launcher belongs to another MPI library" in first
+    assert "error:" not in second
+
+
+def test_the_launcher_before_torchrun_is_answered_once(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2"]
+    stderr = finish(start([*launcher, str(HERE.parent / "scripts" / "image_sample.py")]), "bad")
+    assert stderr.count("error: python -m torch.distributed.launch adds the flag --local-rank") == 1
+    assert stderr.count("torchrun --nproc_per_node N SCRIPT") == 1
+
+
+def test_torchrun_that_starts_the_ranks_again(tmp_path):
+    """The ranks of the second attempt are not taken for those of the first, whose store is still there."""
+    command = [*TORCHRUN[:-1], "--max_restarts", "1", "--nproc_per_node", "2", *PYTHON, "die_first,tell", tmp_path]
+    finish(start(command))
+    assert_told(tmp_path, 2)
+
+
+def test_ranks_started_by_hand(tmp_path):
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    for process in [start([*PYTHON, "tell", tmp_path], RANK=r, LOCAL_RANK=r, **common) for r in "01"]:
+        finish(process)
+    assert_told(tmp_path, 2)
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (first,) = srun(1, [*PYTHON, "tell", tmp_path], SLURM_STEP_NUM_TASKS="2", MASTER_PORT=str(port))
+        assert f"port {port} is taken on {socket.gethostname()}. Set MASTER_PORT" in finish(first, 2)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_mpiexec_without_mpi4py(monkeypatch):
