@@ -56,7 +56,7 @@ def begin(args: argparse.Namespace, otherwise: str) -> str:
         raise UserError(f"--fp16_scale_growth {args.fp16_scale_growth}: expected a number above 0, such as 0.001")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     output = logger.choose_dir(args.output, otherwise)
     # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
     formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
