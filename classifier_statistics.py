@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.parts import Parts, compare_with_parts, lock_of
     from guided_diffusion.run_record import now
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     shard = dist_util.on_every_rank(shard_of, args)
     images, class_names = dist_util.on_main(find_images, args)
@@ -195,6 +195,7 @@ def measure(
                 found.append((download(logits.float()), labels_of(image for image, _ in fine)))
                 read += [image.path for image, _ in fine]
             bar.update(len(batch))
+            dist_util.check_peers()
     ranks = [np.empty(0, np.int64)]
     for wait, labels in found:
         (logits,) = wait()

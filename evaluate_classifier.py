@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.run_record import now
     from guided_diffusion.sample_pairs import check_sizes, find_pairs, samples_digests
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     shard = dist_util.on_every_rank(shard_of, args)
     name, data_dir = name_in_files(args.classifier_name), args.data_dir or default_output(args.starting_data_dir)
@@ -349,6 +349,7 @@ def compare(
             readable = ~np.array(bad).reshape(1 + times, -1)
             last = partial(write_part, parts, index, notes_of(batches[index], pictures, pairs), readable, watch.latest)
             bar.update(len(x))
+            dist_util.check_peers()
         last()
 
 

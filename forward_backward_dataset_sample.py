@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.run_record import now, settings_of, weights_digest
     from guided_diffusion.sample_folders import open_folders, recorded_compilation
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     flags = args_to_dict(args, [*model_defaults(), *diffusion_defaults()])
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
@@ -255,6 +255,7 @@ def forward_backward(
         for step in steps:
             x = step["sample"]
             bar.update()
+            dist_util.check_peers()
     return Pixels(x)
 
 

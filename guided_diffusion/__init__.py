@@ -1,9 +1,13 @@
 """Forward-backward diffusion: noise an image up to a chosen time, denoise it back, measure what survived."""
 
 import importlib.util
+import os
 import shlex
 import sys
 from pathlib import Path
+
+# PyTorch would warn of every connection from a node whose address has no name in DNS. It reads this at its import.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 _needed = {"numpy": "numpy", "PIL": "pillow", "torch": "torch", "blobfile": "blobfile", "tqdm": "tqdm"}
 _missing = [package for module, package in _needed.items() if importlib.util.find_spec(module) is None]

@@ -11,22 +11,36 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from types import ModuleType
 from typing import Any
 
 from .errors import UserError, is_out_of_memory
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser that answers a mistake in one line, and proposes the flag that was meant."""
+    """An argument parser that answers a mistake in one line, and proposes the flag that was meant.
 
-    def __init__(self, **kwargs):
+    Args:
+        computes: the script runs networks: it has the flag --device.
+    """
+
+    def __init__(self, computes: bool = True, **kwargs):
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **kwargs)
+        if computes:
+            self.add_argument(
+                "--device",
+                default="auto",
+                choices=["auto", "cpu", "cuda"],
+                help="where to compute; auto: on the GPU if the machine has one (default: %(default)s)",
+            )
 
     def parse_args(self, args=None, namespace=None):
         words = sys.argv[1:] if args is None else args
         # Looked for first: a misspelt flag is the reason where a required one is missing.
         for word in words:
+            if word.split("=")[0] in ("--local-rank", "--local_rank"):
+                self._answer_old_launcher()
             if word.startswith("--") and self._has_several(word):
                 self.error(
                     f"several words came as one, {word[:40]!r}...: zsh does that with $MODEL_FLAGS and the like. Write "
@@ -35,6 +49,17 @@ class ArgumentParser(argparse.ArgumentParser):
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
                 self.error(self._explain(word))
         return super().parse_args(args, namespace)
+
+    def _answer_old_launcher(self):
+        """`python -m torch.distributed.launch` gives a flag to every process: one answers, the others wait for it."""
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(2)  # the launcher ends all processes as soon as one ends
+            self.exit(2)
+        self.exit(
+            2,
+            "error: python -m torch.distributed.launch adds the flag --local-rank, which the scripts do not take. Use "
+            "torchrun instead, with the same flags: torchrun --nproc_per_node N SCRIPT ...\n",
+        )
 
     def error(self, message):
         self.exit(2, f"error: {message}{'' if message.endswith('?') else '.'} See --help.\n")
@@ -164,10 +189,9 @@ def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and end the process with its status.
 
     A UserError is printed without a traceback and ends with its status, a lack of memory with status 2; an error of the
-    operating system (disk full, no permission) with status 1; a signal (SIGTERM, Ctrl-C, SIGUSR1) ends with 128 and its
-    number. Further signals do not disturb that end, except for a Ctrl-C at least a second after the first one. What all
-    ranks meet is said once. A rank that fails alone leaves without waiting for the others, so that the launcher ends
-    them all.
+    operating system (disk full, no permission) with status 1; another rank that is gone with status 3; a signal
+    (SIGTERM, Ctrl-C, SIGUSR1) with 128 and its number. Further signals do not disturb that end, except for a Ctrl-C at
+    least a second after the first one. What all ranks meet is said once. A rank that fails alone tells the others.
     """
     global _asked
     _asked = _Asked()
@@ -193,21 +217,25 @@ def run(main: Callable[[], int | None]) -> None:
         status, reason = 128 + stopped.signum, stopped
         words = f"stopped by {signal.Signals(stopped.signum).name}: {_state_of_the_output()}"
     except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        from .memory import not_enough_memory
+        lost = dist_util().explain(error) if dist_util() else None
+        if lost is not None:
+            status, words, reason = lost.status, f"error: {lost}", lost
+        elif is_out_of_memory(error):
+            from .memory import not_enough_memory
 
-        status, words, reason = 2, f"error: {not_enough_memory(error)}", error
+            status, words, reason = 2, f"error: {not_enough_memory(error)}", error
+        else:
+            if dist_util():
+                dist_util().leave_alone(error)
+            raise
     _handle_stop_signals(leave)
     if reason is None:
         sys.exit(status)
-    dist_util = sys.modules.get("guided_diffusion.dist_util")
-    if dist_util is None or dist_util.should_report(reason):
-        sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
     sys.stdout.flush()
-    sys.stderr.flush()
-    if dist_util is not None and isinstance(reason, UserError) and getattr(reason, "on_all_ranks", False):
-        dist_util.barrier()  # or the launcher might end rank 0 before it has spoken
+    if dist_util():
+        dist_util().end(reason, words)
+    else:
+        say(words)
     os._exit(status)
 
 
@@ -220,6 +248,17 @@ def _state_of_the_output() -> str:
     with suppress(OSError, UserError):
         if _when_stopped:
             return _when_stopped()
-    if "guided_diffusion.dist_util" not in sys.modules:
+    if not dist_util():
         return "nothing had begun. Run the same command again"
     return "every file written so far is complete. Run the same command again to resume"
+
+
+def dist_util() -> ModuleType | None:
+    """The module of that name, if it is loaded: it imports torch, for which not every script waits."""
+    return sys.modules.get("guided_diffusion.dist_util")
+
+
+def say(words: str) -> None:
+    """Print words to stderr, on a line of their own even if a progress bar is there."""
+    sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
+    sys.stderr.flush()

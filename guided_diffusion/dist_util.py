@@ -5,31 +5,40 @@ Everything here works in one process too, with or without `setup_dist()`; then n
 
 import atexit
 import os
+import re
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from .checkpoint_file import read_checkpoint
-from .errors import UserError, first_line
+from .command_line import say
+from .device import check_device
+from .errors import LostPeer, UserError, first_line
 from .files import is_remote
-from .launchers import World, find_world, meet
+from .launchers import World, find_world, is_first
+from .peers import Peers
+from .rendezvous import Meeting, meet
+from .waiting import in_background, seconds_from
 
-TIMEOUT = timedelta(days=14)  # of a collective: ranks may finish hours apart (Gloo counts milliseconds in 31 bits)
 CHUNK_SIZE = 2**28  # bytes per broadcast
-
+SPEAKING_TIME = 2  # seconds that the first process has for its words if the ranks have not met
 
 _world = World()
+_peers: Peers | None = None
+_device = "auto"
+_store: Any = None  # of rank 0, which lasts as long as this does
 Item = TypeVar("Item")
 
 
-def setup_dist() -> None:
-    """Find this process's rank, join the others in `torch.distributed`, and choose its GPU. A second call does nothing.
+def setup_dist(device: str = "auto") -> None:
+    """Find this process's rank, join the others in `torch.distributed`, and choose its GPU. A second call only chooses.
 
     The ranks come from the first of these that applies:
 
@@ -44,31 +53,86 @@ def setup_dist() -> None:
     The GPU of a rank is the one of its local rank (its number on its node); or its first, if every rank is shown
     another GPU as its first (as with Slurm's --gpus-per-task). CPU tensors travel by Gloo, CUDA tensors by NCCL.
 
+    The ranks must have met after 15 minutes (GUIDED_DIFFUSION_MEETING_TIMEOUT, in seconds), and collectives of
+    torch.distributed end after 30 (GUIDED_DIFFUSION_COLLECTIVE_TIMEOUT). `barrier`, `broadcast_object`,
+    `gather_objects` and what is built on them wait as long as all ranks are alive. Signals are handled meanwhile.
+
+    Args:
+        device: "cpu", "cuda", or "auto": the GPU if there is one.
+
     Raises UserError where launchers disagree (one that counts more ranks than MPI belongs to another MPI library: every
-    rank would do all of the work), where the ranks do not meet, and where a node has more ranks than GPUs.
+    rank would do all of the work), where the ranks do not meet, where a node has more ranks than GPUs, and where there
+    is a GPU that PyTorch cannot use, unless `device` is "cpu".
     """
     global _world
-    if dist.is_initialized():
-        return
-    world = find_world()
-    loopback = {"lo", "lo0"} & {name for _, name in socket.if_nameindex()}
-    if world.one_node and loopback:  # the host name may not resolve, or resolve to where nothing listens
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback.pop())
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    if not dist.is_initialized():
+        _world = find_world()
+        _join(_world, device)
+        atexit.register(cleanup)  # closes the connections, so that no rank waits for one that failed alone
+    on_every_rank(use_device, device)
+    _world = _with_gpu(_world)
+
+
+def _join(world: World, device: str) -> None:
+    """Meet the other ranks, watch over them from now on, and set up torch.distributed."""
+    global _peers, _store
+    timeout = timedelta(seconds=seconds_from("GUIDED_DIFFUSION_COLLECTIVE_TIMEOUT", 1800))
+    backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
-        store = meet(world)
-        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=TIMEOUT)
+        if world.size == 1:
+            _use_interface(next(iter({"lo", "lo0"} & {name for _, name in socket.if_nameindex()}), None))
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            return
+        meeting = meet(world)
+        _store = meeting.open_store
+        _peers = Peers(world.rank, meeting.hosts, meeting.connect, _end_stuck)
+        _use_interface(meeting.interface)
+        _connect_all(backend, world, meeting, timeout)
     except RuntimeError as error:
+        if isinstance(error, LostPeer):
+            raise
         if world.size > 1:
             raise UserError(f"the {world.size} ranks of {world.launcher} did not meet: {first_line(error)}") from error
         # One process without even a loopback interface: it has nobody to talk to.
-    _world = world
-    atexit.register(cleanup)  # closes the connections, so that no rank waits for one that failed alone
-    _world = _with_gpu(world)
+
+
+def _connect_all(backend: str, world: World, meeting: Meeting, timeout: timedelta) -> None:
+    """Set up torch.distributed: every rank opens a connection to every other."""
+    seconds = seconds_from("GUIDED_DIFFUSION_MEETING_TIMEOUT", 900)
+
+    def connect() -> None:
+        store = dist.PrefixStore("torch", meeting.connect())
+        dist.init_process_group(backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout)
+
+    try:
+        in_background(connect, seconds=seconds, check=check_peers)
+    except LostPeer:
+        raise
+    except (TimeoutError, RuntimeError) as error:
+        interface = os.environ.get("GLOO_SOCKET_IFNAME", "the one of its host name")
+        raise UserError(
+            f"rank {world.rank} on {socket.gethostname()} found the other ranks, but cannot open connections to all of "
+            f"them within {seconds:g} s ({first_line(error)}).\nIts network interface is {interface} "
+            "(GLOO_SOCKET_IFNAME sets another); may nodes open connections to each other?"
+        ) from error
+
+
+def _use_interface(name: str | None) -> None:
+    """Have Gloo use a network interface, unless the user has chosen one.
+
+    By itself it takes the address of the host's name, which may not resolve, or resolve to where nobody listens. NCCL
+    finds interfaces by itself, and prefers the fast ones.
+    """
+    if name is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def cleanup() -> None:
-    """Leave `torch.distributed`. Done at exit in any case."""
+    """Leave `torch.distributed`. Done at exit in any case. Rank 0 waits for the others, which tell each other by it."""
+    global _peers
+    if _peers is not None:
+        _peers.leave()
+        _peers = None
     if dist.is_initialized():
         # Gloo's thread needs Python's lock to drop the tensor of the last collective. `destroy_process_group` waits for
         # that thread and holds the lock: let it finish first, or both may wait for ever.
@@ -76,16 +140,27 @@ def cleanup() -> None:
         dist.destroy_process_group()
 
 
+# The device
+
+
+def use_device(choice: str) -> torch.device:
+    """Choose where this process computes: "auto", "cpu" or "cuda". Returns `dev()`. Raises as `device.check_device`."""
+    global _device
+    check_device(choice)
+    _device = choice
+    return dev()
+
+
 def dev() -> torch.device:
-    """The device of this rank: its own GPU where there is one, else the CPU."""
-    if not torch.cuda.is_available():
+    """The device of this rank: its own GPU where there is one (and --device cpu was not given), else the CPU."""
+    if _device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device() if _world.gpu is None else _world.gpu)
 
 
 def get_rank() -> int:
     """Number of this process, 0 .. world size - 1."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() else _world.rank
 
 
 def get_world_size() -> int:
@@ -126,27 +201,36 @@ def is_main() -> bool:
 
 
 def barrier() -> None:
-    """Wait, on the CPU, until every rank is here."""
-    if get_world_size() > 1:
-        dist.all_reduce(torch.zeros(1))
+    """Wait until every rank is here. Raises LostPeer if one is gone."""
+    gather_objects(None)
 
 
 def broadcast_object(value: Any) -> Any:
-    """Rank 0's `value`, on every rank. It must pickle."""
+    """Rank 0's `value`, on every rank. It must pickle. Raises LostPeer if a rank is gone."""
     if get_world_size() == 1:
         return value
-    box = [value]
+    if _peers is not None:
+        return _peers.broadcast(value)
+    box = [value]  # torch.distributed was set up by somebody else
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
 
 
 def gather_objects(value: Any) -> list:
-    """The `value` of every rank, in the order of ranks, on every rank. They must pickle."""
+    """The `value` of every rank, in the order of ranks, on every rank. They must pickle. Raises LostPeer likewise."""
     if get_world_size() == 1:
         return [value]
+    if _peers is not None:
+        return _peers.gather(value)
     values = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def check_peers() -> None:
+    """Raise LostPeer if another rank is gone: for loops that do not communicate. Costs next to nothing."""
+    if _peers is not None:
+        _peers.check()
 
 
 def on_main(function: Callable, *args: Any) -> Any:
@@ -174,7 +258,61 @@ def on_every_rank(function: Callable, *args: Any) -> Any:
 
 def should_report(error: BaseException) -> bool:
     """Whether this rank should print `error`: rank 0 speaks for all where all raised it together."""
-    return is_main() or not getattr(error, "on_all_ranks", False)
+    if isinstance(error, LostPeer):
+        return _peers is None or _peers.reporter() == get_rank()
+    if not getattr(error, "on_all_ranks", False):
+        return True
+    return is_main() if dist.is_initialized() or _peers is not None else _world.rank == 0 and is_first()
+
+
+def explain(error: BaseException) -> LostPeer | None:
+    """The lost peer behind an error, such as PyTorch's of a broken connection. None if it has another reason."""
+    if isinstance(error, LostPeer):
+        return error
+    if _peers is None or not isinstance(error, RuntimeError):
+        return None
+    return _peers.explain() if re.search("gloo|nccl|c10d|connection|socket", str(error), re.IGNORECASE) else None
+
+
+def end(error: BaseException, words: str) -> None:
+    """Print `words` to say how this process ends, once for all ranks, and tell the other ranks.
+
+    A rank that does not speak waits for the one that does: a launcher may end all processes as soon as one ends. After
+    some seconds, it speaks nevertheless.
+    """
+    global _peers
+    speaks = should_report(error)
+    if speaks:
+        say(words)
+    if _peers is None:
+        time.sleep(0 if speaks else SPEAKING_TIME)
+        return
+    lost = isinstance(error, LostPeer)
+    reporter = None if speaks else _peers.reporter() if lost else 0
+    if signum := getattr(error, "signum", 0):
+        others_ended = _peers.leave("failed", f"was stopped by {signal.Signals(signum).name}", reporter)
+    elif lost or getattr(error, "on_all_ranks", False):
+        others_ended = _peers.leave("followed", str(error) if lost else "", reporter)
+    else:
+        others_ended = _peers.leave("failed", f"ended: {first_line(error)}")
+    if lost and not speaks and not others_ended:
+        say(words)
+    _peers = None
+
+
+def leave_alone(error: BaseException) -> None:
+    """Tell the other ranks that this one ends because of an error in the program, which it prints itself."""
+    global _peers
+    if _peers is not None:
+        _peers.leave("failed", f"ended: {type(error).__name__}: {first_line(error)}")
+        _peers = None
+
+
+def _end_stuck(error: LostPeer) -> NoReturn:
+    """End this process while its main thread waits inside PyTorch for a rank that is gone."""
+    if should_report(error):
+        say(f"error: {error}")
+    os._exit(LostPeer.status)
 
 
 def sync_params(params: Iterable[torch.Tensor], chunk_size: int = CHUNK_SIZE) -> None:
@@ -230,7 +368,7 @@ def load_state_dict(
 
 def _with_gpu(world: World) -> World:
     """`world` with its GPU, and with the number of ranks on its node."""
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = torch.cuda.device_count() if _device != "cpu" and torch.cuda.is_available() else 0
     first = None
     if visible:  # the UUID, since a container or cgroup may number each rank's own GPU 0
         first = f"{torch.cuda.get_device_properties(0).uuid} {os.environ.get('CUDA_VISIBLE_DEVICES')}"

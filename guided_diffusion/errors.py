@@ -1,4 +1,4 @@
-"""The exceptions that end a script with one or two lines instead of a traceback, and what can be told of others."""
+"""Exceptions that the scripts answer with a line instead of a traceback."""
 
 import re
 
@@ -20,6 +20,12 @@ class ResultError(UserError):
     """
 
     status = 1
+
+
+class LostPeer(RuntimeError):
+    """Another process of the run is gone, so that this one cannot complete its work. The message says which."""
+
+    status = 3  # exit status of a script
 
 
 def first_line(error: BaseException) -> str:

@@ -36,6 +36,7 @@ NOT_DECISIVE = (
     "output",
     "num_threads",
     "num_workers",
+    "device",
     "shard",
     "num_shards",
     "classes",

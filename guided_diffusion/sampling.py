@@ -82,6 +82,7 @@ def denoise(
         for step in steps:
             x = step["sample"]
             bar.update()
+            dist_util.check_peers()
     return x
 
 

@@ -185,7 +185,7 @@ class DataStream:
             batch_size=None,  # an item is a batch
             sampler=(range(start, start + size) for start in starts),  # without `self`, lest it keep itself alive
             num_workers=self._num_workers,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=dist_util.dev().type == "cuda",
             worker_init_fn=_outlive_signals,
             generator=torch.Generator(),  # else it draws from torch's own, which may be the training's
         )

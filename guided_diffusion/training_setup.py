@@ -100,7 +100,7 @@ def training_folder(args: argparse.Namespace, otherwise: str) -> Iterator[Traini
         raise UserError(f"--fp16_scale_growth {args.fp16_scale_growth}: expected a number above 0, such as 0.001")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     output = logger.choose_dir(args.output, otherwise)
     when_stopped(partial(describe_newest, output, args.resume_checkpoint))
     with hold({f"{output}/training.lock": f"the training folder {output}"}) as lock:

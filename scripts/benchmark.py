@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
     logger.configure()
     threads = compute_reproducibly(args.num_threads)
-    device = dist_util.dev()
+    device = dist_util.use_device(args.device)
     args.batch_size = args.batch_size or (32 if device.type == "cuda" else 1)
     if args.contender:
         sys.stdout.write(json.dumps(contend(args, device, threads)))
@@ -215,6 +215,7 @@ def network(bench: Bench) -> list[Row]:
     contenders = [c for c in contenders if c != ("this project, compiled", "float32")]
     found: dict[tuple[str, str], list[Row]] = {contender: [] for contender in contenders}
     flags = bench.flags | {"batch_size": bench.args.batch_size, "num_threads": bench.threads}
+    flags["device"] = bench.args.device
     rows: list[Row] = []
     for _ in range(bench.args.repeats):
         for contender in list(found):
@@ -482,6 +483,7 @@ def classifier(bench: Bench) -> list[Row]:
     flags = {"classifier_name": "convnext_base", "classifier_path": "untrained", "normalization": "none"}
     flags |= {"starting_data_dir": folder, "data_dir": samples, "timestep_respacing": N, "image_size": size}
     flags |= {"batch_size": 128 if bench.device.type == "cuda" else 22, "num_threads": bench.threads}
+    flags["device"] = bench.args.device
     one_by_one = load_classifier("convnext_base", "untrained", image_size=size)
     one_by_one.model.to(bench.device)
     kinds = {"one pair after the other, float32": None, "this project, float32": False, "this project, half": True}
@@ -547,6 +549,7 @@ def straightforward(classifier, pairs: dict[int, list[tuple[str, str]]], size: i
 def sampling_flags(bench: Bench, images: int, output: str) -> dict[str, Any]:
     """Flags of the sampling script."""
     flags = bench.flags | {"model_path": bench.checkpoint(), "data_dir": bench.pictures(images)}
+    flags["device"] = bench.args.device
     return flags | {"output": bench.folder / output, "timestep_respacing": N, "batch_size": bench.args.batch_size}
 
 

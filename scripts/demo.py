@@ -63,11 +63,13 @@ def main(argv: list[str] | None = None) -> int:
     if args.num_images % (classes := GRAMMAR_FLAGS["num_symbols"]):
         raise UserError(f"--num_images {args.num_images}: expected a multiple of the {classes} classes")
 
+    from guided_diffusion import dist_util
     from guided_diffusion.forward_backward import check_times
     from guided_diffusion.image_datasets import choose_images, label_images, list_images
     from guided_diffusion.script_util import create_gaussian_diffusion
     from random_hierarchy_model.training import images_from_flags
 
+    dist_util.use_device(args.device)  # or the first script would stop, after images have been written
     diffusion = create_gaussian_diffusion(timestep_respacing=args.timestep_respacing)
     args.time_series = check_times(args.time_series, diffusion.num_timesteps, "--time_series")
     logger.configure()
@@ -126,7 +128,7 @@ def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, l
     times = [str(k) for k in args.time_series]
     steps = {"timestep_respacing": args.timestep_respacing}
     classifier = {"classifier_name": CLASSIFIER, "classifier_path": str(CLASSIFIER_FILE)}
-    size, threads = {"image_size": MODEL_FLAGS["image_size"]}, {"num_threads": args.num_threads}
+    size, threads = {"image_size": MODEL_FLAGS["image_size"]}, {"num_threads": args.num_threads, "device": args.device}
     classes = GRAMMAR_FLAGS["num_symbols"]
     sampling = {"model_path": UNET_FILE, "data_dir": folders["images"], "output": folders["samples"], **MODEL_FLAGS}
     choice = {"num_classes": classes, "num_per_class": args.num_images // classes, "seed": args.seed}

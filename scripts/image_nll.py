@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     from guided_diffusion.run_record import now, weights_digest
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     flags = args_to_dict(args, model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
@@ -209,6 +209,7 @@ def bits(
     def counted(*inputs: Any, **labels: Any) -> torch.Tensor:
         answer = model(*inputs, **labels)
         bar.update()
+        dist_util.check_peers()
         return answer
 
     labels = {"y": torch.tensor([image.label for image in images], device=device)} if args.class_cond else {}

@@ -412,7 +412,7 @@ def draw_gallery(
 
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
-    parser = ArgumentParser(usage="%(prog)s --classifier_name NAME [flags]", description=__doc__)
+    parser = ArgumentParser(computes=False, usage="%(prog)s --classifier_name NAME [flags]", description=__doc__)
     add = parser.add_argument_group("what to read").add_argument
     add("--classifier_name", default="convnext_base", metavar="NAME", help="the classifier (default: %(default)s)")
     add(

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.run_record import weights_digest
     from guided_diffusion.sampling import denoise, write_samples
 
-    dist_util.setup_dist()
+    dist_util.setup_dist(args.device)
     logger.configure()
     flags = args_to_dict(args, sr_model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)

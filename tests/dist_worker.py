@@ -1,15 +1,19 @@
-"""What each rank runs in test_dist_util.py: `python dist_worker.py TASK FOLDER [ARGUMENT...]`, results as JSON."""
+"""What each rank runs in some tests: `python dist_worker.py TASK[,TASK...] FOLDER [ARGUMENT...]`, results as JSON."""
 
 import json
+import os
+import signal
+import socket
 import sys
 import time
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from guided_diffusion import dist_util, launchers, logger
+from guided_diffusion import dist_util, logger
+from guided_diffusion.command_line import run
 from guided_diffusion.errors import UserError
 
 
@@ -60,13 +64,7 @@ def fail_together(folder):
     def find_mistake():
         raise UserError("no such flag: --speed")
 
-    try:
-        dist_util.on_main(find_mistake)
-    except UserError as error:
-        if dist_util.should_report(error):
-            print(error, file=sys.stderr, flush=True)
-        dist_util.barrier()
-        sys.exit(2)
+    dist_util.on_main(find_mistake)
 
 
 def fail_on_last(folder):
@@ -100,23 +98,51 @@ def speak(folder):
     return logger.dumpkvs()
 
 
-TASKS = {f.__name__: f for f in (tell, load, fail_together, fail_on_last, fail_alone, speak)}
+def run_of(folder):
+    """Whose ranks have come together."""
+    return dist_util.gather_objects(f"job {os.environ['SLURM_JOB_ID']} step {os.environ['SLURM_STEP_ID']}")
+
+
+def die_first(folder):
+    """Rank 1 of a first attempt is killed."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and dist_util.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def where(folder):
+    """The host of every rank."""
+    return dist_util.gather_objects(socket.gethostname())
+
+
+def until_told(folder):
+    """Ranks 0 and 1 work alone, as in a denoising loop, until the file `go` is there; the others wait for them."""
+    (folder / f"working{dist_util.get_rank()}").touch()
+    while dist_util.get_rank() < 2 and not (folder / "go").exists():
+        time.sleep(0.05)
+        dist_util.check_peers()
+    dist_util.barrier()
+
+
+def train(folder):
+    """Take steps with torch.distributed's own collectives, without end."""
+    model = DistributedDataParallel(torch.nn.Linear(10, 10))
+    while True:
+        model(torch.ones(2, 10)).sum().backward()
+        (folder / f"working{dist_util.get_rank()}").touch()
+
+
+TASKS = (tell, load, fail_together, fail_on_last, fail_alone, speak)
+TASKS += (die_first, run_of, where, until_told, train)
+TASKS = {f.__name__: f for f in TASKS}
 
 
 def main():
     tasks, folder, *arguments = sys.argv[1:]
     folder = Path(folder)
-    if "short_meeting" in tasks:
-        launchers.MEETING_TIMEOUT = timedelta(seconds=3)
     if "other_nodes" in tasks:  # as if MPI's ranks were not on one node
-        meet = launchers._meet_by_mpi
-        launchers._meet_by_mpi = lambda world: meet(replace(world, one_node=False))
-    try:
-        dist_util.setup_dist()
-    except UserError as error:
-        time.sleep(0.5)  # the launcher ends all as soon as one ends: let every rank speak
-        print(error, file=sys.stderr, flush=True)
-        sys.exit(2)
+        find_world = dist_util.find_world
+        dist_util.find_world = lambda: replace(find_world(), one_node=False)
+    dist_util.setup_dist()
     dist_util.setup_dist()
     results = {name: TASKS[name](folder, *arguments) for name in tasks.split(",") if name in TASKS}
     (folder / f"rank{dist_util.get_rank()}.json").write_text(json.dumps(results))
@@ -124,4 +150,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,5 +1,6 @@
 """Ranks, rendezvous and checkpoints, with real processes: plain, mpiexec, torchrun, and the environment of srun."""
 
+import contextlib
 import datetime
 import functools
 import http.server
@@ -7,11 +8,14 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -139,6 +143,16 @@ def test_only_rank_0_speaks(tmp_path):
     assert said == ["error: error of 0", "error: error of 1", "information of 0", "warning: warning of 0"]
 
 
+def listens(pid):
+    """Whether a process has a socket that waits for connections, besides those of every process."""
+    sockets = set()
+    for fd in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):
+            sockets.add(os.readlink(fd))
+    table = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return any(f"socket:[{fields[9]}]" in sockets for fields in table if fields[3] == "0A")
+
+
 def srun(count, command, **environment):
     """`count` processes with the variables that srun gives to the tasks of a step on one node."""
     common = {
@@ -159,8 +173,10 @@ def test_srun_does_without_mpi(tmp_path):
 
 
 def test_a_rank_that_does_not_come_is_missed(tmp_path):
-    (first,) = srun(1, [*PYTHON, "short_meeting", tmp_path], SLURM_STEP_NUM_TASKS="2")
-    assert "the 2 ranks of srun did not meet" in finish(first, 2)
+    (first,) = srun(1, [*PYTHON, "tell", tmp_path], SLURM_STEP_NUM_TASKS="2", GUIDED_DIFFUSION_MEETING_TIMEOUT="3")
+    stderr = finish(first, 2)
+    assert "rank(s) 1 of 2 did not come within 3 s (srun; rank 0 is on" in stderr
+    assert len(stderr.splitlines()) == 1
 
 
 def test_mpiexec_of_another_mpi(monkeypatch):
@@ -168,8 +184,49 @@ def test_mpiexec_of_another_mpi(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(UserError) as caught:
         launchers.find_world()
-    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1 (" in str(caught.value)
-    assert "mpi4py.get_config()" in str(caught.value) and "torchrun --nproc_per_node 2" in str(caught.value)
+    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1: the launcher belongs to another" in str(caught.value)
+    where = r"the one that mpi4py loads, .+( in /.+)?, or torchrun --nproc_per_node 2$"
+    assert re.search(where, str(caught.value)), caught.value
+
+
+def test_every_rank_of_another_mpi_ends_and_the_first_tells_why(tmp_path):
+    ranks = [start([*PYTHON, "tell", tmp_path], PMI_SIZE="2", PMI_RANK=str(rank)) for rank in range(2)]
+    first, second = (finish(rank, 2) for rank in ranks)
+    assert "the launcher belongs to another MPI library" in first
+    assert "error:" not in second
+
+
+def test_the_launcher_before_torchrun_is_answered_once(tmp_path):
+    launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2"]
+    stderr = finish(start([*launcher, str(HERE.parent / "scripts" / "image_sample.py")]), "bad")
+    assert stderr.count("error: python -m torch.distributed.launch adds the flag --local-rank") == 1
+    assert stderr.count("torchrun --nproc_per_node N SCRIPT") == 1
+
+
+def test_torchrun_that_starts_the_ranks_again(tmp_path):
+    """The ranks of the second attempt are not taken for those of the first, whose store is still there."""
+    command = [*TORCHRUN[:-1], "--max_restarts", "1", "--nproc_per_node", "2", *PYTHON, "die_first,tell", tmp_path]
+    finish(start(command))
+    assert_told(tmp_path, 2)
+
+
+def test_ranks_started_by_hand(tmp_path):
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    for process in [start([*PYTHON, "tell", tmp_path], RANK=r, LOCAL_RANK=r, **common) for r in "01"]:
+        finish(process)
+    assert_told(tmp_path, 2)
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        (first,) = srun(1, [*PYTHON, "tell", tmp_path], SLURM_STEP_NUM_TASKS="2", MASTER_PORT=str(port))
+        assert f"port {port} is taken on {socket.gethostname()}. Set MASTER_PORT" in finish(first, 2)
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def test_mpiexec_without_mpi4py(monkeypatch):
@@ -232,11 +289,25 @@ def test_place_in_doubt(monkeypatch, environment, words):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "first"),
-    [("n1", "n1"), ("n1,n2", "n1"), ("gpu[03-05,9],x", "gpu03"), ("r[1-2]n[01,04]-ib,x[1-2]", "r1n01-ib")],
+    ("nodes", "hosts"),
+    [
+        ("", ""),
+        ("n1", "n1"),
+        ("n1,n2", "n1 n2"),
+        ("gpu[03-05,9],x", "gpu03 gpu04 gpu05 gpu9 x"),
+        ("n[098-101]", "n098 n099 n100 n101"),
+        ("r[1-2]n[01,04]-ib,x[1-2]", "r1n01-ib r1n04-ib r2n01-ib r2n04-ib x1 x2"),
+        ("a[1[0-2],7]b", "a10b a11b a12b a7b"),
+        ("a[b[1-2]c[3-4],d]", "ab1c3 ab1c4 ab2c3 ab2c4 ad"),
+    ],
 )
-def test_first_host_of_a_slurm_node_list(nodes, first):
-    assert launchers._first_host(nodes) == first
+def test_hosts_of_a_slurm_node_list(nodes, hosts):
+    assert launchers.expand_node_list(nodes) == hosts.split()
+
+
+def test_node_list_that_is_cut_off():
+    with pytest.raises(UserError, match=r"brackets that do not match: gpu\[1-"):
+        launchers.expand_node_list("x,gpu[1-")
 
 
 def test_each_rank_has_its_own_gpu():
@@ -435,4 +506,81 @@ def test_nobody_answers():
         port = unused.getsockname()[1]
         with pytest.raises(UserError, match="Connection refused"):
             dist_util.load_state_dict(f"http://127.0.0.1:{port}/model.pt")
-        assert not launchers._answers("127.0.0.1", port)
+
+
+# ---------------------------------------------------------------------------------------------- lost peers
+
+
+def wait_until(condition, what):
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.05)
+
+
+def start_working(ranks, task, folder, **environment):
+    """Start ranks, and wait until they have come to the point that their task marks."""
+    processes = srun(ranks, [*PYTHON, task, folder], GUIDED_DIFFUSION_PEER_TIMEOUT="3", **environment)
+    wait_until(lambda: len(list(folder.glob("working*"))) == ranks, "the ranks to work")
+    return processes
+
+
+def ended(rank):
+    return (
+        f"error: rank {rank} on {socket.gethostname()} ended or cannot be reached; see its output. "
+        "Start the same command again to resume\n"
+    )
+
+
+@pytest.mark.parametrize(("task", "count"), [("until_told", 3), ("train", 2)])
+def test_a_rank_that_is_killed_is_named_once_by_the_others(tmp_path, task, count):
+    ranks = start_working(count, task, tmp_path)
+    ranks.pop(1).kill()
+    assert "".join(finish(rank, 3) for rank in ranks) == ended(1)
+
+
+def test_rank_0_that_is_killed_is_named_by_the_others(tmp_path):
+    first, second = start_working(2, "train", tmp_path)
+    first.kill()
+    assert finish(second, 3) == ended(0)
+
+
+def test_a_rank_that_does_not_move_is_named_even_if_the_others_wait_inside_pytorch(tmp_path):
+    first, second = start_working(2, "train", tmp_path)
+    second.send_signal(signal.SIGSTOP)
+    try:
+        assert finish(first, 3) == ended(1)
+    finally:
+        second.kill()
+        second.communicate()
+
+
+def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path):
+    ranks = start_working(2, "until_told", tmp_path)
+    for signum in (signal.SIGSTOP, signal.SIGCONT):
+        for rank in ranks:
+            rank.send_signal(signum)
+        time.sleep(5)  # longer than a single rank may be silent
+    (tmp_path / "go").touch()
+    for rank in ranks:
+        finish(rank)
+
+
+def test_a_rank_tells_the_others_why_it_ends(tmp_path):
+    first, second = srun(2, [*PYTHON, "fail_alone", tmp_path])
+    assert f"rank 1 on {socket.gethostname()} ended: RuntimeError: a bug; see its output" in finish(first, 3)
+    assert "Traceback" in finish(second, 1)  # the bug's
+
+
+def test_a_signal_ends_ranks_that_wait_for_each_other(tmp_path):
+    ranks = start_working(3, "until_told", tmp_path)
+    for rank in ranks:
+        rank.send_signal(signal.SIGUSR1)
+    assert "stopped by SIGUSR1" in "".join(finish(rank, 128 + signal.SIGUSR1) for rank in ranks)
+
+
+def test_a_signal_ends_a_rank_that_waits_for_others_to_come(tmp_path):
+    (first,) = srun(1, [*PYTHON, "tell", tmp_path], SLURM_STEP_NUM_TASKS="2")
+    wait_until(lambda: listens(first.pid), "rank 0 to listen")
+    first.send_signal(signal.SIGTERM)
+    assert "stopped by SIGTERM" in finish(first, 143)

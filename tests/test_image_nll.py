@@ -36,7 +36,7 @@ NAMES += ["image_nll.npz", "image_nll.json", "image_nll_inputs.json"]
 def _one_process(monkeypatch):
     """The script runs in the tests' own process, which stays what it was."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
+    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield
     torch.set_num_threads(threads)

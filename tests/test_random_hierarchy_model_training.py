@@ -35,7 +35,7 @@ def _tidy(monkeypatch):
     """Scripts run in the tests' own process, which stays what it was."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
+    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield
     torch.set_num_threads(threads)

@@ -45,7 +45,7 @@ def script(name):
 def _one_process(monkeypatch):
     """Scripts run in the tests' own process, which stays what it was."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
+    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield
     torch.set_num_threads(threads)

@@ -1,8 +1,11 @@
-"""The scripts on a real Slurm of two nodes."""
+"""The scripts on a real Slurm of two nodes, see slurm.py."""
 
 from __future__ import annotations
 
+import json
 import shlex
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import as_flags, run_script
 from PIL import Image
-from slurm import NODES, TIMEOUT, until
+from slurm import ADDRESSES, HOSTS, NODES, TIMEOUT, Slurm, until
 
 from guided_diffusion.other_scripts import REPOSITORY
 
@@ -25,12 +28,13 @@ TINY = {
     "num_heads": 1,
     "num_threads": 1,
     "num_workers": 0,
-    "timestep_respacing": 10,
-    "step_reverse": 5,
+    "timestep_respacing": 40,
+    "step_reverse": 39,
     "batch_size": 1,
     "image_format": "png",
 }
 MAIN_SCRIPT = str(REPOSITORY / "forward_backward_dataset_sample.py")
+WORKER = str(Path(__file__).with_name("dist_worker.py"))
 TWO_BY_TWO = ("-N2", "--ntasks-per-node=2")
 
 
@@ -46,9 +50,58 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def samples_of_one_process(tmp_path_factory, pictures) -> dict[str, bytes]:
+    """What a single process makes of the pictures."""
+    folder = tmp_path_factory.mktemp("alone")
+    alone = run_script(*as_flags({**TINY, "data_dir": pictures, "output": "out"}), cwd=folder)
+    assert alone.returncode == 0, alone.stderr
+    return samples(folder / "out")
+
+
 def samples(folder: Path) -> dict[str, bytes]:
     """The images below a folder: name -> bytes."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
+
+
+class Step:
+    """A step of Python processes on the cluster; what they print is in FOLDER/out."""
+
+    def __init__(self, slurm: Slurm, folder: Path, *words: str, options: tuple[str, ...] = ("-N2",), **env: str):
+        folder.mkdir(exist_ok=True)
+        self.output = folder / "out"
+        self.srun = slurm.srun(*options, sys.executable, *map(str, words), output=self.output, cwd=folder, env=env)
+
+    def said(self) -> str:
+        return self.output.read_text()
+
+    def end(self, status: int = 0) -> str:
+        """Wait for the end, with this status of srun: the greatest of its tasks'. Returns what was said."""
+        try:
+            assert self.srun.wait(120) == status, self.said()
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the step does not end:\n{self.said()}")
+        return self.said()
+
+
+def told(folder: Path, task: str) -> list:
+    """What a task of dist_worker.py found, by rank."""
+    return [json.loads(path.read_text())[task] for path in sorted(folder.glob("rank*.json"))]
+
+
+@pytest.fixture
+def packets_dropped(slurm):
+    """Call it with a node and what it is not to receive, in the words of nft; until the end of the test."""
+    changed = []
+
+    def drop(node: str, packets: str) -> None:
+        changed.append(node)
+        rules = f"table inet test {{\n chain input {{\n type filter hook input priority 0;\n {packets} drop\n }}\n }}\n"
+        slurm.on(node, "nft", "-f", "-", input=rules)
+
+    yield drop
+    for node in changed:
+        slurm.on(node, "nft", "flush", "ruleset")
 
 
 def test_the_nodes_are_two(slurm, tmp_path):
@@ -59,15 +112,114 @@ def test_the_nodes_are_two(slurm, tmp_path):
     assert "slurmctld" not in said  # a node sees its own processes only
 
 
-def test_four_tasks_on_two_nodes_write_what_one_process_writes(slurm, tmp_path, pictures):
-    one = run_script(*as_flags({**TINY, "data_dir": pictures, "output": "one"}), cwd=tmp_path)
-    assert one.returncode == 0, one.stderr
-    flags = as_flags({**TINY, "data_dir": pictures, "output": "four"})
-    step = slurm.srun(*TWO_BY_TWO, sys.executable, MAIN_SCRIPT, *flags, output=tmp_path / "out", cwd=tmp_path)
-    said = (tmp_path / "out").read_text()
-    assert step.wait(120) == 0, said
-    assert len(samples(tmp_path / "one")) == 6
-    assert samples(tmp_path / "four") == samples(tmp_path / "one")
+# How ranks meet
+
+
+def test_four_tasks_on_two_nodes_write_what_one_process_writes(slurm, tmp_path, pictures, samples_of_one_process):
+    flags = as_flags({**TINY, "data_dir": pictures, "output": "results"})
+    said = Step(slurm, tmp_path, MAIN_SCRIPT, *flags, options=TWO_BY_TWO).end()
+    assert "4 process(es)" in said
+    assert "[W" not in said  # a warning of PyTorch's, such as of names that are not in DNS
+    assert samples(tmp_path / "results") == samples_of_one_process
+    assert len(samples_of_one_process) == 6
+
+
+def test_rank_0_on_another_than_the_first_host(slurm, tmp_path):
+    (tmp_path / "hosts").write_text("gpu-b\ngpu-a\n")
+    arbitrary = ("-N2", "-n2", "--distribution=arbitrary")
+    Step(slurm, tmp_path, WORKER, "tell,where", tmp_path, options=arbitrary, SLURM_HOSTFILE=f"{tmp_path}/hosts").end()
+    assert told(tmp_path, "where") == [["gpu-b", "gpu-a"]] * 2
+
+
+def test_heterogeneous_step(slurm, tmp_path):
+    """Its components have different ports of srun."""
+    worker = (sys.executable, WORKER, "where", str(tmp_path))
+    Step(slurm, tmp_path, *worker[1:], ":", "-n1", *worker, options=("-n1", "--nodelist=gpu-b")).end()
+    assert told(tmp_path, "where") == [["gpu-b", "gpu-a"]] * 2
+
+
+def test_nodes_whose_own_names_are_loopback_addresses(slurm, tmp_path):
+    """As Debian's installer leaves them: others cannot use the address that a node finds for itself."""
+    try:
+        for node in NODES:
+            slurm.set_hosts(node, HOSTS.replace(ADDRESSES[node], "127.0.1.1"))
+        Step(slurm, tmp_path, WORKER, "tell", tmp_path, options=("-N2", "-n3")).end()
+    finally:
+        for node in NODES:
+            slurm.set_hosts(node)
+    assert [result["gather"] for result in told(tmp_path, "tell")] == [[0, 10, 20]] * 3
+
+
+def test_two_jobs_that_choose_the_same_port(slurm, tmp_path):
+    """Step 31 of a job, and step 0 of the next, while the first waits for one of its ranks."""
+    late = 'if [ "$SLURM_PROCID" = 1 ]; then until [ -e "$0/go" ]; do sleep 0.1; done; fi; exec "$@"'
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    steps = "for i in $(seq 31); do srun -n1 -N1 true; done\n"
+    steps += f"srun -N2 sh -c '{late}' {first} {sys.executable} {WORKER} run_of {first}\n"
+    job = slurm.sbatch(steps, "-N2", cwd=first)
+    until(lambda: slurm.processes("gpu-a", WORKER), "rank 0 of the first job")
+    until(lambda: listening(slurm, "gpu-a"), "rank 0 of the first job to listen")
+    Step(slurm, second, WORKER, "run_of", second).end()
+    (first / "go").touch()
+    assert slurm.wait_for(job)["JobState"] == "COMPLETED"
+    assert told(first, "run_of") == [[f"job {job} step 31"] * 2] * 2
+    assert told(second, "run_of") == [[f"job {int(job) + 1} step 0"] * 2] * 2
+
+
+def listening(slurm: Slurm, node: str) -> bool:
+    """Whether a process on the node listens on a port that a job may choose."""
+    lines = slurm.on(node, "cat", "/proc/net/tcp", "/proc/net/tcp6").stdout.splitlines()
+    ports = {int(line.split()[1].rpartition(":")[2], 16) for line in lines if line.split()[3:4] == ["0A"]}
+    return any(15000 <= port < 30000 for port in ports)
+
+
+def test_dropped_packets_end_with_a_line_of_each_rank(slurm, tmp_path, packets_dropped):
+    packets_dropped("gpu-b", f"ip saddr {ADDRESSES['gpu-a']}")
+    said = Step(slurm, tmp_path, WORKER, "tell", tmp_path, GUIDED_DIFFUSION_MEETING_TIMEOUT="4").end(2)
+    assert "rank(s) 1 of 2 did not come within 4 s (srun; rank 0 is on gpu-a)" in said
+    assert "rank 1 of 2 on gpu-b (srun) did not find rank 0 within 4 s" in said
+    assert "gpu-a: timed out" in said
+    assert "Traceback" not in said
+
+
+def test_a_signal_ends_ranks_between_which_packets_are_dropped(slurm, tmp_path, packets_dropped):
+    packets_dropped("gpu-b", f"ip saddr {ADDRESSES['gpu-a']}")
+    step = Step(slurm, tmp_path, WORKER, "tell", tmp_path)
+    until(lambda: listening(slurm, "gpu-a"), "rank 0 to listen")
+    until(lambda: "SYN" in slurm.on("gpu-b", "ss", "-tn").stdout, "rank 1 to look for rank 0")
+    for node in NODES:
+        slurm.kill(node, WORKER, signal.SIGUSR1)
+    step.end(128 + signal.SIGUSR1)
+
+
+# Ranks that are gone
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_the_run_is_resumed(
+    slurm, tmp_path, pictures, samples_of_one_process
+):
+    command = (MAIN_SCRIPT, *as_flags({**TINY, "data_dir": pictures, "output": "results"}))
+    step = Step(slurm, tmp_path, *command, options=TWO_BY_TWO, GUIDED_DIFFUSION_PEER_TIMEOUT="3")
+    until(lambda: "samples to make" in step.said(), "the run to begin")
+    slurm.kill("gpu-b", MAIN_SCRIPT)  # ranks 2 and 3
+    said = step.end(137)
+    assert "error: rank 2 on gpu-b ended or cannot be reached; see its output" in said
+    assert said.count("error: rank") == 1
+    assert "Traceback" not in said
+    assert said.count("Exited with exit code 3") >= 1
+    Step(slurm, tmp_path, *command, options=TWO_BY_TWO).end()
+    assert samples(tmp_path / "results") == samples_of_one_process
+
+
+def test_a_network_that_fails_ends_the_ranks_on_both_sides(slurm, tmp_path, packets_dropped):
+    step = Step(slurm, tmp_path, WORKER, "until_told", tmp_path, GUIDED_DIFFUSION_PEER_TIMEOUT="2")
+    until(lambda: len(list(tmp_path.glob("working*"))) == 2, "the ranks to work")
+    packets_dropped("gpu-b", f"ip saddr {ADDRESSES['gpu-a']}")
+    said = step.end(3)
+    assert "error: rank 1 on gpu-b ended" in said  # rank 0 may learn that rank 1 gave up: one direction still works
+    assert "error: rank 0 on gpu-a ended or cannot be reached" in said
+    assert "Traceback" not in said
 
 
 # Training, which has processes that read images, too

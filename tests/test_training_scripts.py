@@ -48,7 +48,7 @@ del UPSAMPLER["image_size"], UPSAMPLER["channel_mult"]
 def _tidy(monkeypatch):
     """Scripts run in the tests' own process, which stays what it was."""
     threads = torch.get_num_threads()
-    monkeypatch.setattr(dist_util, "setup_dist", lambda: None)
+    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield
     torch.set_num_threads(threads)
