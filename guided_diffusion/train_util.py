@@ -190,6 +190,7 @@ class TrainLoop:
 
     def _take_steps(self, bar: tqdm) -> None:
         while not self.done:
+            dist_util.check_peers()
             agreed = _maximum(self._request)
             self.run_step(*next(self.data))
             bar.update()
