@@ -259,9 +259,9 @@ class Slurm:
         return until(arrived, f"job {job} to be {' or '.join(states)}", timeout)
 
     def restart_requeued(self, job: str) -> None:
-        """Let a requeued job start soon. Slurm would wait for two minutes, but it needs only another second's date."""
+        """Let a requeued job start soon, and for an hour. Slurm would wait for two minutes; it needs another second."""
         self.wait_for(job, "PENDING")
-        self.command(f"scontrol update jobid={job} StartTime=now+2")
+        self.command(f"scontrol update jobid={job} StartTime=now+2 TimeLimit=60")
 
     def let_time_run_out(self, job: str, left: int = 1) -> None:
         """Move the end of a running job to `left` seconds from now. Slurm looks at time limits every 30 s."""
