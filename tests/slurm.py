@@ -28,6 +28,7 @@ HEAD, NODES = "head", ("gpu-a", "gpu-b")
 ADDRESSES = {HEAD: "10.77.0.1", "gpu-a": "10.77.0.11", "gpu-b": "10.77.0.12"}
 HOSTS = "127.0.0.1 localhost\n" + "".join(f"{address} {name}\n" for name, address in ADDRESSES.items())
 CPUS = 8  # per compute node, whatever this machine has
+GPUS = 4  # that Slurm may allot per compute node; there is nothing behind them
 KILL_WAIT = 10  # seconds between SIGTERM and SIGKILL at a time limit and in scancel
 LAUNCHERS = ("SLURM", "SBATCH", "SRUN", "OMPI_COMM", "OMPI_MCA", "PMI")  # how their variables begin
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -65,6 +66,7 @@ SlurmdLogFile={folder}/slurmd-%n.log
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
+GresTypes=gpu
 JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
@@ -77,7 +79,7 @@ OverTimeLimit=0
 ReturnToService=2
 JobRequeue=1
 {nodes}
-PartitionName=main Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=main Nodes=ALL Default=YES DefaultTime=10 MaxTime=2-0 State=UP
 """
 
 T = TypeVar("T")
@@ -158,11 +160,15 @@ class Slurm:
         for name in ("state", "munge", *(f"spool-{node}" for node in NODES)):
             (self.folder / name).mkdir(mode=0o755)
         nodes = "\n".join(
-            f"NodeName={node} NodeAddr={ADDRESSES[node]} CPUs={CPUS} Sockets=1 CoresPerSocket={CPUS} RealMemory=9000"
+            f"NodeName={node} NodeAddr={ADDRESSES[node]} CPUs={CPUS} Sockets=1 CoresPerSocket={CPUS} RealMemory=9000 "
+            f"Gres=gpu:{GPUS}"
             for node in NODES
         )
         described = {"head": HEAD, "address": ADDRESSES[HEAD], "kill_wait": KILL_WAIT, "nodes": nodes}
         (self.folder / "slurm.conf").write_text(CONFIGURATION.format(folder=self.folder, **described))
+        for number in range(GPUS):
+            (self.folder / f"gpu{number}").touch()
+        (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
         (self.folder / "cgroup.conf").write_text(f"CgroupMountpoint={self.folder}\nCgroupAutomount=no\n")
         munge = self.folder / "munge"
         (munge / "key").write_bytes(os.urandom(1024))
@@ -253,9 +259,9 @@ class Slurm:
         return until(arrived, f"job {job} to be {' or '.join(states)}", timeout)
 
     def restart_requeued(self, job: str) -> None:
-        """Let a requeued job start at once. Slurm would wait for two minutes."""
+        """Let a requeued job start soon, and for an hour. Slurm would wait for two minutes; it needs another second."""
         self.wait_for(job, "PENDING")
-        self.command(f"scontrol update jobid={job} StartTime=now")
+        self.command(f"scontrol update jobid={job} StartTime=now+2 TimeLimit=60")
 
     def let_time_run_out(self, job: str, left: int = 1) -> None:
         """Move the end of a running job to `left` seconds from now. Slurm looks at time limits every 30 s."""

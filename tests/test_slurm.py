@@ -11,21 +11,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import as_flags, run_script
+from conftest import as_flags, run_script, save_checkpoint
 from PIL import Image
 from slurm import ADDRESSES, HOSTS, NODES, TIMEOUT, Slurm, until
 
-from guided_diffusion.other_scripts import REPOSITORY
+from guided_diffusion.other_scripts import REPOSITORY, find_mpiexec
 
-# A run of the main script that takes seconds: a tiny network with random weights.
-TINY = {
-    "model_path": "untrained",
+# A tiny network, and a run of the main script with it that takes seconds.
+NETWORK = {
     "image_size": 16,
     "num_channels": 32,
     "channel_mult": "1,2",
     "num_res_blocks": 1,
-    "attention_resolutions": 8,
+    "attention_resolutions": "8",
     "num_heads": 1,
+}
+TINY = {
+    **NETWORK,
+    "model_path": "untrained",
     "num_threads": 1,
     "num_workers": 0,
     "timestep_respacing": 40,
@@ -138,16 +141,29 @@ def test_heterogeneous_step(slurm, tmp_path):
     assert told(tmp_path, "where") == [["gpu-b", "gpu-a"]] * 2
 
 
-def test_nodes_whose_own_names_are_loopback_addresses(slurm, tmp_path):
+LAUNCHERS = {
+    "srun": f"srun {sys.executable}",
+    "mpiexec": f"{find_mpiexec()} -n 2 --map-by node {sys.executable}",
+    "torchrun": f"srun {sys.executable} -m torch.distributed.run --nnodes 2 --rdzv_backend c10d "
+    "--rdzv_endpoint $(scontrol show hostnames $SLURM_JOB_NODELIST | head -1):29400",
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_nodes_whose_own_names_are_loopback_addresses(slurm, tmp_path, launcher):
     """As Debian's installer leaves them: others cannot use the address that a node finds for itself."""
+    if launcher == "mpiexec" and find_mpiexec() is None:
+        pytest.skip("there is no mpiexec")
     try:
         for node in NODES:
             slurm.set_hosts(node, HOSTS.replace(ADDRESSES[node], "127.0.1.1"))
-        Step(slurm, tmp_path, WORKER, "tell", tmp_path, options=("-N2", "-n3")).end()
+        job = slurm.sbatch(f"{LAUNCHERS[launcher]} {WORKER} tell,where {tmp_path}", "-N2", "-n2", cwd=tmp_path)
+        assert slurm.wait_for(job)["JobState"] == "COMPLETED", (tmp_path / f"slurm-{job}.out").read_text()
     finally:
         for node in NODES:
             slurm.set_hosts(node)
-    assert [result["gather"] for result in told(tmp_path, "tell")] == [[0, 10, 20]] * 3
+    assert told(tmp_path, "where") == [list(NODES)] * 2
+    assert [result["params"] for result in told(tmp_path, "tell")] == [[1.0, 0.0, 0, 0.5, 2.0]] * 2
 
 
 def test_two_jobs_that_choose_the_same_port(slurm, tmp_path):
@@ -193,6 +209,14 @@ def test_a_signal_ends_ranks_between_which_packets_are_dropped(slurm, tmp_path, 
     step.end(128 + signal.SIGUSR1)
 
 
+def test_gpus_that_slurm_allots_and_pytorch_cannot_use(slurm, tmp_path):
+    step = Step(
+        slurm, tmp_path, MAIN_SCRIPT, *as_flags({**TINY, "data_dir": "x"}), options=("-N2", "--gpus-per-node=2")
+    )
+    said = step.end(2)
+    assert said.count("has a GPU (SLURM_GPUS_ON_NODE=2), but PyTorch") == 1
+
+
 # Ranks that are gone
 
 
@@ -225,9 +249,9 @@ def test_a_network_that_fails_ends_the_ranks_on_both_sides(slurm, tmp_path, pack
 # Training, which has processes that read images, too
 
 TRAINING_SCRIPT = str(REPOSITORY / "scripts" / "image_train.py")
-OF_NETWORK = ("image_size", "num_channels", "channel_mult", "num_res_blocks", "attention_resolutions", "num_heads")
 TRAINING = {
-    **{name: TINY[name] for name in (*OF_NETWORK, "num_threads")},
+    **NETWORK,
+    "num_threads": 1,
     **{"lr": 1e-3, "batch_size": 2, "num_workers": 2, "sample_grid": 0, "log_interval": 1, "save_interval": 1000},
 }
 
@@ -312,3 +336,67 @@ srun {sys.executable} {TRAINING_SCRIPT} {shlex.join(training_flags(pictures, out
     assert slurm.srun(*command, output=tmp_path / "out", cwd=tmp_path).wait(TIMEOUT) == 0
     for name in (f"model{saved + 2:06d}.pt", "progress.csv"):
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+# The job files of scripts/README.md
+
+
+@pytest.fixture
+def repository(tmp_path, pictures) -> Path:
+    """A folder with what the job files expect of a clone of this repository."""
+    for name in ("scripts", "forward_backward_dataset_sample.py", "guided_diffusion"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    for name in ("datasets/flowers", "datasets/ILSVRC2012/validation"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(pictures)
+    activate = tmp_path / ".venv/bin/activate"
+    activate.parent.mkdir(parents=True)
+    activate.write_text(f"PATH={Path(sys.executable).parent}:$PATH\n")
+    (tmp_path / "models").mkdir()
+    save_checkpoint(tmp_path / "models/256x256_diffusion_uncond.pt", {**NETWORK, "class_cond": False})
+    return tmp_path
+
+
+def job_file(section: str, flags: dict) -> str:
+    """The job file of a section, for a tiny network, with one task per node, since this machine has few cores."""
+    text = (REPOSITORY / "scripts/README.md").read_text().partition(f"\n{section}\n")[2]
+    lines = text.partition("```bash\n#!/bin/bash\n")[2].partition("```")[0].splitlines()
+    flags = " ".join(as_flags({**NETWORK, "num_threads": 1, "device": "cpu", **flags}))
+    changes = {"MODEL_FLAGS=": f'MODEL_FLAGS="{flags}"', "#SBATCH --ntasks-per-node": "#SBATCH --ntasks-per-node=1"}
+    for start, line in changes.items():
+        lines = [line if old.startswith(start) else old for old in lines]
+    return "\n".join(lines) + "\n"
+
+
+def test_job_file_of_a_single_run(slurm, repository):
+    job = slurm.sbatch(job_file("## Slurm", {"image_format": "png"}), cwd=repository)
+    ended = slurm.wait_for(job)
+    said = (repository / f"slurm-{job}.out").read_text()
+    assert ended["JobState"] == "COMPLETED", said
+    assert "2 process(es)" in said
+    assert len(samples(repository / "results")) == 6
+
+
+def test_job_file_that_is_resumed_after_its_time_limit(slurm, repository):
+    output = repository / "results/flowers"
+
+    def steps() -> int:
+        """Number of steps of the newest line of the log; 0 before the first."""
+        log = output / "progress.json"
+        lines = log.read_text().split("\n")[:-1] if log.exists() else []
+        return json.loads(lines[-1])["step"] if lines else 0
+
+    flags = {"log_interval": 1, "sample_grid": 0, "num_workers": 0, "batch_size": 2}
+    job = slurm.sbatch(job_file("### Before the time limit", flags), cwd=repository)
+    until(steps, "a step of training")
+    slurm.let_time_run_out(job, 200)
+    slurm.wait_for(job, "PENDING")
+    before = steps()
+    assert (output / f"model{before:06d}.pt").exists()
+    slurm.restart_requeued(job)
+    until(lambda: steps() > before, "training to be resumed")
+    assert slurm.job(job)["Restarts"] == "1"
+    slurm.command(f"scancel {job}")
+    assert slurm.wait_for(job)["JobState"] == "CANCELLED"  # and not in the queue again
+    assert len((output / "progress.json").read_text().splitlines()) == steps() > before  # each step once
+    assert (output / f"model{steps():06d}.pt").exists()
