@@ -158,7 +158,8 @@ def _unwrapped(state: dict[str, torch.Tensor], expected: Shapes) -> dict[str, to
     prefixes = ["", *(first[: dot.end()] for dot in re.finditer(r"\.", first))]
     in_common = [prefix for prefix in prefixes if all(name.startswith(prefix) for name in state)]
     best = max(in_common, key=lambda prefix: sum(name[len(prefix) :] in expected for name in state))
-    consume_prefix_in_state_dict_if_present(state, best)
+    for part in best.split(".")[:-1]:  # one by one: of more it would leave the network's own version behind
+        consume_prefix_in_state_dict_if_present(state, f"{part}.")
     return state
 
 

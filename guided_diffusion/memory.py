@@ -24,7 +24,7 @@ def enough_memory(images: int, more: str = "", flag: str = "--batch_size") -> It
 
     Args:
         images: how many.
-        more: ends the message.
+        more: what else to do then.
         flag: the flag to lower.
     """
     try:
@@ -33,7 +33,7 @@ def enough_memory(images: int, more: str = "", flag: str = "--batch_size") -> It
         if not is_out_of_memory(error):
             raise
         free = ", or free the GPU if other processes use it" if _of_gpu(error) else ""
-        raise UserError(f"{_memory(error)} does not hold {images} images at once: lower {flag}{free}{more}") from error
+        raise UserError(f"{_memory(error)} does not hold {images} images at once: lower {flag}{more}{free}") from error
 
 
 @contextmanager

@@ -110,8 +110,9 @@ def surroundings(device: torch.device) -> dict[str, str]:
     return {**of_all, **versions(device)}
 
 
-def versions(device: torch.device) -> dict[str, str]:
-    """Versions of Python and of what else decides the bytes that are computed on a device."""
+def versions(device: torch.device | None = None) -> dict[str, str]:
+    """Versions of Python and of what else decides the bytes that are computed on a device; None: this rank's."""
+    device = device or dist_util.dev()
     packages = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
     if device.type == "cuda":
         packages |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}

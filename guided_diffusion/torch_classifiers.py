@@ -186,7 +186,7 @@ def _load(model: nn.Module, found: dict[str, Tensor], path: str, name: str) -> N
     refusal = ""
     try:
         lacks, besides = model.load_state_dict(found, strict=False, assign=True)
-    except RuntimeError as error:  # the shapes
+    except (RuntimeError, ValueError) as error:  # the shapes, or a version that a network needs
         lacks, besides, refusal = [], [], " ".join(str(error).split())[:300]
     if lacks or besides or refusal:
         difference = _difference(shapes, expected) or refusal

@@ -251,6 +251,16 @@ def test_wrapped_classifiers(wrapper, tmp_path):
     assert_loaded("resnet18", path, model)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_version_of_a_wrapped_network_is_kept(wrapper, tmp_path):
+    model, path = make("mnasnet0_5"), tmp_path / "x.pth"  # which does not load without
+    torch.save(WRAPPERS[wrapper](model).state_dict(), path)
+    assert_loaded("mnasnet0_5", path, model, ["classifier"])
+    torch.save(dict(model.state_dict()), path)
+    with pytest.raises(UserError, match=r"does not fit --classifier_name mnasnet0_5: version"):
+        load_classifier("mnasnet0_5", str(path))
+
+
 OWN = """
 from torchvision.models import resnet18
 
