@@ -10,6 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -80,14 +81,15 @@ def _join(world: World, device: str) -> None:
     backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         if world.size == 1:
-            _use_interface(next(iter({"lo", "lo0"} & {name for _, name in socket.if_nameindex()}), None))
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            loopback = next(iter({"lo", "lo0"} & {name for _, name in socket.if_nameindex()}), None)
+            with _gloo_uses(loopback):
+                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
             return
         meeting = meet(world)
         _store = meeting.open_store
         _peers = Peers(world.rank, meeting.hosts, meeting.connect, _end_stuck)
-        _use_interface(meeting.interface)
-        _connect_all(backend, world, meeting, timeout)
+        with _gloo_uses(meeting.interface):
+            _connect_all(backend, world, meeting, timeout)
     except RuntimeError as error:
         if isinstance(error, LostPeer):
             raise
@@ -110,21 +112,29 @@ def _connect_all(backend: str, world: World, meeting: Meeting, timeout: timedelt
         raise
     except (TimeoutError, RuntimeError) as error:
         interface = os.environ.get("GLOO_SOCKET_IFNAME", "the one of its host name")
+        why = f"no answer within {seconds:g} s" if isinstance(error, TimeoutError) else first_line(error)
         raise UserError(
             f"rank {world.rank} on {socket.gethostname()} found the other ranks, but cannot open connections to all of "
-            f"them within {seconds:g} s ({first_line(error)}).\nIts network interface is {interface} "
+            f"them ({why}).\nIts network interface is {interface} "
             "(GLOO_SOCKET_IFNAME sets another); may nodes open connections to each other?"
         ) from error
 
 
-def _use_interface(name: str | None) -> None:
-    """Have Gloo use a network interface, unless the user has chosen one.
+@contextmanager
+def _gloo_uses(interface: str | None) -> Iterator[None]:
+    """Have Gloo open its connections on a network interface, unless the user has chosen one.
 
     By itself it takes the address of the host's name, which may not resolve, or resolve to where nobody listens. NCCL
-    finds interfaces by itself, and prefers the fast ones.
+    finds interfaces by itself, and prefers the fast ones. Processes that are started later must not inherit the choice.
     """
-    if name is not None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    chosen = interface is not None and "GLOO_SOCKET_IFNAME" not in os.environ
+    if chosen:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+    try:
+        yield
+    finally:
+        if chosen:
+            del os.environ["GLOO_SOCKET_IFNAME"]
 
 
 def cleanup() -> None:

@@ -34,6 +34,7 @@ def tell(folder):
         "place": (rank, dist_util.get_world_size(), dist_util.get_local_rank(), dist_util.num_local_ranks()),
         "is_main": dist_util.is_main(),
         "device": str(dist_util.dev()),
+        "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "broadcast": dist_util.broadcast_object({"from": rank}),
         "gather": dist_util.gather_objects(rank * 10),
         "on_main": dist_util.on_main(lambda: f"by {dist_util.get_rank()}"),

@@ -71,6 +71,7 @@ def assert_told(folder, ranks, *, launcher_is_mpi=False, torch_works=True):
         assert told["torch"] == ([rank, ranks] if torch_works else None)
         assert told["place"] == [rank, ranks, rank, ranks]
         assert told["is_main"] == (rank == 0)
+        assert told["gloo_interface"] is None  # processes that this one starts would inherit it
         assert told["device"] == ("cpu" if not torch.cuda.is_available() else f"cuda:{rank}")
         assert told["broadcast"] == {"from": 0}
         assert told["gather"] == [10 * r for r in range(ranks)]

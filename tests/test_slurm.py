@@ -400,3 +400,36 @@ def test_job_file_that_is_resumed_after_its_time_limit(slurm, repository):
     assert slurm.wait_for(job)["JobState"] == "CANCELLED"  # and not in the queue again
     assert len((output / "progress.json").read_text().splitlines()) == steps() > before  # each step once
     assert (output / f"model{steps():06d}.pt").exists()
+
+
+def test_job_file_of_an_array(slurm, repository):
+    """Three jobs share the images; one of them is stopped and requeued, and does not disturb the others."""
+    flags = {"batch_size": 1, "image_format": "png", "timestep_respacing": 50, "num_workers": 0}
+    script = job_file("### Arrays", flags)
+    for eight, three in (("--array=0-7", "--array=0-2"), ("--num_shards 8", "--num_shards 3"), ("75 125", "40")):
+        assert eight in script
+        script = script.replace(eight, three)
+    array = slurm.sbatch(script, cwd=repository)
+    jobs = [f"{array}_{number}" for number in range(3)]
+    until(lambda: "shard 2 of 3" in output_of(repository, jobs[2]), "the last job to begin")
+    slurm.command(f"scancel --signal=USR1 {jobs[2]}")
+    slurm.restart_requeued(jobs[2])
+    for job in jobs:
+        assert slurm.wait_for(job)["JobState"] == "COMPLETED", output_of(repository, job)
+    assert [slurm.job(job)["Restarts"] for job in jobs] == ["0", "0", "1"]
+
+    results = repository / "results/diffused_ILSVRC2012_validation"
+    records = [json.loads(path.read_text()) for path in results.glob("t_*_run.json")]
+    assert len(records) == 3 and all(record["finished"] for record in records)
+    alone = as_flags({**NETWORK, "num_threads": 1, **flags, "step_reverse": "25 50 40"})
+    model = "models/256x256_diffusion_uncond.pt"
+    images = "datasets/ILSVRC2012/validation"
+    told = run_script(*alone, "--data_dir", images, "--model_path", model, "--output", "alone", cwd=repository)
+    assert told.returncode == 0, told.stderr
+    assert samples(results) == samples(repository / "alone")
+
+
+def output_of(folder: Path, job: str) -> str:
+    """What a job of an array has printed so far."""
+    path = folder / f"slurm-{job}.out"
+    return path.read_text() if path.exists() else ""
