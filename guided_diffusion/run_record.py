@@ -77,7 +77,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """Say, a phrase each, which entries differ from those on record."""
     return [
-        f"{name} was {_short(recorded.get(name, 'absent'))} and is now {_short(current.get(name, 'absent'))}"
+        f"{name} was {_short(recorded.get(name, 'not set'))} and is now {_short(current.get(name, 'not set'))}"
         for name in dict.fromkeys([*recorded, *current])
         # A flag that an older version did not have is as one that is not given.
         if recorded.get(name, "") != current.get(name, "")

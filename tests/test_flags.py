@@ -111,7 +111,7 @@ def test_callers_of_the_factories_need_not_know_new_flags():
 def test_a_record_from_before_a_flag_existed_agrees_with_its_default():
     assert differences({"--lr": 1.0}, {"--lr": 1.0, "--channel_mult": ""}) == []
     assert differences({"--lr": 1.0}, {"--channel_mult": "1,2", "--lr": 1.0}) == [
-        "--channel_mult was absent and is now 1,2"
+        "--channel_mult was not set and is now 1,2"
     ]
 
 

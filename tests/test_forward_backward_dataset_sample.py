@@ -554,7 +554,7 @@ def test_a_compiled_network_gives_the_same_to_rounding(flags, reference_run, tmp
     assert samples(first) == found
     assert run_here(*some, "--compile", "True", "--output", second) == 0
     assert samples(second) == found
-    assert_refused(capsys, [*some, "--compile", "False", "--output", first], "--compile was True and is now absent")
+    assert_refused(capsys, [*some, "--compile", "False", "--output", first], "--compile was True and is now not set")
 
 
 def test_whether_to_compile(capsys, flags):
