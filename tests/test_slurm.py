@@ -361,8 +361,8 @@ def job_file(section: str, flags: dict) -> str:
     """The job file of a section, for a tiny network, with one task per node, since this machine has few cores."""
     text = (REPOSITORY / "scripts/README.md").read_text().partition(f"\n{section}\n")[2]
     lines = text.partition("```bash\n#!/bin/bash\n")[2].partition("```")[0].splitlines()
-    flags = " ".join(as_flags({**NETWORK, "num_threads": 1, "device": "cpu", **flags}))
-    changes = {"MODEL_FLAGS=": f'MODEL_FLAGS="{flags}"', "#SBATCH --ntasks-per-node": "#SBATCH --ntasks-per-node=1"}
+    flags = shlex.join(as_flags({**NETWORK, "num_threads": 1, "device": "cpu", **flags}))
+    changes = {"MODEL_FLAGS=": f"MODEL_FLAGS=({flags})", "#SBATCH --ntasks-per-node": "#SBATCH --ntasks-per-node=1"}
     for start, line in changes.items():
         lines = [line if old.startswith(start) else old for old in lines]
     return "\n".join(lines) + "\n"
