@@ -31,7 +31,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
     HELP,
     NUM_CLASSES,
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     bool_or_auto,
     diffusion_defaults,
@@ -399,8 +399,8 @@ def create_argparser() -> argparse.ArgumentParser:
         help="compile the network for speed; auto: on a GPU that can, for a run of many steps (default: %(default)s)",
     )
     add_shard_flags(add)
-    add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
-    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 
 

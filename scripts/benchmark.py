@@ -42,7 +42,7 @@ from guided_diffusion import logger
 from guided_diffusion.errors import ResultError, UserError
 from guided_diffusion.files import write_whole
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words
-from guided_diffusion.script_util import add_dict_to_argparser, args_to_dict, bool_or_auto, model_defaults
+from guided_diffusion.script_util import add_flags, args_to_dict, bool_or_auto, model_defaults
 from guided_diffusion.timing import (
     Clock,
     Contender,
@@ -609,7 +609,7 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="INT",
         help="CPU threads that compute; 0: the cores (default: 0)",
     )
-    add_dict_to_argparser(parser.add_argument_group("the network"), FLAGS)
+    add_flags(parser.add_argument_group("the network"), FLAGS)
     return parser
 
 
