@@ -133,6 +133,8 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
             f"{why_unknown}: --num_classes and --num_per_class do not apply, "
             f"{len(images)} of {len(found)} images are taken (--num_samples)"
         )
+    if (classes := len({image.label for image in found})) > args.num_classes:
+        logger.info(f"{args.num_classes} of {classes} classes are taken (--num_classes)")
     if warning := shortage(images, args.num_classes, args.num_per_class, args.num_samples):
         logger.warn(warning)
     stems = Counter(os.path.splitext(image.path)[0] for image in images)
@@ -326,7 +328,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--output", default="", metavar="FOLDER", help="folder of results (default: results/diffused_ and data_dir)")
     add(
         "--num_classes",
-        default=1000,
+        default=10,
         type=whole_number(1),
         metavar="INT",
         help="classes to take, in the order of the class index; does not apply if the classes are unknown (default: "
