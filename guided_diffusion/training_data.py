@@ -384,7 +384,7 @@ def load_data(
         images = _Batches(data_dir, below, labels, image_size, seed, deterministic, random_crop, random_flip)
         return DataStream(images, batch_size, num_workers, "--data_dir", names and Classes(names, "text", data_dir))
     shard = dist_util.get_rank(), dist_util.get_world_size()
-    images = _NamedImages(image_size, paths, labels, *shard, random_crop, random_flip, preprocess_fn)
+    images = _NamedImages(image_size, paths, labels, *shard, random_crop, random_flip, preprocess_fn=preprocess_fn)
     if len(images) < (batch_size if drop_last else 1):
         raise UserError(
             f"load_data: found {len(images)} images for this process, expected a batch of {batch_size} or more "
@@ -405,13 +405,13 @@ class _NamedImages(ImageDataset):
     """An `ImageDataset` whose `extra` has the file name of the image, as "img_name".
 
     Args:
-        preprocess_fn: applied to every image, (3, resolution, resolution) in [-1, 1].
         args: those of `ImageDataset`.
+        preprocess_fn: applied to every image, (3, resolution, resolution) in [-1, 1].
     """
 
-    def __init__(self, *args: Any) -> None:
-        *args, self.preprocess_fn = args
+    def __init__(self, *args: Any, preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         super().__init__(*args)
+        self.preprocess_fn = preprocess_fn
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         pixels, extra = super().__getitem__(index)
