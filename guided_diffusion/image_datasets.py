@@ -653,9 +653,13 @@ def _list_image_files_recursively(data_dir: str) -> list[str]:
 def _list_images_per_classes(data_dir: str, num_per_class: int, num_classes: int) -> list[str]:
     """The images that forward_backward_dataset_sample.py takes, class by class: paths that begin with the folder.
 
+    If their classes are unknown, these are all images, with a warning.
+
     Raises UserError where there is no such folder or no image in it, or a number is less than 1.
     """
-    images, _ = label_where_known(data_dir, list_images(data_dir))
+    images, why_unknown = label_where_known(data_dir, list_images(data_dir))
+    if why_unknown:
+        logger.warn(f"{why_unknown}: all {len(images)} are listed")
     return [os.path.join(data_dir, image.path) for image in choose_images(images, num_classes, num_per_class)]
 
 
@@ -674,14 +678,16 @@ def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> lis
         stem = _without_extension(path)
         for name in (stem, os.path.basename(stem)):
             starts[name].add(os.path.join(starting_data_dir, path))
-    found = [_find_entry(starts, re.sub(r"_t\d+$", "", _without_extension(path))) or set() for path in samples]
-    for path, those in zip(samples, found, strict=True):
+    found: list[str] = []
+    for path in samples:
+        those = _find_entry(starts, re.sub(r"_t\d+$", "", _without_extension(path))) or set()
         if len(those) != 1:
             raise UserError(
-                f"{path!r} has {len(those) or 'no'} starting images in {starting_data_dir!r}, expected one, of the "
-                "same name but for _tNNNN"
+                f"{path!r} has {len(those) or 'no'} starting images in {starting_data_dir!r}; expected one, of the same "
+                "name without _tNNNN"
             )
-    return [those.pop() for those in map(set, found)]
+        found += those
+    return found
 
 
 # Training
