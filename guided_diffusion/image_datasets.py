@@ -683,8 +683,8 @@ def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> lis
         those = _find_entry(starts, re.sub(r"_t\d+$", "", _without_extension(path))) or set()
         if len(those) != 1:
             raise UserError(
-                f"{path!r} has {len(those) or 'no'} starting images in {starting_data_dir!r}; expected one, of the same "
-                "name without _tNNNN"
+                f"{path!r} has {len(those) or 'no'} starting images in {starting_data_dir!r}; expected one, of the "
+                "same name without _tNNNN"
             )
         found += those
     return found
