@@ -31,7 +31,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
     HELP,
     NUM_CLASSES,
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     bool_or_auto,
     diffusion_defaults,
@@ -133,6 +133,8 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
             f"{why_unknown}: --num_classes and --num_per_class do not apply, "
             f"{len(images)} of {len(found)} images are taken (--num_samples)"
         )
+    if (classes := len({image.label for image in found})) > args.num_classes:
+        logger.info(f"{args.num_classes} of {classes} classes are taken (--num_classes)")
     if warning := shortage(images, args.num_classes, args.num_per_class, args.num_samples):
         logger.warn(warning)
     stems = Counter(os.path.splitext(image.path)[0] for image in images)
@@ -326,7 +328,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--output", default="", metavar="FOLDER", help="folder of results (default: results/diffused_ and data_dir)")
     add(
         "--num_classes",
-        default=1000,
+        default=10,
         type=whole_number(1),
         metavar="INT",
         help="classes to take, in the order of the class index; does not apply if the classes are unknown (default: "
@@ -399,8 +401,8 @@ def create_argparser() -> argparse.ArgumentParser:
         help="compile the network for speed; auto: on a GPU that can, for a run of many steps (default: %(default)s)",
     )
     add_shard_flags(add)
-    add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
-    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 
 

@@ -219,13 +219,13 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     from .inference import compute_reproducibly, keep_memory, shared_half_precision
     from .memory import to_device
     from .run_record import surroundings
-    from .torch_classifiers import load_classifier
+    from .torch_classifiers import open_classifier
 
     patterns = [pattern.strip() for pattern in args.layers.split(",") if pattern.strip()]
     chosen = args.classifier_name, args.classifier_path, patterns, args.image_size
     if not args.classifier_path and dist_util.get_world_size() > 1:
-        dist_util.on_main(lambda: bool(load_classifier(*chosen[:2])))  # one rank downloads, the others find the file
-    classifier = dist_util.on_every_rank(load_classifier, *chosen)
+        dist_util.on_main(lambda: bool(open_classifier(*chosen[:2])))  # one rank downloads, the others find the file
+    classifier = dist_util.on_every_rank(open_classifier, *chosen)
 
     device = dist_util.dev()
     threads = compute_reproducibly(args.num_threads)

@@ -101,6 +101,22 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
+class DeviceTables:
+    """Arrays on the devices where they are looked up: copied there once, and again if they have changed."""
+
+    def __init__(self) -> None:
+        self._copies: dict[tuple[torch.device, str], tuple[bytes, torch.Tensor]] = {}
+
+    def on(self, device: torch.device, name: str, array: np.ndarray) -> torch.Tensor:
+        """The array `name` on `device`, real numbers in float32."""
+        content = array.tobytes()
+        copied, table = self._copies.get((device, name), (None, None))
+        if copied != content:
+            table = torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array).to(device)
+            self._copies[device, name] = content, table
+        return table
+
+
 class GaussianDiffusion:
     """A noise schedule of N steps, and what can be done with it and a model.
 
@@ -156,34 +172,48 @@ class GaussianDiffusion:
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
 
-        # In float32, 1 - abar would lose most of its digits at the first steps: taken here, in float64.
-        self.one_minus_alphas_cumprod_prev = 1 - abar_prev
-        self.one_minus_alphas_cumprod_next = 1 - self.alphas_cumprod_next
+        self._tables = DeviceTables()
 
-        self.log_betas = np.log(betas)
-        self.fixed_large_log_variance = np.log(np.append(first, betas[1:]))
+    # Subclasses and scripts may change the arrays above at any time: what follows from them is worked out when it is
+    # needed. It is float64, because 1 - abar would lose most of its digits in float32 at the first steps.
 
-        self._device_tables: dict[torch.device, Output] = {}
+    @property
+    def one_minus_alphas_cumprod_prev(self) -> np.ndarray:
+        return 1 - self.alphas_cumprod_prev
+
+    @property
+    def one_minus_alphas_cumprod_next(self) -> np.ndarray:
+        return 1 - self.alphas_cumprod_next
+
+    @property
+    def log_betas(self) -> np.ndarray:
+        return np.log(self.betas)
+
+    @property
+    def fixed_large_log_variance(self) -> np.ndarray:
+        first = self.posterior_variance[1] if len(self.betas) > 1 else self.betas[0]
+        return np.log(np.append(first, self.betas[1:]))
 
     def _schedule(self) -> dict[str, np.ndarray]:
-        """Every array (N,) that is looked up by time step."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-
-    def _tables(self, device: torch.device) -> Output:
-        """The schedule on `device`, real numbers in float32: copied there on the first call, and never again."""
-        if device not in self._device_tables:
-            self._device_tables[device] = {
-                name: torch.from_numpy(array.astype(np.float32) if array.dtype == np.float64 else array).to(device)
-                for name, array in self._schedule().items()
-            }
-        return self._device_tables[device]
+        """Every array (N,) that is looked up by timestep."""
+        derived = ("one_minus_alphas_cumprod_prev", "one_minus_alphas_cumprod_next")
+        derived += ("log_betas", "fixed_large_log_variance")
+        stored = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+        return stored | {name: getattr(self, name) for name in derived}
 
     def _at(self, name: str, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Numbers of the schedule `name` at the time steps t (B,), as (B, 1, ...), to broadcast against x (B, ...)."""
-        return self._tables(t.device)[name][t].view(-1, *[1] * (x.ndim - 1))
+        return self._tables.on(t.device, name, getattr(self, name))[t].view(-1, *[1] * (x.ndim - 1))
 
     def scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        """The time steps (B,) that the model is handed for the indices t (B,)."""
+        """The timesteps (B,) that the model itself receives for the indices t (B,)."""
+        return self._scale_timesteps(t)
+
+    def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        """The timesteps (B,) that the methods below give the model for the indices t (B,); subclasses may override it.
+
+        `SpacedDiffusion` wraps the model, and the wrapper turns them into those that the model itself receives.
+        """
         return t.float() * (1000 / self.num_timesteps) if self.rescale_timesteps else t
 
     # The noising process
@@ -244,7 +274,7 @@ class GaussianDiffusion:
         Raises:
             UserError: the model's output does not have the shape that `model_var_type` asks for.
         """
-        output = model(x, self.scale_timesteps(t), **(model_kwargs or {}))
+        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return self._read_output(output, x, t, clip_denoised, denoised_fn)
 
     def _read_output(
@@ -329,7 +359,7 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
         """Mean of a DDPM step guided by `cond_fn`: moved by variance * gradient of log p(y | x) (ADM, algorithm 1)."""
-        gradient = cond_fn(x, self.scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
     def condition_score(
@@ -341,7 +371,7 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
     ) -> Output:
         """`p_mean_var` as it is once the score has been moved by the gradient of log p(y | x) (ADM, algorithm 2)."""
-        gradient = cond_fn(x, self.scale_timesteps(t), **(model_kwargs or {}))
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
@@ -371,8 +401,12 @@ class GaussianDiffusion:
         Returns:
             "sample" and "pred_xstart", each of the shape of x.
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
-        mean = out["mean"] if cond_fn is None else self.condition_mean(cond_fn, out, x, t, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
+        mean = out["mean"]
+        if cond_fn is not None:
+            mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
         deviation = _unless_first(t, x) * torch.exp(0.5 * out["log_variance"])
         return {"sample": mean + deviation * randn_like(x, generator), "pred_xstart": out["pred_xstart"]}
 
@@ -393,7 +427,7 @@ class GaussianDiffusion:
         Args:
             model, x, t, clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.
             cond_fn: guidance, see `condition_score`.
-            eta: from 0, deterministic (and nothing is drawn), to 1, as much noise as DDPM with the small variance.
+            eta: from 0, deterministic, to 1, as much noise as DDPM with the small variance.
             generator: where the noise comes from.
 
         Returns:
@@ -404,15 +438,19 @@ class GaussianDiffusion:
         """
         if not 0 <= eta <= 1:
             raise UserError(f"eta is {eta}, expected a number from 0 to 1")
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         if cond_fn is not None:
-            out = self.condition_score(cond_fn, out, x, t, model_kwargs)
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         variance = eta**2 * self._at("posterior_variance", t, x)  # 0 at t = 0
         direction = torch.sqrt(self._at("one_minus_alphas_cumprod_prev", t, x) - variance)
         sample = torch.sqrt(self._at("alphas_cumprod_prev", t, x)) * out["pred_xstart"] + direction * eps
         if eta > 0:
             sample = sample + torch.sqrt(variance) * randn_like(x, generator)
+        elif generator is None:
+            torch.randn_like(x)  # so that seeded scripts draw the same numbers afterwards as with guided-diffusion
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(
@@ -434,7 +472,9 @@ class GaussianDiffusion:
         """
         if eta != 0:
             raise UserError(f"eta is {eta}, expected 0: only deterministic steps can be reversed")
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
         eps = self._predict_eps_from_xstart(x, t, out["pred_xstart"])
         signal = torch.sqrt(self._at("alphas_cumprod_next", t, x))
         noise_scale = torch.sqrt(self._at("one_minus_alphas_cumprod_next", t, x))
@@ -477,7 +517,7 @@ class GaussianDiffusion:
             denoised_fn=denoised_fn,
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
-            generator=generator,
+            **_if_given(generator),
         )
         k = check_step_reverse(step_reverse, self.num_timesteps)
         return self._denoise(step, _starting_point(model, shape, noise, device, generator), k, progress)
@@ -534,9 +574,20 @@ class GaussianDiffusion:
         progress: bool = False,
         generator: Noise = None,
     ) -> torch.Tensor:
-        """Sample by all N steps of DDPM: `p_sample_loop_forw_back` with k = N."""
-        options = (noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, generator)
-        return self.p_sample_loop_forw_back(model, shape, self.num_timesteps, *options)
+        """Sample by all N steps of DDPM: the last sample of `p_sample_loop_progressive`."""
+        steps = self.p_sample_loop_progressive(
+            model,
+            shape,
+            noise=noise,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            device=device,
+            progress=progress,
+            **_if_given(generator),
+        )
+        return _last(steps)
 
     def ddim_sample_loop_forw_back_progressive(
         self,
@@ -562,7 +613,7 @@ class GaussianDiffusion:
             cond_fn=cond_fn,
             model_kwargs=model_kwargs,
             eta=eta,
-            generator=generator,
+            **_if_given(generator),
         )
         k = check_step_reverse(step_reverse, self.num_timesteps)
         return self._denoise(step, _starting_point(model, shape, noise, device, generator), k, progress)
@@ -619,9 +670,21 @@ class GaussianDiffusion:
         eta: float = 0.0,
         generator: Noise = None,
     ) -> torch.Tensor:
-        """Sample by all N steps of DDIM: `ddim_sample_loop_forw_back` with k = N."""
-        options = (noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, generator)
-        return self.ddim_sample_loop_forw_back(model, shape, self.num_timesteps, *options)
+        """Sample by all N steps of DDIM: the last sample of `ddim_sample_loop_progressive`."""
+        steps = self.ddim_sample_loop_progressive(
+            model,
+            shape,
+            noise=noise,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            device=device,
+            progress=progress,
+            eta=eta,
+            **_if_given(generator),
+        )
+        return _last(steps)
 
     def _denoise(
         self, step: Callable[[torch.Tensor, torch.Tensor], Output], x: torch.Tensor, k: int, progress: bool
@@ -630,13 +693,17 @@ class GaussianDiffusion:
 
         Whatever it needs of the schedule is on the device before it starts: nothing in it waits for the device.
         """
-        self._tables(x.device)
+        for name, array in self._schedule().items():
+            self._tables.on(x.device, name, array)
         indices = torch.arange(k - 1, -1, -1, device=x.device)[:, None].repeat(1, len(x))
         for t in tqdm(indices.unbind(), disable=not progress):
             with torch.no_grad():
                 out = step(x, t)
             yield out
             x = out["sample"]
+
+    # The name of this loop in the released experiment
+    p_sample_loop_progressive_forw_back = p_sample_loop_forw_back_progressive
 
     # Losses and likelihoods
 
@@ -663,10 +730,10 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        output = model(x_t, self.scale_timesteps(t), **(model_kwargs or {}))
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
 
         if self.loss_type.is_vb():
-            vb = self._vb_terms_bpd(self._read_output(output, x_t, t, False, None), x_start, x_t, t)
+            vb = self._bound_term(self._read_output(output, x_t, t, False, None), x_start, x_t, t)
             return {"loss": vb * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else vb}
 
         prediction, variance_values = self._split_output(output, x_t)
@@ -675,7 +742,7 @@ class GaussianDiffusion:
             return {**terms, "loss": terms["mse"]}
         # The bound trains the variance alone: the mean is the squared error's business (IDDPM, section 3.1).
         frozen = torch.cat([prediction.detach(), variance_values], dim=1)
-        terms["vb"] = self._vb_terms_bpd(self._read_output(frozen, x_t, t, False, None), x_start, x_t, t)
+        terms["vb"] = self._bound_term(self._read_output(frozen, x_t, t, False, None), x_start, x_t, t)
         if self.loss_type is LossType.RESCALED_MSE:
             terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
         return {**terms, "loss": terms["mse"] + terms["vb"]}
@@ -689,7 +756,7 @@ class GaussianDiffusion:
         mean, _, _ = self.q_posterior_mean_variance(x_start, x_t, t)
         return mean
 
-    def _vb_terms_bpd(
+    def _bound_term(
         self, p_mean_var: Output, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
         """The term of the variational bound of each image's time step, bits per dimension, (B,) (DDPM, equation 5).
@@ -701,6 +768,19 @@ class GaussianDiffusion:
         divergence = normal_kl(true_mean, true_log_variance, mean, log_variance)
         pixels = -discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
         return torch.where(t == 0, mean_flat(pixels), mean_flat(divergence)) / math.log(2)
+
+    def _vb_terms_bpd(
+        self,
+        model: Model,
+        x_start: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> Output:
+        """`_bound_term` of a model, as "output", and "pred_xstart": what other people's `training_losses` call."""
+        out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+        return {"output": self._bound_term(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start: torch.Tensor) -> torch.Tensor:
         """The bound's term L_T, KL(q(x_T | x_0) || N(0, 1)), which no model changes: bits per dimension, (B,)."""
@@ -733,14 +813,23 @@ class GaussianDiffusion:
             noise = randn_like(x_start, generator)
             x_t = self.q_sample(x_start, t, noise=noise)
             with torch.no_grad():
-                out = self.p_mean_variance(model, x_t, t, clip_denoised, model_kwargs=model_kwargs)
+                out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
                 eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-                columns["vb"].append(self._vb_terms_bpd(out, x_start, x_t, t))
+                columns["vb"].append(self._bound_term(out, x_start, x_t, t))
                 columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
                 columns["mse"].append(mean_flat((eps - noise) ** 2))
         terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
         prior_bpd = self._prior_bpd(x_start)
         return {"total_bpd": terms["vb"].sum(dim=1) + prior_bpd, "prior_bpd": prior_bpd, **terms}
+
+
+def _extract_into_tensor(arr: np.ndarray, timesteps: torch.Tensor, broadcast_shape: Sequence[int]) -> torch.Tensor:
+    """The numbers of an array (N,) at the timesteps (B,), float32 of shape `broadcast_shape` (B, ...).
+
+    Unused here: subclasses in other people's scripts look their schedules up by it.
+    """
+    values = torch.as_tensor(np.asarray(arr), device=timesteps.device)[timesteps].float()
+    return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(*broadcast_shape)
 
 
 def check_step_reverse(step_reverse: int, num_steps: int, flag: str = "--step_reverse") -> int:
@@ -777,7 +866,12 @@ def _unless_first(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return (t != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
-def _last(steps: Iterator[Output], start: torch.Tensor) -> torch.Tensor:
+def _if_given(generator: Noise) -> dict[str, Noise]:
+    """The generator as an argument; none without one, for overriding methods that do not know it."""
+    return {} if generator is None else {"generator": generator}
+
+
+def _last(steps: Iterator[Output], start: torch.Tensor | None = None) -> torch.Tensor:
     """The last of the samples, or the starting point if there is none."""
     x = start
     for out in steps:

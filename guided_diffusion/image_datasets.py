@@ -15,10 +15,10 @@ import random
 import re
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 import blobfile as bf
 import numpy as np
@@ -33,6 +33,8 @@ from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
 if TYPE_CHECKING:
     from .training_data import ImageDataset as ImageDataset
     from .training_data import load_data as load_data
+
+T = TypeVar("T")
 
 # Formats that begin with a signature, so that other bytes are not taken for an image, and their usual extensions.
 _FORMATS = {
@@ -285,11 +287,11 @@ def _label_from_file(data_dir: str, paths: Sequence[str], labels_file: str) -> l
     return [LabelledImage(p, label, WNIDS[label]) for p, label in zip(paths, labels, strict=True) if label is not None]
 
 
-def _find_entry(classes: dict[str, int], path: str) -> int | None:
+def _find_entry(entries: Mapping[str, T], path: str) -> T | None:
     """The entry of `path`, or of the same path with fewer folders before it."""
     parts = _without_extension(path).split("/")
     names = ("/".join(parts[i:]) for i in range(len(parts)))
-    return next((classes[name] for name in names if name in classes), None)
+    return next((entries[name] for name in names if name in entries), None)
 
 
 def _without_extension(path: str) -> str:
@@ -635,6 +637,57 @@ def _half(image: Image.Image) -> Image.Image:
 def to_float(image: np.ndarray) -> np.ndarray:
     """uint8 in 0..255 to float32 in [-1, 1]."""
     return image.astype(np.float32) / 127.5 - 1
+
+
+# As other people's scripts list images: those written for guided-diffusion, and those of the released experiment
+
+
+def _list_image_files_recursively(data_dir: str) -> list[str]:
+    """The images below a folder: paths that begin with it, folder by folder in the order of their names.
+
+    Raises UserError where there is no such folder, or no image in it.
+    """
+    return [os.path.join(data_dir, path) for path in sorted(list_images(data_dir), key=lambda path: path.split("/"))]
+
+
+def _list_images_per_classes(data_dir: str, num_per_class: int, num_classes: int) -> list[str]:
+    """The images that forward_backward_dataset_sample.py takes, class by class: paths that begin with the folder.
+
+    If their classes are unknown, these are all images, with a warning.
+
+    Raises UserError where there is no such folder or no image in it, or a number is less than 1.
+    """
+    images, why_unknown = label_where_known(data_dir, list_images(data_dir))
+    if why_unknown:
+        logger.warn(f"{why_unknown}: all {len(images)} are listed")
+    return [os.path.join(data_dir, image.path) for image in choose_images(images, num_classes, num_per_class)]
+
+
+def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> list[str]:
+    """The starting image of each sample, in this order: paths that begin with `starting_data_dir`.
+
+    Args:
+        starting_data_dir: folder of the starting images.
+        samples: paths of their samples, [folders/]NAME_t0500.JPEG. The folders of a sample need not be those of its
+            starting image if there is only one image of that name.
+
+    Raises UserError where a sample has no starting image, or several might be.
+    """
+    starts: dict[str, set[str]] = defaultdict(set)
+    for path in list_images(starting_data_dir):
+        stem = _without_extension(path)
+        for name in (stem, os.path.basename(stem)):
+            starts[name].add(os.path.join(starting_data_dir, path))
+    found: list[str] = []
+    for path in samples:
+        those = _find_entry(starts, re.sub(r"_t\d+$", "", _without_extension(path))) or set()
+        if len(those) != 1:
+            raise UserError(
+                f"{path!r} has {len(those) or 'no'} starting images in {starting_data_dir!r}; expected one, of the "
+                "same name without _tNNNN"
+            )
+        found += those
+    return found
 
 
 # Training

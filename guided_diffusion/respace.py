@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .gaussian_diffusion import GaussianDiffusion, betas_from_alphas_cumprod
+from .gaussian_diffusion import DeviceTables, GaussianDiffusion, Guide, Model, Output, betas_from_alphas_cumprod
 
 
 def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int]) -> set[int]:
@@ -49,7 +49,7 @@ def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int
 class SpacedDiffusion(GaussianDiffusion):
     """A diffusion that visits only some time steps of another, with the same noise levels there.
 
-    The model is handed the original time steps, which are those that it was trained with.
+    Models and guides are wrapped, so that they receive the original timesteps, which the model was trained with.
 
     Attributes:
         timestep_map: the original time step of each of the `num_timesteps` steps.
@@ -73,11 +73,66 @@ class SpacedDiffusion(GaussianDiffusion):
         alphas_cumprod = np.cumprod(1 - betas)[self.timestep_map]
         super().__init__(betas=betas_from_alphas_cumprod(alphas_cumprod), **kwargs)
 
+    def p_mean_variance(self, model: Model, *args: Any, **kwargs: Any) -> Output:
+        return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
+
+    def training_losses(self, model: Model, *args: Any, **kwargs: Any) -> Output:
+        return super().training_losses(self._wrap_model(model), *args, **kwargs)
+
+    def condition_mean(self, cond_fn: Guide, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
+
+    def condition_score(self, cond_fn: Guide, *args: Any, **kwargs: Any) -> Output:
+        return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
+
     def _schedule(self) -> dict[str, np.ndarray]:
         return {**super()._schedule(), "timestep_map": np.array(self.timestep_map)}
 
     def scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        original = self._tables(t.device)["timestep_map"][t]
+        return self._wrap_model(None).original_timesteps(self._scale_timesteps(t))
+
+    def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
+        return t  # the wrapper looks up the original timesteps, and scales them
+
+    def _wrap_model(self, model: Model) -> _WrappedModel:
+        """What calls `model` with the original timesteps."""
+        if isinstance(model, _WrappedModel):
+            return model
+        schedule = self.timestep_map, self.rescale_timesteps, self.original_num_steps
+        return _WrappedModel(model, *schedule, self._tables)
+
+
+class _WrappedModel:
+    """A model, or a guide, that is called with the indices of a `SpacedDiffusion`.
+
+    Args:
+        model: called as model(x, timesteps, **kwargs), with the original timesteps.
+        timestep_map: the original timestep of each index.
+        rescale_timesteps: scale the original timesteps to 0..1000.
+        original_num_steps: number of steps of the original diffusion.
+        tables: where the map is kept on devices; the wrapper's own if None.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        timestep_map: Sequence[int],
+        rescale_timesteps: bool,
+        original_num_steps: int,
+        tables: DeviceTables | None = None,
+    ):
+        self.model = model
+        self.timestep_map = timestep_map
+        self.rescale_timesteps = rescale_timesteps
+        self.original_num_steps = original_num_steps
+        self._tables = tables or DeviceTables()
+
+    def __call__(self, x: torch.Tensor, ts: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return self.model(x, self.original_timesteps(ts), **kwargs)
+
+    def original_timesteps(self, ts: torch.Tensor) -> torch.Tensor:
+        """The timesteps (B,) that the model receives for the indices `ts` (B,)."""
+        original = self._tables.on(ts.device, "timestep_map", np.array(self.timestep_map))[ts]
         return original.float() * (1000 / self.original_num_steps) if self.rescale_timesteps else original
 
 

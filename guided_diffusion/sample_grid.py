@@ -50,7 +50,7 @@ class SampleGrid:
     def __call__(self, model: Callable[..., torch.Tensor], step: int) -> None:
         """Sample from `model` and write the picture of `step`."""
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
-        options: dict[str, Any] = {"model_kwargs": self.model_kwargs, "device": self.device}
+        options: dict[str, Any] = {"model_kwargs": self.model_kwargs, "device": self.device, "generator": noise}
         try:
             with enough_memory(self.shape[0], flag="--sample_grid"):
                 options["noise"] = noise.randn(self.shape, device=self.device)

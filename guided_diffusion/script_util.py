@@ -6,7 +6,7 @@ The module imports no torch: a script answers `--help` or a misspelt flag at onc
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .command_line import whole_number
@@ -233,27 +233,97 @@ def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     return {"large_size": 256, "small_size": 64, **flags}
 
 
-def create_model_and_diffusion(**flags: Any) -> tuple[UNetModel, SpacedDiffusion]:
-    """Build the model and the diffusion that `model_and_diffusion_defaults` describes."""
+def create_model_and_diffusion(
+    image_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    channel_mult: str,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    resblock_updown: bool,
+    use_fp16: bool,
+    use_new_attention_order: bool,
+) -> tuple[UNetModel, SpacedDiffusion]:
+    """Build the model and the diffusion that `model_and_diffusion_defaults` describes; see `HELP` for the flags.
+
+    Raises UserError where the flags describe no network or no diffusion.
+    """
+    flags = locals()
     return model_from_flags(flags), diffusion_from_flags(flags)
 
 
-def sr_create_model_and_diffusion(**flags: Any) -> tuple[SuperResModel, SpacedDiffusion]:
-    """Build the upsampler and the diffusion that `sr_model_and_diffusion_defaults` describes.
+def sr_create_model_and_diffusion(
+    large_size: int,
+    small_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_head_channels: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    resblock_updown: bool,
+    use_fp16: bool,
+    channel_mult: str = "",
+) -> tuple[SuperResModel, SpacedDiffusion]:
+    """Build the upsampler and the diffusion that `sr_model_and_diffusion_defaults` describes; see `HELP` for the flags.
 
-    channel_mult may be absent.
+    Raises UserError where the flags describe no network or no diffusion.
     """
-    flags = {"channel_mult": "", **flags}
+    flags = locals()
     of_model = sr_model_and_diffusion_defaults().keys() - diffusion_defaults().keys() | {"learn_sigma"}
     return sr_create_model(**{name: flags[name] for name in of_model}), diffusion_from_flags(flags)
 
 
-def create_classifier_and_diffusion(**flags: Any) -> tuple[EncoderUNetModel, SpacedDiffusion]:
-    """Build the classifier and the diffusion that `classifier_and_diffusion_defaults` describes.
+def create_classifier_and_diffusion(
+    image_size: int,
+    classifier_use_fp16: bool,
+    classifier_width: int,
+    classifier_depth: int,
+    classifier_attention_resolutions: str,
+    classifier_use_scale_shift_norm: bool,
+    classifier_resblock_updown: bool,
+    classifier_pool: str,
+    learn_sigma: bool,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    classifier_channel_mult: str = "",
+) -> tuple[EncoderUNetModel, SpacedDiffusion]:
+    """Build the classifier and the diffusion that `classifier_and_diffusion_defaults` describes; see `HELP`.
 
-    classifier_channel_mult may be absent.
+    Raises UserError where the flags describe no network or no diffusion.
     """
-    flags = {"classifier_channel_mult": "", **flags}
+    flags = locals()
     return create_classifier(**{name: flags[name] for name in classifier_defaults()}), diffusion_from_flags(flags)
 
 
@@ -519,9 +589,17 @@ def numbers(text: str, flag: str, example: str = "32,16,8") -> tuple[float, ...]
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
-    """Add a flag for every entry, with its default's type and, where `HELP` knows it, an explanation."""
+    """Add a flag for every entry, with its default's type; for None it is text. For other people's scripts: `add_flags`
+    restricts and explains our own flags.
+    """
     for name, default in default_dict.items():
-        kind = str2bool if isinstance(default, bool) else str if default is None else type(default)
+        parser.add_argument(f"--{name}", default=default, type=_type_of(default))
+
+
+def add_flags(parser: argparse._ActionsContainer, default_dict: Mapping[str, Any]) -> None:
+    """Add a flag of our scripts for every entry, with its default's type or its least value, and its explanation."""
+    for name, default in default_dict.items():
+        kind = _type_of(default)
         shown = "%(default)s" if str(default) else "empty"
         parser.add_argument(
             f"--{name}",
@@ -532,19 +610,24 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[st
         )
 
 
+def _type_of(default: Any) -> Callable[[str], Any]:
+    """What reads the value of a flag with this default."""
+    return str2bool if isinstance(default, bool) else str if default is None else type(default)
+
+
 def args_to_dict(args: argparse.Namespace, keys) -> dict[str, Any]:
     """The given attributes of `args` as a dictionary."""
     return {key: getattr(args, key) for key in keys}
 
 
-def str2bool(text: str | bool) -> bool:
+def str2bool(v: str | bool) -> bool:
     """Read a truth value. Raises argparse.ArgumentTypeError."""
     known = {"true": True, "t": True, "yes": True, "y": True, "1": True}
     known |= {"false": False, "f": False, "no": False, "n": False, "0": False}
     try:
-        return known[str(text).lower()]
+        return known[str(v).lower()]
     except KeyError:
-        raise argparse.ArgumentTypeError(f"expected True or False, not {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected True or False, not {v!r}") from None
 
 
 def bool_or_auto(text: str) -> bool | str:

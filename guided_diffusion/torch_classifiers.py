@@ -18,6 +18,7 @@ import torchvision
 from PIL import Image
 from torch import Tensor, nn
 
+from . import dist_util
 from .checkpoint_file import Shapes, read_checkpoint
 from .checkpoints import UNTRAINED, shapes_of
 from .errors import UserError, first_line
@@ -46,6 +47,33 @@ class Classifier:
 
 
 def load_classifier(
+    classifier_name: str = "convnext_base", classifier_path: str = ""
+) -> tuple[nn.Module, Callable[[Tensor], Tensor], list[str]]:
+    """A classifier of torchvision as the released experiment loads it; `open_classifier` is what our scripts use.
+
+    Args:
+        classifier_name, classifier_path: as `name` and `classifier_path` of `open_classifier`.
+
+    Returns:
+        the network, on this process's device, in evaluation mode and without gradients;
+        the preprocessing, which makes of images in [-1, 1], (3, H, W) or (B, 3, H, W), the network's input;
+        the names of the layers to watch, by which `named_modules` knows them.
+
+    Raises UserError as `open_classifier`, and for a network of one's own, whose preprocessing takes no such images.
+    """
+    if ":" in classifier_name:
+        raise UserError(f"load_classifier: found {classifier_name!r}, expected a classifier of torchvision")
+    classifier = open_classifier(classifier_name, classifier_path)
+    preset = _weights_of(classifier_name, classifier_path).transforms()
+    names = [layer.name for layer in classifier.layers]
+    return classifier.model.to(dist_util.dev()), partial(_preprocess_tensor, preset), names
+
+
+def _preprocess_tensor(preset: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    return preset((images + 1) / 2)
+
+
+def open_classifier(
     name: str, classifier_path: str = "", layers: Sequence[str] = (), image_size: int = 256
 ) -> Classifier:
     """Load a classifier of torchvision, or one's own.

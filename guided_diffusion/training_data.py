@@ -16,12 +16,13 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import wait
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +36,7 @@ from .image_datasets import (
     MIN_CROP_FRAC,
     LabelledImage,
     UnreadableImage,
+    _list_image_files_recursively,
     center_crop_arr,
     classes_of,
     label_images,
@@ -47,7 +49,7 @@ from .inputs import compare_with_record
 from .script_util import NUM_CLASSES
 
 
-def load_data(
+def training_stream(
     *,
     data_dir: str,
     batch_size: int,
@@ -234,7 +236,7 @@ class _Batches:
         paths: the n images.
         classes: their class indices, or None.
         resolution: side of the square images, in pixels.
-        seed, deterministic, random_crop, random_flip: see `load_data`.
+        seed, deterministic, random_crop, random_flip: see `training_stream`.
     """
 
     data_dir: str
@@ -332,3 +334,88 @@ def read_augmented(
     image = open_for_crop(path, math.ceil(resolution / MIN_CROP_FRAC))
     pixels = random_crop_arr(image, resolution, rng=rng) if random_crop else center_crop_arr(image, resolution)
     return pixels[:, ::-1] if random_flip and rng.random() < 0.5 else pixels
+
+
+# As other people's scripts load images: those written for guided-diffusion, and those of the released experiment
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    list_images: Sequence[str] | None = None,
+    drop_last: bool = True,
+    preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    seed: int = 0,
+    num_workers: int = 2,
+) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Endless batches (images, extra) of the images below a folder; our own scripts use `training_stream`.
+
+    By default it is such a stream, except that `extra["y"]` numbers what stands before the first "_" of the file names,
+    whatever the folders. With any of `list_images`, `drop_last=False` and `preprocess_fn` it is as the released
+    experiment has it: batches end with the epoch, and `extra["img_name"]` has the file names of the images.
+
+    Args:
+        data_dir, batch_size, image_size, deterministic, random_crop, random_flip, num_workers: see `training_stream`.
+        class_cond: give each image its class.
+        list_images: paths of the images to take, instead of those below `data_dir`.
+        drop_last: leave out the last images of an epoch if they do not fill a batch.
+        preprocess_fn: applied to every image, (3, image_size, image_size) in [-1, 1].
+        seed: of a stream; what is not one draws from the global generators of torch and `random`.
+
+    Raises UserError if there are no images, or too few to fill a batch.
+    """
+    paths = _list_image_files_recursively(data_dir) if list_images is None else list(list_images)
+    names, labels = _classes_by_prefix(paths) if class_cond else (None, None)
+    if names and len(names) > NUM_CLASSES:
+        logger.warn(
+            f"found {len(names)} classes in {data_dir!r}, more than the {NUM_CLASSES} of create_model: load_data takes "
+            'what stands before the first "_" of a file name for its class'
+        )
+    if list_images is None and drop_last and preprocess_fn is None:
+        if seed < 0:
+            raise UserError(f"--seed is {seed}; expected 0 or more")
+        below = [path[len(os.path.join(data_dir, "")) :] for path in paths]
+        images = _Batches(data_dir, below, labels, image_size, seed, deterministic, random_crop, random_flip)
+        return DataStream(images, batch_size, num_workers, "--data_dir", names and Classes(names, "text", data_dir))
+    shard = dist_util.get_rank(), dist_util.get_world_size()
+    images = _NamedImages(image_size, paths, labels, *shard, random_crop, random_flip, preprocess_fn=preprocess_fn)
+    if len(images) < (batch_size if drop_last else 1):
+        raise UserError(
+            f"load_data: found {len(images)} images for this process, expected a batch of {batch_size} or more "
+            "(batch_size, drop_last=False)"
+        )
+    loader = DataLoader(images, batch_size, shuffle=not deterministic, drop_last=drop_last, num_workers=num_workers)
+    return itertools.chain.from_iterable(itertools.repeat(loader))
+
+
+def _classes_by_prefix(paths: Sequence[str]) -> tuple[dict[int, str], list[int]]:
+    """Names of the classes by their numbers, and the number of each image: what precedes the first "_" of its name."""
+    prefixes = [os.path.basename(path).split("_")[0] for path in paths]
+    numbers = {name: number for number, name in enumerate(sorted(set(prefixes)))}
+    return {number: name for name, number in numbers.items()}, [numbers[name] for name in prefixes]
+
+
+class _NamedImages(ImageDataset):
+    """An `ImageDataset` whose `extra` has the file name of the image, as "img_name".
+
+    Args:
+        args: those of `ImageDataset`.
+        preprocess_fn: applied to every image, (3, resolution, resolution) in [-1, 1].
+    """
+
+    def __init__(self, *args: Any, preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        super().__init__(*args)
+        self.preprocess_fn = preprocess_fn
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        pixels, extra = super().__getitem__(index)
+        image = torch.from_numpy(np.ascontiguousarray(pixels))
+        if self.preprocess_fn is not None:
+            image = self.preprocess_fn(image)
+        return image, {**extra, "img_name": os.path.basename(self.local_images[index])}

@@ -27,7 +27,7 @@ from .locks import Locks, hold
 from .sample_grid import SampleGrid
 from .script_util import diffusion_from_flags
 from .training_checkpoints import newest_model
-from .training_data import load_data
+from .training_data import training_stream
 from .training_start import describe_newest
 
 if TYPE_CHECKING:
@@ -145,7 +145,7 @@ def images_for(args: argparse.Namespace, data_dir: str, class_cond: bool, **opti
     """The stream of training images that the flags describe."""
     return dist_util.on_every_rank(
         partial(
-            load_data,
+            training_stream,
             data_dir=data_dir,
             batch_size=args.batch_size,
             class_cond=class_cond,

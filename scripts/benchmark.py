@@ -42,7 +42,7 @@ from guided_diffusion import logger
 from guided_diffusion.errors import ResultError, UserError
 from guided_diffusion.files import write_whole
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words
-from guided_diffusion.script_util import add_dict_to_argparser, args_to_dict, bool_or_auto, model_defaults
+from guided_diffusion.script_util import add_flags, args_to_dict, bool_or_auto, model_defaults
 from guided_diffusion.timing import (
     Clock,
     Contender,
@@ -471,7 +471,7 @@ def startup(bench: Bench) -> list[Row]:
 
 def classifier(bench: Bench) -> list[Row]:
     """convnext_base with random weights, starting images and their samples of ten times"""
-    from guided_diffusion.torch_classifiers import load_classifier
+    from guided_diffusion.torch_classifiers import open_classifier
 
     starts = 64 if bench.device.type == "cuda" else 4
     size = bench.args.image_size
@@ -484,7 +484,7 @@ def classifier(bench: Bench) -> list[Row]:
     flags |= {"starting_data_dir": folder, "data_dir": samples, "timestep_respacing": N, "image_size": size}
     flags |= {"batch_size": 128 if bench.device.type == "cuda" else 22, "num_threads": bench.threads}
     flags["device"] = bench.args.device
-    one_by_one = load_classifier("convnext_base", "untrained", image_size=size)
+    one_by_one = open_classifier("convnext_base", "untrained", image_size=size)
     one_by_one.model.to(bench.device)
     kinds = {"one pair after the other, float32": None, "this project, float32": False, "this project, half": True}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
@@ -609,7 +609,7 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="INT",
         help="CPU threads that compute; 0: the cores (default: 0)",
     )
-    add_dict_to_argparser(parser.add_argument_group("the network"), FLAGS)
+    add_flags(parser.add_argument_group("the network"), FLAGS)
     return parser
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's pac
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import (
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     classifier_defaults,
     diffusion_defaults,
@@ -101,11 +101,11 @@ def create_argparser() -> argparse.ArgumentParser:
     guidance = {"classifier_path": "", "classifier_scale": 1.0}
     classifier = {name: default for name, default in classifier_defaults().items() if name not in model_defaults()}
     sampling = parser.add_argument_group("sampling")
-    add_dict_to_argparser(sampling, {**sampling_defaults(), **guidance})
+    add_flags(sampling, {**sampling_defaults(), **guidance})
     add_classes(sampling)
-    add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
-    add_dict_to_argparser(parser.add_argument_group("the classifier, as it was trained"), classifier)
-    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    add_flags(parser.add_argument_group("the classifier, as it was trained"), classifier)
+    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 
 

@@ -21,7 +21,7 @@ from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.script_util import (
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     classifier_and_diffusion_defaults,
     diffusion_from_flags,
@@ -98,10 +98,10 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
     training = parser.add_argument_group("training")
-    add_dict_to_argparser(training, classifier_training_defaults())
+    add_flags(training, classifier_training_defaults())
     add_class_order(training)
     network = parser.add_argument_group("the classifier and the diffusion")
-    add_dict_to_argparser(network, classifier_and_diffusion_defaults())
+    add_flags(network, classifier_and_diffusion_defaults())
     network.add_argument(
         "--channel_mult",
         dest="classifier_channel_mult",

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.command_line import ArgumentParser, run
-from guided_diffusion.script_util import add_dict_to_argparser, training_defaults
+from guided_diffusion.script_util import add_flags, training_defaults
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def create_argparser() -> argparse.ArgumentParser:
     absent = "data_dir", "labels_file", "random_crop", "random_flip", "num_workers", "sample_grid", "sample_steps"
     for name in (*absent, "schedule_sampler"):
         del flags[name]
-    add_dict_to_argparser(parser, {**flags, "use_fp16": False})
+    add_flags(parser, {**flags, "use_fp16": False})
     return parser
 
 

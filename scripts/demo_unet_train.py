@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's pac
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     diffusion_from_flags,
     model_and_diffusion_defaults,
@@ -97,8 +97,8 @@ def create_argparser() -> argparse.ArgumentParser:
     flags = {**training_defaults(), **TRAINING_FLAGS}
     for absent in ("data_dir", "labels_file", "random_crop", "random_flip", "num_workers"):
         del flags[absent]
-    add_dict_to_argparser(parser.add_argument_group("training"), flags)
-    add_dict_to_argparser(
+    add_flags(parser.add_argument_group("training"), flags)
+    add_flags(
         parser.add_argument_group("the model and the diffusion"), {**model_and_diffusion_defaults(), **MODEL_FLAGS}
     )
     return parser

@@ -34,7 +34,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import folder_name
 from guided_diffusion.script_util import (
     NUM_CLASSES,
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     diffusion_defaults,
     diffusion_from_flags,
@@ -326,7 +326,7 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER --model_path FILE [flags]", description=__doc__)
     measuring = parser.add_argument_group("measuring")
-    add_dict_to_argparser(
+    add_flags(
         measuring,
         {
             "data_dir": "",
@@ -348,8 +348,8 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="INT",
         help="threads per process that read images ahead (default: %(default)s)",
     )
-    add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
-    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 
 

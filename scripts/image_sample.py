@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's pac
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.script_util import (
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     diffusion_defaults,
     diffusion_from_flags,
@@ -81,10 +81,10 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --model_path FILE [flags]", description=__doc__)
     sampling = parser.add_argument_group("sampling")
-    add_dict_to_argparser(sampling, sampling_defaults())
+    add_flags(sampling, sampling_defaults())
     add_classes(sampling)
-    add_dict_to_argparser(parser.add_argument_group("the model, as it was trained"), model_defaults())
-    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 
 

@@ -31,7 +31,7 @@ from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.files import LFS_POINTER, read_json
 from guided_diffusion.script_util import (
     NUM_CLASSES,
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     diffusion_defaults,
     diffusion_from_flags,
@@ -223,9 +223,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(usage="%(prog)s --model_path FILE --base_samples FILE.npz [flags]", description=__doc__)
     flags = sr_model_and_diffusion_defaults()
     model = {name: default for name, default in flags.items() if name not in diffusion_defaults()}
-    add_dict_to_argparser(parser.add_argument_group("sampling"), {**sampling_defaults(), "base_samples": ""})
-    add_dict_to_argparser(parser.add_argument_group("the upsampler, as it was trained"), model)
-    add_dict_to_argparser(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("sampling"), {**sampling_defaults(), "base_samples": ""})
+    add_flags(parser.add_argument_group("the upsampler, as it was trained"), model)
+    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 
 

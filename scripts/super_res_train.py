@@ -19,7 +19,7 @@ from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.script_util import (
-    add_dict_to_argparser,
+    add_flags,
     args_to_dict,
     diffusion_from_flags,
     sr_model_and_diffusion_defaults,
@@ -115,9 +115,9 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
     training = parser.add_argument_group("training")
-    add_dict_to_argparser(training, training_defaults())
+    add_flags(training, training_defaults())
     add_class_order(training)
-    add_dict_to_argparser(parser.add_argument_group("the model and the diffusion"), sr_model_and_diffusion_defaults())
+    add_flags(parser.add_argument_group("the model and the diffusion"), sr_model_and_diffusion_defaults())
     return parser
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from guided_diffusion import logger
 from guided_diffusion.activations import ActivationMoments, Moments, Normalization, Similarities, load_normalization
 from guided_diffusion.errors import UserError
-from guided_diffusion.torch_classifiers import load_classifier
+from guided_diffusion.torch_classifiers import open_classifier
 
 # Moments
 
@@ -145,14 +145,14 @@ def check_against_everything_kept(classifier, tmp_path, size, number, kinds=("st
     ("name", "size"), [("convnext_tiny", 64), ("swin_v2_t", 64), ("resnet18", 64), ("vit_b_32", 224)]
 )
 def test_statistics_and_similarities(name, size, tmp_path):
-    classifier = load_classifier(name, "untrained")
+    classifier = open_classifier(name, "untrained")
     if name == "vit_b_32":  # whose last layer begins with zeros: logits that are 0 have no similarity
         classifier.model.heads.head.reset_parameters()
     check_against_everything_kept(classifier, tmp_path, size, 9)
 
 
 def test_statistics_and_similarities_of_convnext_base(tmp_path):
-    check_against_everything_kept(load_classifier("convnext_base", "untrained"), tmp_path, 64, 24, ["std"])
+    check_against_everything_kept(open_classifier("convnext_base", "untrained"), tmp_path, 64, 24, ["std"])
 
 
 # The axis of the channels
@@ -160,7 +160,7 @@ def test_statistics_and_similarities_of_convnext_base(tmp_path):
 
 def with_known_means(name, layer):
     """A classifier whose layer has channel means -1, 0, 1, ... with no variance: weights 0, and these as bias."""
-    classifier = load_classifier(name, "untrained", [layer])
+    classifier = open_classifier(name, "untrained", [layer])
     module = classifier.model.get_submodule(layer)
     last = [inner for inner in module.modules() if getattr(inner, "bias", None) is not None][-1]
     last.weight.zero_()
@@ -204,7 +204,7 @@ def test_channels_have_the_means_that_they_were_given(name, layer):
 def test_a_shift_of_a_block_s_channels_shifts_their_means(name, layer, last):
     """The bias of what comes last in a block's residual branch is added to its output, channel by channel."""
     x = images(2, 224 if "vit" in name else 64)
-    classifier = load_classifier(name, "untrained", [layer])
+    classifier = open_classifier(name, "untrained", [layer])
     block, found = classifier.model.get_submodule(layer), []
     bias, scale = block.get_submodule(last).bias, getattr(block, "layer_scale", torch.ones(1)).flatten()
     if name == "resnet18":
@@ -219,7 +219,7 @@ def test_a_shift_of_a_block_s_channels_shifts_their_means(name, layer, last):
 
 
 def test_logits_have_one_mean_over_images_and_classes():
-    classifier = load_classifier("resnet18", "untrained", ["fc"])
+    classifier = open_classifier("resnet18", "untrained", ["fc"])
     with torch.inference_mode(), ActivationMoments(classifier) as watch:
         logits = torch.cat([classifier.model(x) for x in images(5, 64).split(2)]).double()
     moments = watch.moments["fc"]
@@ -234,13 +234,13 @@ def test_logits_have_one_mean_over_images_and_classes():
 
 def small(**weights):
     """ResNet-18, its stem and its logits alone."""
-    return load_classifier("resnet18", "untrained", ["conv1", "fc"])
+    return open_classifier("resnet18", "untrained", ["conv1", "fc"])
 
 
 def test_dead_channels_are_divided_by_1_and_counted(tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr(logger, "warn", warnings.append)
-    classifier = load_classifier("convnext_tiny", "untrained", ["features.0.0", "features.1.0"])
+    classifier = open_classifier("convnext_tiny", "untrained", ["features.0.0", "features.1.0"])
     conv = classifier.model.get_submodule("features.0.0")
     conv.weight[:2] = 0
     conv.bias[:2] = torch.tensor([0.0, 1234.567])
@@ -306,7 +306,7 @@ def test_equal_images_similar_ones_and_nothing():
 
 
 def test_in_half_precision_the_measuring_is_not():
-    classifier = load_classifier("convnext_tiny", "untrained", ["features.0", "features.1.0", "classifier"])
+    classifier = open_classifier("convnext_tiny", "untrained", ["features.0", "features.1.0", "classifier"])
     x = pairs(3, 2, 64)
     kept = {}
     watch, moments = Similarities(classifier, Normalization(), 2), ActivationMoments(classifier)
@@ -335,7 +335,7 @@ def test_statistics_that_do_not_fit(tmp_path):
     refused("^--normalization is 'st'; expected std, rms, none$", "st")
     refused(
         r"s.npz holds no mean/layer1.0: it is of other layers or of another classifier.\nRun classifier_statistics",
-        of=load_classifier("resnet18", "untrained", ["conv1", "layer1.0"]),
+        of=open_classifier("resnet18", "untrained", ["conv1", "layer1.0"]),
     )
     np.savez(path, **{**arrays, "mean/conv1": np.zeros(96)})
     refused(r"s.npz is of another classifier: mean/conv1 has shape \[96\], and not \[64\].\n")

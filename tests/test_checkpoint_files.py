@@ -24,7 +24,7 @@ from torch.optim.swa_utils import AveragedModel
 from guided_diffusion.checkpoints import build
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import UnreadableImage, read_image
-from guided_diffusion.torch_classifiers import load_classifier
+from guided_diffusion.torch_classifiers import open_classifier
 
 WRAPPERS = {
     "DataParallel": nn.DataParallel,
@@ -188,7 +188,7 @@ def make(name: str, **options) -> nn.Module:
 def assert_loaded(name: str, path: Path, model: nn.Module, layers=()) -> nn.Module:
     side = 299 if name == "inception_v3" else 224 if name.startswith("vit") else 96
     x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    found = load_classifier(name, str(path), layers).model
+    found = open_classifier(name, str(path), layers).model
     with torch.no_grad():
         assert torch.equal(found(x), model(x))
     return found
@@ -237,7 +237,7 @@ def test_auxiliary_heads_may_be_absent(name, tmp_path):
     cut = {k: w for k, w in with_heads.state_dict().items() if not k.startswith("fc.")}
     torch.save(cut, tmp_path / "cut.pth")
     with pytest.raises(UserError, match=r"it lacks 2 of \d+ weights and has 0 besides\n\(the first: fc\.weight\)"):
-        load_classifier(name, str(tmp_path / "cut.pth"))
+        open_classifier(name, str(tmp_path / "cut.pth"))
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -258,7 +258,7 @@ def test_the_version_of_a_wrapped_network_is_kept(wrapper, tmp_path):
     assert_loaded("mnasnet0_5", path, model, ["classifier"])
     torch.save(dict(model.state_dict()), path)
     with pytest.raises(UserError, match=r"does not fit --classifier_name mnasnet0_5: version"):
-        load_classifier("mnasnet0_5", str(path))
+        open_classifier("mnasnet0_5", str(path))
 
 
 OWN = """
@@ -281,10 +281,10 @@ def test_one_s_own_network(tmp_path, monkeypatch):
     with pytest.raises(
         UserError, match=r"x.pth has the entries a, b, and several are state dicts of this network: a, b"
     ):
-        load_classifier("own_resnet:ours", str(path))
+        open_classifier("own_resnet:ours", str(path))
     torch.save({**model.state_dict(), "fc.weight": torch.zeros(4, 512)}, path)
     with pytest.raises(UserError, match=r"own_resnet:ours: fc.weight has shape \[4, 512\], and not \[3, 512\]"):
-        load_classifier("own_resnet:ours", str(path))
+        open_classifier("own_resnet:ours", str(path))
 
 
 # Other formats
@@ -295,7 +295,7 @@ def test_a_git_lfs_pointer(tmp_path):
     pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 2211383297\n")
     for load, flag in (
         *((lambda n=network: LOADERS[n](str(pointer), flags_of(n)), network.path_flag) for network in SMALL),
-        (lambda: load_classifier("resnet18", str(pointer)), "--classifier_path"),
+        (lambda: open_classifier("resnet18", str(pointer)), "--classifier_path"),
     ):
         with pytest.raises(
             UserError, match=rf"^{flag} \S+ \(\d+ bytes\) is a Git LFS pointer, .* git lfs pull"
@@ -351,8 +351,8 @@ def test_safetensors_without_the_package(tmp_path):
     program = (
         "import sys; sys.modules['safetensors'] = None\n"
         "from guided_diffusion.command_line import run\n"
-        "from guided_diffusion.torch_classifiers import load_classifier\n"
-        f"run(lambda: load_classifier('resnet18', {str(path)!r}))"
+        "from guided_diffusion.torch_classifiers import open_classifier\n"
+        f"run(lambda: open_classifier('resnet18', {str(path)!r}))"
     )
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 2

@@ -24,7 +24,7 @@ from guided_diffusion.classifier_results import read_series
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import read_image
 from guided_diffusion.imagenet_classes import CLASS_INDEX
-from guided_diffusion.torch_classifiers import load_classifier
+from guided_diffusion.torch_classifiers import open_classifier
 
 NAME = "regnet_x_400mf"  # the quickest of the families
 SIZE = 64
@@ -177,7 +177,7 @@ class Direct:
         self.model = torchvision.models.get_model(NAME).eval()
         self.model.load_state_dict(torch.load(weights))
         self.model.double()
-        self.preprocess = load_classifier(NAME, str(weights)).preprocess
+        self.preprocess = open_classifier(NAME, str(weights)).preprocess
         self.layers = layers
 
     def activations(self, images: list[np.ndarray]) -> dict[str, np.ndarray]:

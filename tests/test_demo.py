@@ -15,7 +15,7 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import noised_image
 from guided_diffusion.script_util import diffusion_from_flags, model_and_diffusion_defaults
-from guided_diffusion.torch_classifiers import load_classifier
+from guided_diffusion.torch_classifiers import open_classifier
 from random_hierarchy_model import posterior_mean
 from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
@@ -128,7 +128,7 @@ def test_the_weights_are_small():
 
 
 def test_the_classifier_reads_the_class():
-    classifier = load_classifier(CLASSIFIER, str(CLASSIFIER_FILE), image_size=IMAGES.image_size)
+    classifier = open_classifier(CLASSIFIER, str(CLASSIFIER_FILE), image_size=IMAGES.image_size)
     x, symbols = some_images(1000)
     pixels = ((x + 1) * 127.5).permute(0, 2, 3, 1).round().byte().numpy()
     with torch.inference_mode():

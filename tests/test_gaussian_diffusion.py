@@ -13,6 +13,7 @@ from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.errors import UserError
 from guided_diffusion.losses import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.sample_grid import SampleGrid
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 GOLDEN = sorted(path.stem for path in (HERE / "golden").glob("diffusion_*.npz"))
@@ -424,13 +425,21 @@ class Impulses:
     ("loop", "eta", "draws"), [("p_sample", None, 6), ("ddim_sample", 1.0, 6), ("ddim_sample", 0.0, 0)]
 )
 def test_draws_per_loop(loop, eta, draws):
-    """One draw a step, one more where the start is not given, and none at all where none is used."""
+    """One draw a step, one more where the start is not given, and none at all from a generator where none is used."""
     options = {} if eta is None else {"eta": eta}
     loop = getattr(diffusion_of(), f"{loop}_loop_forw_back")
     for noise, extra in ((torch.zeros(SHAPE), 0), (None, 1)):
         generator = Impulses({})
         loop(sine_model(False), SHAPE, 6, noise=noise, generator=generator, **options)
         assert generator.count == draws + extra
+
+
+def test_the_sample_grid_leaves_the_random_numbers_of_training_alone(tmp_path):
+    grid = SampleGrid(diffusion_of(steps="3"), SHAPE, str(tmp_path), 0, torch.device("cpu"))
+    state = torch.get_rng_state()
+    grid(sine_model(False), 1)
+    assert (tmp_path / "samples_000001.png").exists()
+    assert torch.equal(state, torch.get_rng_state())
 
 
 class OffDevice(TorchDispatchMode):

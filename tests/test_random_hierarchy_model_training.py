@@ -11,7 +11,7 @@ from guided_diffusion.files import write_whole
 from guided_diffusion.forward_backward import to_pixels
 from guided_diffusion.pipeline import encode
 from guided_diffusion.script_util import create_gaussian_diffusion, model_and_diffusion_defaults, model_from_flags
-from guided_diffusion.torch_classifiers import load_classifier
+from guided_diffusion.torch_classifiers import open_classifier
 from random_hierarchy_model import ExactDenoiser, Grammar, TreeImages
 from random_hierarchy_model import training as training_module
 from random_hierarchy_model.belief_propagation import read_posterior
@@ -187,7 +187,7 @@ def test_the_classifier_s_training_goes_on(tmp_path):
         torch.load(tmp_path / kind / "ema_0.999_000004.pt", weights_only=True) for kind in ("whole", "parts")
     )
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    own = load_classifier(CLASSIFIER, str(tmp_path / "whole/ema_0.999_000004.pt"), image_size=16)
+    own = open_classifier(CLASSIFIER, str(tmp_path / "whole/ema_0.999_000004.pt"), image_size=16)
     assert own.num_classes == 8 and [layer.name for layer in own.layers][-1] == "classifier"
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from torchvision.transforms import functional
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.torch_classifiers import load_classifier
+from guided_diffusion.torch_classifiers import open_classifier
 
 PAPER = ["features.0"]
 for stage, blocks in ((1, 3), (3, 3), (5, 27), (7, 3)):
@@ -33,7 +33,7 @@ FAMILIES = {
 
 
 def test_the_paper_s_layers():
-    base = load_classifier("convnext_base", "untrained")
+    base = open_classifier("convnext_base", "untrained")
     assert [layer.name for layer in base.layers] == PAPER and len(PAPER) == 41
     assert [layer.name for layer in base.layers if layer.is_logits] == ["classifier"]
     assert {layer.channel_axis for layer in base.layers} == {1}
@@ -44,7 +44,7 @@ def test_the_paper_s_layers():
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families(name):
-    classifier = load_classifier(name, "untrained")
+    classifier = open_classifier(name, "untrained")
     number, some = FAMILIES[name]
     found = {layer.name: (layer.channels, layer.channel_axis) for layer in classifier.layers}
     assert len(found) == number and some.items() <= found.items()
@@ -57,24 +57,24 @@ def test_families(name):
 
 def test_random_weights_are_the_same_every_time_and_leave_the_generator_alone():
     state = torch.random.get_rng_state()
-    assert load_classifier("resnet18", "untrained").digest == load_classifier("resnet18", "untrained").digest
+    assert open_classifier("resnet18", "untrained").digest == open_classifier("resnet18", "untrained").digest
     assert torch.equal(state, torch.random.get_rng_state())
 
 
 def test_layers_by_name_and_pattern_come_in_the_order_of_the_network():
     def names(*patterns, of="resnet18"):
-        return [layer.name for layer in load_classifier(of, "untrained", patterns).layers]
+        return [layer.name for layer in open_classifier(of, "untrained", patterns).layers]
 
     assert names("fc", "layer2.?", "layer1.0.conv2") == ["layer1.0.conv2", "layer2.0", "layer2.1", "fc"]
     assert names("layer[12]") == ["layer1", "layer2"]
-    axes = load_classifier("swin_v2_t", "untrained", ["norm", "permute", "features.1.0.mlp.0", "avgpool"]).layers
+    axes = open_classifier("swin_v2_t", "untrained", ["norm", "permute", "features.1.0.mlp.0", "avgpool"]).layers
     assert {layer.name: layer.channel_axis for layer in axes} == {
         "features.1.0.mlp.0": -1,
         "norm": -1,
         "permute": 1,
         "avgpool": 1,
     }
-    inner = load_classifier("convnext_tiny", "untrained", ["features.1.0.block.[0-5]", "classifier.2"]).layers
+    inner = open_classifier("convnext_tiny", "untrained", ["features.1.0.block.[0-5]", "classifier.2"]).layers
     assert [layer.channel_axis for layer in inner] == [1, -1, -1, -1, -1, -1, 1] and inner[-1].is_logits
 
 
@@ -91,7 +91,7 @@ def test_layers_by_name_and_pattern_come_in_the_order_of_the_network():
 )
 def test_layers_that_cannot_be_watched(name, pattern, message):
     with pytest.raises(UserError, match=message):
-        load_classifier(name, "untrained", [pattern])
+        open_classifier(name, "untrained", [pattern])
 
 
 @pytest.mark.parametrize(
@@ -115,7 +115,7 @@ def test_layers_that_cannot_be_watched(name, pattern, message):
     ],
 )
 def test_a_pattern_leaves_out_what_cannot_be_watched(name, patterns, number, some, told, capsys):
-    layers = [layer.name for layer in load_classifier(name, "untrained", patterns).layers]
+    layers = [layer.name for layer in open_classifier(name, "untrained", patterns).layers]
     assert len(layers) == number and some in layers
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(rf"--layers: {told}", line) and len(line) < 300
@@ -125,19 +125,19 @@ def test_a_pattern_of_which_nothing_can_be_watched_is_refused():
     with pytest.raises(
         UserError, match=r"^--layers: none of the 6 layers that aux1\.\* matches can be watched: aux1.conv "
     ):
-        load_classifier("googlenet", "untrained", ["fc", "aux1.*"])
+        open_classifier("googlenet", "untrained", ["fc", "aux1.*"])
     with pytest.raises(UserError, match=r"^--layers: layer4.0.relu cannot be watched: the network calls it 2 times"):
-        load_classifier("resnet18", "untrained", ["layer4.*", "layer4.0.relu"])  # a name is meant
+        open_classifier("resnet18", "untrained", ["layer4.*", "layer4.0.relu"])  # a name is meant
 
 
 def test_names():
     with pytest.raises(UserError, match=r"^--classifier_name is 'ConvNext_bse', .*; did you mean convnext_base"):
-        load_classifier("ConvNext_bse", "untrained")
+        open_classifier("ConvNext_bse", "untrained")
 
 
 def test_preprocessing_is_the_preset_of_the_weights(photographs):
     image = np.asarray(Image.open(photographs / "n07920052/n07920052_2.JPEG").resize((256, 256)))
-    got = load_classifier("convnext_tiny", "untrained").preprocess(image)
+    got = open_classifier("convnext_tiny", "untrained").preprocess(image)
     assert got.dtype == torch.float32 and got.shape == (3, 224, 224)
     preset = torchvision.models.ConvNeXt_Tiny_Weights.IMAGENET1K_V1.transforms()
     assert torch.equal(got, preset(Image.fromarray(image)))
@@ -163,13 +163,13 @@ def network_alone():
 def test_one_s_own(tmp_path, monkeypatch):
     (tmp_path / "own_networks.py").write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
-    one, other = (load_classifier("own_networks:small", path, image_size=16) for path in ("", "untrained"))
+    one, other = (open_classifier("own_networks:small", path, image_size=16) for path in ("", "untrained"))
     assert (one.name, one.num_classes, one.digest) == ("small", 5, other.digest)
     assert [(layer.name, layer.channels, layer.is_logits) for layer in one.layers] == [("0", 8, False), ("2", 5, True)]
     image = np.full((16, 16, 3), 51, np.uint8)
     assert torch.equal(one.preprocess(image), torch.full((3, 16, 16), 0.2))
     torch.save({key: w + 1 for key, w in one.model.state_dict().items()}, tmp_path / "own.pth")
-    loaded = load_classifier("own_networks:small", str(tmp_path / "own.pth"), ["2"], 16)
+    loaded = open_classifier("own_networks:small", str(tmp_path / "own.pth"), ["2"], 16)
     assert torch.equal(loaded.model[2].bias, one.model[2].bias + 1)
     for name, path, message in (
         ("own_networks:smal", "", r"'own_networks:smal', which cannot be found: .* attribute .smal.\.\nExpected"),
@@ -179,7 +179,7 @@ def test_one_s_own(tmp_path, monkeypatch):
         ("own_networks:small", "nowhere.pth", r"--classifier_path nowhere.pth cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
-            load_classifier(name, path, image_size=16)
+            open_classifier(name, path, image_size=16)
 
 
 # Files
@@ -196,16 +196,16 @@ def resnet(tmp_path_factory):
 
 def test_a_local_file(resnet, tmp_path):
     model, path = resnet
-    classifier = load_classifier("resnet18", path)
+    classifier = open_classifier("resnet18", path)
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(classifier.model(x), model(x))
-    assert classifier.digest != load_classifier("resnet18", "untrained").digest
+    assert classifier.digest != open_classifier("resnet18", "untrained").digest
     # Float16 on disk; and a head for other classes.
     half = {name: w.half() if w.is_floating_point() else w for name, w in model.state_dict().items()}
     half |= {"fc.weight": half["fc.weight"][:10].clone(), "fc.bias": half["fc.bias"][:10].clone()}
     torch.save(half, tmp_path / "ten.pth")
-    ten = load_classifier("resnet18", str(tmp_path / "ten.pth"))
+    ten = open_classifier("resnet18", str(tmp_path / "ten.pth"))
     assert ten.layers[-1].channels == 10 and {w.dtype for w in ten.model.parameters()} == {torch.float32}
     assert torch.equal(ten.model.fc.weight, half["fc.weight"].float())
 
@@ -222,7 +222,7 @@ def test_files_of_networks_that_were_saved_in_a_way_of_their_own(tmp_path):
             state = {re.sub(r"(denselayer\d+\.(?:norm|conv))(\d)", r"\1.\2", key): w for key, w in state.items()}
         torch.save(state, tmp_path / f"{name}.pth")
         with torch.no_grad():
-            assert torch.equal(load_classifier(name, str(tmp_path / f"{name}.pth")).model(x), model(x)), name
+            assert torch.equal(open_classifier(name, str(tmp_path / f"{name}.pth")).model(x), model(x)), name
 
 
 def test_torchvision_s_names_of_files_tell_which_preset(resnet, tmp_path):
@@ -232,7 +232,7 @@ def test_torchvision_s_names_of_files_tell_which_preset(resnet, tmp_path):
     weights = torchvision.models.ResNet50_Weights
     for preset, name in ((weights.IMAGENET1K_V1, os.path.basename(weights.IMAGENET1K_V1.url)), (weights.DEFAULT, "x")):
         torch.save(state, tmp_path / name)
-        got = load_classifier("resnet50", str(tmp_path / name), ["fc"]).preprocess(image)
+        got = open_classifier("resnet50", str(tmp_path / name), ["fc"]).preprocess(image)
         assert torch.equal(got, preset.transforms()(Image.fromarray(image)))
         side = {256: "V1", 232: "V2"}[preset.transforms().resize_size[0]]
         assert side == preset.name[-2:] and functional.get_dimensions(got) == [3, 224, 224]
@@ -243,17 +243,17 @@ def test_files_that_do_not_fit(resnet, tmp_path):
     with pytest.raises(
         UserError, match=r"^--classifier_path \S+ does not fit --classifier_name resnet50: it lacks \d+"
     ):
-        load_classifier("resnet50", path)
+        open_classifier("resnet50", path)
     wide = tmp_path / "wide.pth"
     torch.save(torchvision.models.wide_resnet50_2().state_dict(), wide)
     with pytest.raises(UserError, match=r"resnet50: layer1.0.conv1.weight has shape \[128, 64, 1, 1\], and not \[64,"):
-        load_classifier("resnet50", str(wide))
+        open_classifier("resnet50", str(wide))
     with pytest.raises(UserError, match=r"^--classifier_path \S*missing.pth cannot be read: No such file"):
-        load_classifier("resnet18", str(tmp_path / "missing.pth"))
+        open_classifier("resnet18", str(tmp_path / "missing.pth"))
     cut = tmp_path / "cut.pth"
     cut.write_bytes(wide.read_bytes()[:100000])
     with pytest.raises(UserError, match=r"^--classifier_path \S*cut.pth .* is truncated"):
-        load_classifier("wide_resnet50_2", str(cut))
+        open_classifier("wide_resnet50_2", str(cut))
 
 
 def test_without_a_network_the_message_says_which_file_to_fetch_and_where_to_put_it(resnet, tmp_path, monkeypatch):
@@ -261,7 +261,7 @@ def test_without_a_network_the_message_says_which_file_to_fetch_and_where_to_put
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # where nobody listens
     with pytest.raises(UserError) as caught:
-        load_classifier("resnet18")
+        open_classifier("resnet18")
     folder = tmp_path / "hub" / "checkpoints"
     lines = str(caught.value).splitlines()
     assert len(lines) == 2 and lines[0].startswith("the weights of resnet18 cannot be downloaded: <urlopen error")
@@ -270,4 +270,4 @@ def test_without_a_network_the_message_says_which_file_to_fetch_and_where_to_put
     assert list(folder.iterdir()) == []
     # Put there as told, it is taken.
     torch.save(model.state_dict(), folder / "resnet18-f37072fd.pth")
-    assert torch.equal(load_classifier("resnet18").model.fc.weight, model.fc.weight)
+    assert torch.equal(open_classifier("resnet18").model.fc.weight, model.fc.weight)

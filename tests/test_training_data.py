@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from guided_diffusion import dist_util, image_datasets
 from guided_diffusion.command_line import STOP_SIGNALS
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import ImageDataset, load_data
+from guided_diffusion.image_datasets import ImageDataset
+from guided_diffusion.training_data import training_stream
 
 SIZE = 8
 
@@ -51,7 +52,9 @@ def greys(tmp_path):
 
 
 def stream_of(folder, **options):
-    return load_data(**{"data_dir": str(folder), "batch_size": 4, "image_size": SIZE, "num_workers": 0, **options})
+    return training_stream(
+        **{"data_dir": str(folder), "batch_size": 4, "image_size": SIZE, "num_workers": 0, **options}
+    )
 
 
 def take(stream, batches):
@@ -207,7 +210,7 @@ def stuck(self, positions):
 
 training_data._Batches.__getitem__ = stuck
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds until torch loses patience with a worker
-stream = training_data.load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
+stream = training_data.training_stream(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
 for _ in range(2):
     next(stream)
 """
@@ -229,8 +232,8 @@ def is_running(pid):
 
 READER = """
 import multiprocessing, sys, time
-from guided_diffusion.image_datasets import load_data
-stream = load_data(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
+from guided_diffusion.training_data import training_stream
+stream = training_stream(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
 for _ in range(2):
     next(stream)
 print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
@@ -269,9 +272,9 @@ def test_real_processes_share_a_batch(pictures, tmp_path):
     script.write_text(
         "import sys, torch\n"
         "from guided_diffusion import dist_util\n"
-        "from guided_diffusion.image_datasets import load_data\n"
+        "from guided_diffusion.training_data import training_stream\n"
         "dist_util.setup_dist()\n"
-        "stream = load_data(data_dir=sys.argv[1], batch_size=2, image_size=8, class_cond=True, num_workers=1)\n"
+        "stream = training_stream(data_dir=sys.argv[1], batch_size=2, image_size=8, class_cond=True, num_workers=1)\n"
         "torch.save([next(stream) for _ in range(3)], f'{sys.argv[2]}/rank{dist_util.get_rank()}')\n"
         "dist_util.barrier()\n"
     )
