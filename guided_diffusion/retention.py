@@ -202,8 +202,7 @@ def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0) -> Transi
 
     shifts = _centre_shifts(times, errors, centre, width, lower, upper) @ (kept - counts[:, None] / n)  # (n,)
     shift = _bootstrap(shifts, np.mean, RESAMPLES, 0.95, seed)
-    error, interval = shift.standard_error, shift.confidence_interval
-    low, high = centre + interval.low, centre + interval.high
+    error, (low, high) = shift.standard_error, np.clip(np.add(centre, shift.confidence_interval), 0, 1)
     after = np.clip(np.searchsorted(times, centre), 1, num_times - 1)
     gap = times[after] - times[after - 1]
     resolved = bool(width > gap / 8)

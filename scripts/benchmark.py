@@ -12,8 +12,8 @@ Choose parts with --parts:
   classifier  evaluate_classifier.py for ten times at once, against one pair of images after the other
 
 By default the network has the published model's flags. Its weights are random. Contenders take turns, A B A B, so that
-other load on the machine affects all of them. Ratios compare measurements of the same round: the median, and in brackets
-the minimum and the maximum.
+other load on the machine affects all of them. Ratios compare measurements of the same round: the median, and in
+brackets the minimum and the maximum.
 
   python scripts/benchmark.py --output benchmark.json
 """
