@@ -17,7 +17,7 @@ except ModuleNotFoundError:  # optional (extra "figures"); class_ranks works wit
     optimize = stats = None
 
 RESAMPLES = 400  # bootstrap resamples for the transition; half as many for each mode
-RESAMPLED_AT_ONCE = 10_000_000  # values; limits the memory of a bootstrap
+RESAMPLED_AT_ONCE = 200_000  # values: few enough for the cache
 NORMAL_QUARTILES = 1.349  # interquartile range of the standard normal distribution
 FEWEST_TIMES = 3  # times needed to fit a transition
 FEWEST_FOR_TOP = 5  # times needed to fit the curve's upper end as well

@@ -120,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def steps_of(timestep_respacing: str, diffusion_steps: int) -> int:
-    """N. Raises UserError."""
+    """The number of steps N. Raises UserError."""
     if timestep_respacing.isdecimal():  # N itself, whatever --diffusion_steps is
         return int(timestep_respacing)
     return number_of_steps(diffusion_steps, timestep_respacing)
