@@ -10,8 +10,8 @@ setup(
     package_data={"random_hierarchy_model": ["*.pt"]},
     install_requires=["torch>=2.6", "torchvision", "numpy", "blobfile", "mpi4py>=4", "pillow>=10.1", "tqdm"],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "matplotlib", "safetensors"],
-        "figures": ["matplotlib"],
+        "test": ["pytest", "pytest-xdist", "ruff", "matplotlib", "scipy>=1.15", "safetensors"],
+        "figures": ["matplotlib", "scipy>=1.15"],
         "safetensors": ["safetensors"],  # for checkpoints in that format
         "bench": ["diffusers"],  # what scripts/benchmark.py compares with
         "mpi": ["openmpi"],  # an MPI library and its mpiexec, for machines that have none

@@ -1,4 +1,4 @@
-"""Pictures of what a model in training samples, to watch it learn."""
+"""Grids of samples from a model in training, to watch it learn."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from .gaussian_diffusion import GaussianDiffusion
 from .memory import enough_memory
 from .noise import NoiseStreams
 from .pipeline import encode
-from .sampling import image_grid, magnified
+from .sampling import image_grid
 
 
 class SampleGrid:
     """Draws a grid of samples, always from the same noise: OUTPUT/samples_NNNNNN.png after NNNNNN steps.
 
-    The samples are made by deterministic DDIM. A grid that cannot be made is a warning, and does not end the training.
+    Samples are made by deterministic DDIM. If a grid cannot be made, there is a warning, and training continues.
 
     Args:
-        diffusion: on the few steps that a sample is to take.
-        shape: (n, 3, H, W).
-        output: folder of the pictures.
-        seed: of the noise.
-        device: where to work.
-        model_kwargs: what the model is given besides, on the device, a row per sample.
-        beside: pictures (n, H, W, 3) of uint8 to show to the left of the samples.
+        diffusion: diffusion, respaced to the few steps of a sample.
+        shape: (n, 3, H, W), shape of the samples.
+        output: folder for the pictures.
+        seed: seed of the noise.
+        device: device of the model.
+        model_kwargs: further arguments of the model: tensors on `device` with one row per sample.
+        beside: (n, H, W, 3) uint8 images to show to the left of the samples.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class SampleGrid:
         self.seed, self.device, self.model_kwargs, self.beside = seed, device, model_kwargs, beside
 
     def __call__(self, model: Callable[..., torch.Tensor], step: int) -> None:
-        """Sample from `model` and write the picture of `step`."""
+        """Sample from `model` and write the picture for `step`."""
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
         options: dict[str, Any] = {"model_kwargs": self.model_kwargs, "device": self.device, "generator": noise}
         try:
@@ -58,7 +58,7 @@ class SampleGrid:
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)
             path = f"{self.output}/samples_{step:06d}.png"
-            set_aside(path)  # of an earlier run, whose checkpoints are elsewhere now
-            write_whole(path, encode(image_grid(magnified(pixels)), "png", 100))
+            set_aside(path)  # one left by an earlier run whose checkpoints have been moved
+            write_whole(path, encode(image_grid(pixels), "png", 100))
         except (UserError, OSError) as error:
             logger.warn(f"no sample grid at step {step} (--sample_grid): {error}")

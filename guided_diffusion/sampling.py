@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torchvision.utils import make_grid
 
 from . import dist_util, logger
 from .files import whole_file, write_json, write_whole
@@ -188,9 +189,7 @@ def _finish(
     while len(first) < min(GRID, shape[0]):
         first += list(next(pixels))
     with plain_write_errors():
-        write_whole(
-            result.removesuffix(".npz") + ".png", encode(image_grid(magnified(np.stack(first[:GRID]))), "png", 0)
-        )
+        write_whole(result.removesuffix(".npz") + ".png", encode(image_grid(np.stack(first[:GRID])), "png", 0))
         write_json(record_of(result), record)
         write_npz(result, shape, (parts.read(index)["pixels"] for index in range(count)), labels)
         parts.remove()
@@ -212,22 +211,13 @@ def write_npz(path: str, shape: tuple[int, ...], pixels: Iterable[np.ndarray], l
                 np.lib.format.write_array(entry, labels.astype(np.int64), allow_pickle=False)
 
 
-def magnified(pixels: np.ndarray, side: int = 64) -> np.ndarray:
-    """Images (n, H, W, 3) with every pixel repeated, so that small ones can be seen: as often as H stays <= `side`."""
-    factor = max(1, side // pixels.shape[1])
-    return pixels.repeat(factor, axis=1).repeat(factor, axis=2)
+def image_grid(pixels: np.ndarray, side: int = 64, pad: int = 2) -> np.ndarray:
+    """Images (n, H, W, 3) of uint8 in one picture, row by row, as nearly square as possible.
 
-
-def image_grid(pixels: np.ndarray, pad: int = 2) -> np.ndarray:
-    """Images (n, H, W, 3) of uint8 in one picture, row by row, as near to a square as can be.
-
-    Gaps of `pad` pixels between and around them, and places that are left over, are white.
+    Every pixel of a small image is repeated, as often as H stays within `side`. Gaps of `pad` pixels are white.
     """
-    n, height, width, _ = pixels.shape
-    columns = math.ceil(math.sqrt(n))
-    rows = math.ceil(n / columns)
-    grid = np.full((rows * (height + pad) + pad, columns * (width + pad) + pad, 3), 255, np.uint8)
-    for i, image in enumerate(pixels):
-        top, left = pad + i // columns * (height + pad), pad + i % columns * (width + pad)
-        grid[top : top + height, left : left + width] = image
-    return grid
+    factor = max(1, side // pixels.shape[1])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (n, 3, H, W)
+    images = images.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
+    columns = math.ceil(math.sqrt(len(images)))
+    return make_grid(images, nrow=columns, padding=pad, pad_value=255).permute(1, 2, 0).numpy()

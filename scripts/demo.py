@@ -1,12 +1,12 @@
-"""The whole experiment in minutes, on data whose hierarchy is known exactly: the random hierarchy model.
+"""Run the whole experiment in minutes, on data with an exactly known hierarchy: the random hierarchy model.
 
-Makes images of a small grammar, noises them and denoises them back with a small U-Net, measures what survived with a
-small ConvNeXt, and draws the figures, by the scripts that do the same for ImageNet:
+Generates images from a small grammar, noises them, denoises them with a small U-Net, measures what survived with a
+small ConvNeXt, and plots the figures. These scripts do it, as they do for ImageNet:
 
   forward_backward_dataset_sample.py, classifier_statistics.py, evaluate_classifier.py, scripts/plot_figures.py
 
-For these images the best possible denoiser is known, and so is the right answer: which symbols survive, from the class
-down to the leaves. It is drawn beside what the networks do. See random_hierarchy_model/README.md.
+For these images the optimal denoiser is known, and with it the exact probability that each symbol survives, from the
+class down to the leaves. It is plotted together with the networks' results. See random_hierarchy_model/README.md.
 
   python scripts/demo.py
 """
@@ -26,8 +26,10 @@ from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_l
 
 # isort: split
 import numpy as np
+import torch
 
-from guided_diffusion import logger
+from guided_diffusion import dist_util, logger
+from guided_diffusion.classifier_results import logits_file, name_in_files, read_arrays
 from guided_diffusion.errors import UserError
 from guided_diffusion.figures import (
     BLUE,
@@ -36,40 +38,47 @@ from guided_diffusion.figures import (
     TIME_LABEL,
     VERMILION,
     Rows,
-    need_matplotlib,
+    check_packages,
     new_figure,
     render,
     style,
 )
 from guided_diffusion.files import write_whole
+from guided_diffusion.forward_backward import (
+    NoiseStreams,
+    SampleFolder,
+    check_times,
+    from_pixels,
+    noised_image,
+    to_pixels,
+)
+from guided_diffusion.image_datasets import choose_images, label_images, list_images
 from guided_diffusion.other_scripts import REPOSITORY, find_mpiexec, load_script, words
+from guided_diffusion.pipeline import encode
+from guided_diffusion.respace import SpacedDiffusion
+from guided_diffusion.sample_pairs import read_sample
+from guided_diffusion.script_util import create_gaussian_diffusion
+from random_hierarchy_model import ExactDenoiser, TreeImages
+from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
+from random_hierarchy_model.training import images_from_flags
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from guided_diffusion.respace import SpacedDiffusion
-    from random_hierarchy_model import TreeImages
-
 EXACT, LOOP, UNET, CONVNEXT = "exact posterior", "loop, exact denoiser", "loop, U-Net", "U-Net, seen by ConvNeXt"
-STATISTICS_IMAGES = 512  # of which the classifier's statistics are taken; a part of them is noised
+STATISTICS_IMAGES = 512  # images for the classifier's statistics; some of them are noised
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the experiment. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-    need_matplotlib()
+    check_packages()
     launch = launcher(args.processes)
     if args.num_images % (classes := GRAMMAR_FLAGS["num_symbols"]):
         raise UserError(f"--num_images {args.num_images}: expected a multiple of the {classes} classes")
 
-    from guided_diffusion import dist_util
-    from guided_diffusion.forward_backward import check_times
-    from guided_diffusion.image_datasets import choose_images, label_images, list_images
-    from guided_diffusion.script_util import create_gaussian_diffusion
-    from random_hierarchy_model.training import images_from_flags
-
-    dist_util.use_device(args.device)  # or the first script would stop, after images have been written
+    dist_util.use_device(args.device)  # now, because the scripts would stop only after images have been written
     diffusion = create_gaussian_diffusion(timestep_respacing=args.timestep_respacing)
     args.time_series = check_times(args.time_series, diffusion.num_timesteps, "--time_series")
     logger.configure()
@@ -88,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
         write_whole(f"{folders['figures']}/{name}", data)
     sys.stdout.write(table(rows))
     logger.info(
-        f"figures are in {folders['figures']}: retention (what survives of each level, beside the right answer),\n"
+        f"figures are in {folders['figures']}: retention (what survives at each level, with the exact answer),\n"
         "similarity_against_time (the same in a classifier's activations), class_retention, distributions, gallery"
     )
     return 0
@@ -98,13 +107,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_images(images: TreeImages, folder: str, count: int, seed: int) -> list[str]:
-    """Write images of the grammar, as many of each class, in a folder per class. Returns their paths, sorted.
+    """Write images of the grammar, equally many per class, in one folder per class. Returns their paths, sorted.
 
-    A path names the seed and the number of the image, which decide its pixels: one that is there is not made again.
+    A path contains the image's seed and number, which determine its pixels, so existing files are kept.
     """
-    from guided_diffusion.forward_backward import to_pixels
-    from guided_diffusion.pipeline import encode
-
     classes, symbols = derivations(images, count, seed)
     pixels = to_pixels(images.render(symbols[0]))
     paths = [f"class_{c:02d}/seed{seed}_{i:05d}.png" for i, c in enumerate(classes)]
@@ -115,7 +121,7 @@ def write_images(images: TreeImages, folder: str, count: int, seed: int) -> list
 
 
 def derivations(images: TreeImages, count: int, seed: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """The classes of the images number 0 .. count - 1, in turn, and the symbols of every level, level 0 first."""
+    """The classes of images 0 to count - 1, which take turns, and the symbols at every level, starting with level 0."""
     classes = np.arange(count) % images.grammar.num_symbols
     return classes, images.grammar.sample(count, seed, classes=classes)
 
@@ -124,7 +130,7 @@ def derivations(images: TreeImages, count: int, seed: int) -> tuple[np.ndarray, 
 
 
 def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, launch: list[str]) -> None:
-    """Run the four scripts; `total` images are there. Raises UserError where one fails."""
+    """Run the four scripts on a folder of `total` images. Raises UserError if one fails."""
     times = [str(k) for k in args.time_series]
     steps = {"timestep_respacing": args.timestep_respacing}
     classifier = {"classifier_name": CLASSIFIER, "classifier_path": str(CLASSIFIER_FILE)}
@@ -147,22 +153,22 @@ def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, l
 
 
 def launcher(processes: int) -> list[str]:
-    """The words before the name of a script that runs in so many processes; none for one. Raises UserError."""
+    """The command that launches a script in several processes; empty for one. Raises UserError."""
     if processes == 1:
         return []
     if (mpiexec := find_mpiexec()) is None:
-        raise UserError(f'--processes {processes} needs mpiexec, and there is none: pip install -e ".[mpi]"')
+        raise UserError(f'--processes {processes} needs mpiexec, which is not installed: pip install -e ".[mpi]"')
     return [mpiexec, "-n", str(processes), sys.executable]
 
 
 def run_script(script: str, flags: list[str], launch: list[str]) -> None:
-    """Run a script: its `main` in this process, or with a launcher in others. Raises UserError where it fails."""
+    """Run a script: its `main` in this process, or new processes with a launcher. Raises UserError if it fails."""
     if launch:
         status = subprocess.run([*launch, str(REPOSITORY / script), *flags], check=False).returncode
     else:
         status = load_script(script).main(flags)
     if status:
-        raise UserError(f"{script} ended with status {status}: see above what was wrong")
+        raise UserError(f"{script} failed with status {status}: see its message above")
 
 
 # What survived
@@ -175,16 +181,7 @@ def measure(
     folders: dict[str, str],
     args: argparse.Namespace,
 ) -> Rows:
-    """The fraction of each level's symbols that survives, by time: exactly, and as the samples have it."""
-    import torch
-
-    from guided_diffusion.classifier_results import logits_file, name_in_files, read_arrays
-    from guided_diffusion.forward_backward import NoiseStreams, SampleFolder, from_pixels, noised_image
-    from guided_diffusion.sample_pairs import read_sample
-    from guided_diffusion.script_util import create_gaussian_diffusion
-    from random_hierarchy_model import ExactDenoiser
-    from random_hierarchy_model.curves import fraction_kept, probability_kept
-
+    """The fraction of symbols that survives at each level and time: exactly, and in samples."""
     depth = images.grammar.depth
     levels = ["class", *(f"level {level}" for level in range(depth - 1, 0, -1)), "leaves"]
     numbers = [int(path.rpartition("_")[2].removesuffix(".png")) for path in paths]
@@ -199,7 +196,7 @@ def measure(
     bar = logger.progress_bar(sum(args.time_series), "exact denoiser", "step")
     with bar:
         for k in args.time_series:
-            noise = NoiseStreams(args.seed, paths, k, "cpu")  # that of the U-Net's samples
+            noise = NoiseStreams(args.seed, paths, k, "cpu")  # the noise of the U-Net's samples
             x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape))
             signal = 1.0 if k == 0 else 0.0 if k == n else float(diffusion.alphas_cumprod[k - 1])
             back = diffusion.p_sample_loop_forw_back(exact, x.shape, k, noise=x, generator=noise)
@@ -226,7 +223,7 @@ def measure(
 
 
 def draw(rows: Rows) -> tuple[Figure, Rows]:
-    """A panel per level: what survives against time, in every curve, with error bars of one standard error."""
+    """A panel per level: what survives as a function of time, with error bars of one standard error."""
     levels = list(dict.fromkeys(row["level"] for row in rows))
     figure, (panels,) = new_figure(PAGE, 2.2, columns=len(levels))
     looks = {
@@ -259,7 +256,7 @@ def draw(rows: Rows) -> tuple[Figure, Rows]:
 
 
 def table(rows: Rows) -> str:
-    """The fractions that survive, a line per time and a column per level and curve."""
+    """The fractions that survive, with a line per time and a column per level and curve."""
     short = {EXACT: "exact", LOOP: "loop", UNET: "U-Net", CONVNEXT: "ConvNeXt"}
     kept = {(row["k"], row["level"], row["curve"]): row["kept"] for row in rows}
     of_level: dict[str, list[str]] = {}
@@ -269,7 +266,7 @@ def table(rows: Rows) -> str:
             of_level[level].append(curve)
     groups = {level: "".join(f"  {short[curve]:>5}" for curve in curves) for level, curves in of_level.items()}
     lines = [
-        "what survives (exact: the right answer; loop: with the exact denoiser; ConvNeXt: of the U-Net's samples)",
+        "what survives (exact: exact answer; loop: exact denoiser in the loop; ConvNeXt: class of the U-Net's samples)",
         "",
         "     " + "".join(f"  {level:<{len(group) - 2}}" for level, group in groups.items()).rstrip(),
         "  k/N" + "".join(groups.values()),
@@ -285,13 +282,13 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
     classes = GRAMMAR_FLAGS["num_symbols"]
     add = parser.add_argument
-    add("--output", default="results/demo", metavar="FOLDER", help="folder of everything (default: %(default)s)")
+    add("--output", default="results/demo", metavar="FOLDER", help="folder for all results (default: %(default)s)")
     add(
         "--num_images",
         default=64,
         type=whole_number(classes),
         metavar="INT",
-        help=f"images to take forward and back, a multiple of the {classes} classes (default: %(default)s)",
+        help=f"number of images to noise and denoise, a multiple of the {classes} classes (default: %(default)s)",
     )
     add(
         "--time_series",
@@ -300,8 +297,7 @@ def create_argparser() -> argparse.ArgumentParser:
         action=Flattened,
         type=time_list,
         metavar="K",
-        help="the times at which to turn back, in steps, separated by spaces or commas (default: nine, closest at the "
-        "transition)",
+        help="times of reversal k, in steps, separated by spaces or commas (default: nine, most near the transition)",
     )
     add(
         "--timestep_respacing",
@@ -309,20 +305,26 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="TEXT",
         help="number of diffusion steps N; also ddimN, or a list such as 10,15,20 (default: %(default)s)",
     )
-    add("--seed", default=0, type=whole_number(0), metavar="INT", help="of images and noise (default: 0)")
+    add(
+        "--seed",
+        default=0,
+        type=whole_number(0),
+        metavar="INT",
+        help="seed of the images and of the noise (default: 0)",
+    )
     add(
         "--processes",
         default=1,
         type=whole_number(1),
         metavar="INT",
-        help="processes that share the images out, under mpiexec (default: 1)",
+        help="number of processes, started with mpiexec (default: 1)",
     )
     add(
         "--num_threads",
         default=0,
         type=whole_number(0),
         metavar="INT",
-        help="CPU threads per process; 0: the cores, shared out among the processes (default: 0)",
+        help="CPU threads per process; 0: the cores, divided among the processes (default: 0)",
     )
     return parser
 

@@ -1,14 +1,14 @@
-"""Draw what survived: similarities and class retention against time, their distributions, and a gallery.
+"""Plot what survived: similarity and class retention as functions of time, distributions, and a gallery.
 
-Reads the results of evaluate_classifier.py, and for the gallery the images themselves. Writes, as PNG, as PDF and as a
-CSV of the points that are shown:
+Reads the results of evaluate_classifier.py and, for the gallery, the images. Writes each figure as PNG and PDF, with a
+CSV of the plotted points:
 
-  similarity_against_time   cosine similarity of every layer; the CSV has mode, mean, median and quartiles
+  similarity_against_time   cosine similarity at every layer; the CSV has mode, mean, median and quartiles
   class_retention           fraction of images that keep their class, with 95% (Wilson) intervals
-  distributions             of the similarity, for an early, a middle and the last layer
-  gallery                   starting images and their samples (with --starting_data_dir and --data_dir)
+  distributions             distributions of the similarity at an early, a middle and the last layer
+  gallery                   starting images and their samples (needs --starting_data_dir and --data_dir)
 
-and transition.json: the time at which class retention falls fastest, with its uncertainty.
+It also writes transition.json: the time at which class retention falls fastest, and its uncertainty.
 
   python scripts/plot_figures.py --classifier_name convnext_base --timestep_respacing 250 \\
       --starting_data_dir datasets/ILSVRC2012/validation --data_dir results/diffused_ILSVRC2012_validation
@@ -48,8 +48,9 @@ from guided_diffusion.figures import (
     TIME_LABEL,
     VERMILION,
     Rows,
+    add_colorbar,
+    check_packages,
     early_to_late,
-    need_matplotlib,
     new_figure,
     render,
     style,
@@ -72,17 +73,17 @@ from guided_diffusion.script_util import number_of_steps
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_SHOWN = 10  # times in the gallery and among the distributions: with more, pictures and lines are too small
-COLUMNS = {"max": "mode", "mean": "mean", "median": "median"}  # of a CSV, by --statistic
-LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # where torchvision's networks have their last layer
+MOST_SHOWN = 10  # times in the gallery and the distributions: more would be too small to see
+COLUMNS = {"max": "mode", "mean": "mean", "median": "median"}  # CSV column of each --statistic
+LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw. Returns 0; raises UserError."""
+    """Plot the results. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-    need_matplotlib()
+    check_packages()
     if bool(args.starting_data_dir) != bool(args.data_dir):
-        raise UserError("for the gallery give both folders: --starting_data_dir and --data_dir; for none, neither")
+        raise UserError("the gallery needs both --starting_data_dir and --data_dir; without a gallery, give neither")
     name = name_in_files(args.classifier_name)
     folder = args.results or default_folder(name)
     series = find_series(folder, name, steps_of(args.timestep_respacing, args.diffusion_steps))
@@ -91,10 +92,10 @@ def main(argv: list[str] | None = None) -> int:
 
     shown = spread(series, MOST_SHOWN)
     if len(shown) < len(series):
-        logger.info(f"gallery and distributions show {len(shown)} of the {len(series)} times")
+        logger.info(f"the gallery and the distributions show {len(shown)} of the {len(series)} times")
 
     draw: dict[str, Callable[[], tuple[Figure, Rows]]] = {}
-    if args.data_dir:  # first: it finds most mistakes
+    if args.data_dir:  # first, because it finds most mistakes
         chosen = choose_names(series[0].differences["names"].tolist(), args.gallery, args.gallery_count, args.seed)
         known = [recorded_files(args, differences_file(folder, name, t.step_reverse, t.num_steps)) for t in shown]
         draw["gallery"] = lambda: draw_gallery(shown, chosen, args.starting_data_dir, args.data_dir, known)
@@ -107,34 +108,31 @@ def main(argv: list[str] | None = None) -> int:
     with style():
         for name, figure_and_rows in draw.items():
             files |= render(name, *figure_and_rows())
-    for name, data in files.items():  # now that all of them are made
+    for name, data in files.items():  # once all of them are drawn
         write_whole(f"{args.output}/{name}", data)
     write_json(f"{args.output}/transition.json", transition and {"images": count, **transition.as_dict()})
 
     logger.info(describe(transition, len(series)))
     if not args.data_dir:
-        logger.info("no gallery: it needs the images, --starting_data_dir and --data_dir")
+        logger.info("no gallery: it needs --starting_data_dir and --data_dir")
     logger.info(f"{', '.join(draw)} (png, pdf, csv) and transition.json are in {args.output}")
     return 0
 
 
 def steps_of(timestep_respacing: str, diffusion_steps: int) -> int:
-    """N. Raises UserError."""
-    # A plain number needs no torch.
-    return (
-        int(timestep_respacing)
-        if timestep_respacing.isdecimal()
-        else number_of_steps(diffusion_steps, timestep_respacing)
-    )
+    """The number of steps N. Raises UserError."""
+    if timestep_respacing.isdecimal():  # N itself, whatever --diffusion_steps is
+        return int(timestep_respacing)
+    return number_of_steps(diffusion_steps, timestep_respacing)
 
 
 def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
-    """The results of all times k of N = `num_steps`, in order. Raises UserError where they do not fit together."""
+    """The results at all times k of N = `num_steps`, in order. Raises UserError if they do not belong together."""
     found = read_series(folder, name)
     series = [result for result in found if result.num_steps == num_steps]
     if not series:
         others = ", ".join(str(n) for n in sorted({result.num_steps for result in found}))
-        raise UserError(f"{folder} holds no times of N = {num_steps}, but of N = {others}: --timestep_respacing")
+        raise UserError(f"{folder} has no results for N = {num_steps}, but for N = {others}: see --timestep_respacing")
     first = series[0]
     for result in series:
         times = f"k = {first.step_reverse} and k = {result.step_reverse} of N = {num_steps} in {folder}"
@@ -142,23 +140,25 @@ def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
             if not np.array_equal(first.differences[array], result.differences[array]):
                 numbers = f"{len(first.differences[array])} and {len(result.differences[array])}"
                 raise UserError(
-                    f"{times} are of different {what} ({numbers}).\nEvaluate all times together: "
+                    f"{times} have different {what} ({numbers}).\nEvaluate all times together: "
                     "evaluate_classifier.py --time_series"
                 )
         if first.logits["logits_start"].shape[1] != result.logits["logits_start"].shape[1]:
-            raise UserError(f"{times} have different numbers of classes: they are not of one classifier (--results)")
+            raise UserError(
+                f"{times} have different numbers of classes, so they come from different classifiers (--results)"
+            )
     if not len(first.differences["names"]) or not len(first.differences["layers"]):
-        raise UserError(f"the results in {folder} are of no images, or of no layers: --results")
+        raise UserError(f"the results in {folder} have no images or no layers (--results)")
     return series
 
 
 def times_of(series: Sequence[TimeResult]) -> np.ndarray:
-    """k/N of every time: (T,)."""
+    """The times k/N: (T,)."""
     return np.array([result.step_reverse / result.num_steps for result in series])
 
 
 def spread(series: Sequence[TimeResult], most: int) -> list[TimeResult]:
-    """At most so many of the times, the first and the last among them, spread evenly over the list."""
+    """At most `most` of the times, evenly spaced in the list, including the first and the last."""
     places = np.linspace(0, len(series) - 1, min(most, len(series))).round().astype(int)
     return [series[place] for place in places]
 
@@ -167,12 +167,12 @@ def spread(series: Sequence[TimeResult], most: int) -> list[TimeResult]:
 
 
 def measure_similarity(series: Sequence[TimeResult]) -> Rows:
-    """Every statistic of the cosine similarity, for each layer and time, over the images where it is defined."""
+    """The statistics of the cosine similarity over images where it is defined, at each layer and time."""
     rows = []
     for result in series:
         for depth, layer in enumerate(result.differences["layers"].tolist()):
             values = result.differences["cosine"][:, depth]
-            values = values[np.isfinite(values)]  # undefined where all of a layer's activations are 0
+            values = values[np.isfinite(values)]  # undefined if all activations of the layer are 0
             row = {"layer": layer, "depth": depth, **time_columns(result), "images": len(values)}
             for name, statistic in STATISTICS.items():
                 found = statistic(values) if len(values) else Estimate(np.nan, np.nan, np.nan)
@@ -184,15 +184,12 @@ def measure_similarity(series: Sequence[TimeResult]) -> Rows:
 
 
 def time_columns(result: TimeResult) -> dict[str, Any]:
-    """The columns of a CSV that say which time it is."""
+    """The CSV columns that give the time."""
     return {"k": result.step_reverse, "N": result.num_steps, "k/N": result.step_reverse / result.num_steps}
 
 
 def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figure, Rows]:
-    """The statistic of every layer's similarity against time, in a band of one standard error either way."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
+    """The statistic of each layer's similarity as a function of time, in a band of one standard error either way."""
     rows = measure_similarity(series)
     layers = series[0].differences["layers"].tolist()
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
@@ -205,18 +202,16 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
         if depth == len(layers) - 1 and LOGITS.match(layer):
             colour, look = "black", {"linestyle": "--", "marker": "s", "zorder": 4, "label": "logits"}
         axes.fill_between(times, low, high, color=colour, alpha=0.3, linewidth=0)
-        if len(times) == 1:  # which has no room for a band
+        if len(times) == 1:  # too narrow for a band
             axes.vlines(times, low, high, color=colour, linewidth=0.5)
         axes.plot(times, value, color=colour, **look)
     axes.set(xlabel=TIME_LABEL, ylabel=f"cosine similarity,\n{column} over images", xlim=(-0.02, 1.02))
     axes.set_ylim(top=1.04)
-    bar = figure.colorbar(ScalarMappable(Normalize(1, max(2, len(layers))), colours), ax=axes, pad=0.02, aspect=25)
-    bar.set_label("layer (early to late)")
-    bar.outline.set_linewidth(0.6)
+    bar = add_colorbar(figure, axes, 1, max(2, len(layers)), "layer (early to late)", pad=0.02)
     bar.set_ticks([1, len(layers)] if len(layers) > 1 else [1])
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper center")
-    # Of a layer whose activations are all 0, nothing is defined.
+    # No statistic is defined for a layer whose activations are all 0.
     return figure, [row if row["images"] else {k: "" if v != v else v for k, v in row.items()} for row in rows]
 
 
@@ -224,7 +219,7 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
 
 
 def measure_retention(series: Sequence[TimeResult]) -> tuple[Rows, Transition | None]:
-    """The fractions of images that keep their class, with 95% intervals and chance levels; and the transition."""
+    """The fraction of images that keep their class, with 95% intervals and chance levels; and the transition."""
     labels = series[0].logits["labels"]
     classes = series[0].logits["logits_start"].shape[1]
     known = (labels >= 0) & (labels < classes)
@@ -245,9 +240,9 @@ def measure_retention(series: Sequence[TimeResult]) -> tuple[Rows, Transition | 
 
 
 def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
-    """The fractions against time, the chance levels, and where the fraction of kept classes falls fastest."""
+    """The fractions as functions of time, the chance levels, and the transition."""
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
-    handles = []  # of the legend, in its order
+    handles = []  # in the order of the legend
     looks = {
         "predicted class kept": {"color": BLUE, "marker": "o", "zorder": 5},
         "true class in top 1": {"color": VERMILION, "marker": "s", "zorder": 4, "linestyle": "--", "markersize": 4.5},
@@ -257,9 +252,9 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
         own = [row for row in rows if row["measure"] == measure]
         if own:
             value, low, high = (np.array([row[name] for row in own]) for name in ("fraction", "low", "high"))
-            # At 0 and 1 rounding may leave an end of the interval on the wrong side.
+            # At 0 and 1, rounding may put an end of the interval on the wrong side.
             errors = np.maximum([value - low, high - value], 0)
-            # Open markers: where curves lie upon each other, all remain visible.
+            # Open markers keep overlapping curves visible.
             look = {"markerfacecolor": "none", "elinewidth": 0.6, "capsize": 1.5, **look}
             handles.append(axes.errorbar(times_of(series), value, yerr=errors, label=measure, **look))
     for chance in sorted({row["chance"] for row in rows}):
@@ -277,24 +272,25 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
 def describe(transition: Transition | None, num_times: int) -> str:
     """The transition in one or two lines."""
     if num_times < FEWEST_TIMES:
-        return f"no transition: it is fitted to {FEWEST_TIMES} times or more, the results are of {num_times}"
+        return f"no transition: the fit needs at least {FEWEST_TIMES} times, and there are {num_times}"
     if transition is None:
-        return "no transition: class retention does not fall beyond its errors between the first and the last time"
+        return "no transition: class retention at the first and at the last time agree within their errors"
     words = (
         f"class retention falls fastest at k/N = {transition.time:.4f} +- {transition.error:.4f} "
         f"(95%: {transition.low:.4f} to {transition.high:.4f}), over a width of {transition.width:.4f}"
     )
-    return words if transition.resolved else f"{words}.\nThe fall lies between two times: add times there to resolve it"
+    return (
+        words
+        if transition.resolved
+        else f"{words}.\nThe whole fall lies between two times: add times there to resolve it"
+    )
 
 
 # Distributions
 
 
 def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure, Rows]:
-    """Histograms over images of the similarity of an early, a middle and the last layer, a line per time."""
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-
+    """Histograms over images of the similarity at an early, a middle and the last layer, one line per time."""
     layers = series[0].differences["layers"].tolist()
     depths = sorted({0, len(layers) // 2, len(layers) - 1})
     figure, (panels,) = new_figure(PAGE, 2.2, columns=len(depths))
@@ -305,7 +301,7 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
         lowest = min((v.min() for v in values if len(v)), default=0)
         edges = np.linspace(min(np.floor(lowest * 20) / 20, 0.95), 1, bins + 1)
         for result, own in zip(series, values, strict=True):
-            counts = np.histogram(np.minimum(own, 1), edges)[0]  # rounding may carry a similarity beyond 1
+            counts = np.histogram(np.minimum(own, 1), edges)[0]  # rounding may lift a similarity above 1
             colour = colours(result.step_reverse / result.num_steps)
             axes.stairs(counts / max(1, len(own)), edges, color=colour, linewidth=0.9)
             ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
@@ -316,9 +312,7 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", nbins=5)
     panels[0].set_ylabel("fraction of images")
-    bar = figure.colorbar(ScalarMappable(Normalize(0, 1), colours), ax=panels, pad=0.01, aspect=25)
-    bar.set_label(TIME_LABEL)
-    bar.outline.set_linewidth(0.6)
+    add_colorbar(figure, panels, 0, 1, TIME_LABEL, pad=0.01)
     return figure, rows
 
 
@@ -326,7 +320,7 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
 
 
 def choose_names(names: list[str], wanted: Sequence[str], count: int, seed: int) -> list[str]:
-    """Starting images for the gallery: those that are wanted, by path or file name, else some at random by the seed."""
+    """Starting images for the gallery: the ones `wanted`, by path or file name, or else random ones."""
     if not wanted:
         chosen = np.random.default_rng(seed).choice(len(names), size=min(count, len(names)), replace=False)
         return [names[i] for i in sorted(chosen)]
@@ -345,7 +339,7 @@ def choose_names(names: list[str], wanted: Sequence[str], count: int, seed: int)
 
 
 def known_as(name: str) -> set[str]:
-    """The ways to name a starting image: with and without its folders, with and without its extension."""
+    """The names of a starting image: with and without its folders, with and without its extension."""
     return {name, stem(name), os.path.basename(name), os.path.basename(stem(name))}
 
 
@@ -355,16 +349,16 @@ def stem(path: str) -> str:
 
 
 def find_samples(data_dir: str, result: TimeResult, names: Sequence[str]) -> list[str]:
-    """The samples of starting images at one time, as paths. Raises UserError where one is missing."""
+    """Paths of the samples of starting images at one time. Raises UserError if one is missing."""
     folder = f"{data_dir}/t_{result.step_reverse}_{result.num_steps}_images"
     samples = {re.sub(r"_t\d{4,}$", "", stem(path)): path for path in list_images(folder)}
     if missing := [name for name in names if stem(name) not in samples]:
-        raise UserError(f"{folder} (--data_dir) has no sample of {missing[0]}, which the results have (--results)")
+        raise UserError(f"{folder} (--data_dir) has no sample of {missing[0]}, which is in the results (--results)")
     return [f"{folder}/{samples[stem(name)]}" for name in names]
 
 
 def recorded_files(args: argparse.Namespace, result: str) -> tuple[Inputs, Inputs]:
-    """What is known of the contents of the starting images, and of the samples, that a result was computed from."""
+    """The recorded contents of the starting images and of the samples from which a result was computed."""
     entries = read_entries(inputs_of(result)) or {}
     return (
         Inputs(args.starting_data_dir, "--starting_data_dir", entries.get("starting images")),
@@ -379,9 +373,9 @@ def draw_gallery(
     data_dir: str,
     known: Sequence[tuple[Inputs, Inputs]] | None = None,
 ) -> tuple[Figure, Rows]:
-    """A row per starting image: itself, and its sample of every time.
+    """A row per starting image: the image and its sample at each time.
 
-    `known` has for every time what the results know of the files, see `recorded_files`: others are a UserError.
+    `known` has the contents of the files for each time, see `recorded_files`. Raises UserError if they have changed.
     """
     known = known or [(Inputs(starting_data_dir, ""), Inputs(data_dir, "")) for _ in series]
     paths = [find_samples(data_dir, result, names) for result in series]  # by time, then by image
@@ -414,48 +408,53 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(computes=False, usage="%(prog)s --classifier_name NAME [flags]", description=__doc__)
     add = parser.add_argument_group("what to read").add_argument
-    add("--classifier_name", default="convnext_base", metavar="NAME", help="the classifier (default: %(default)s)")
+    add("--classifier_name", default="convnext_base", metavar="NAME", help="classifier name (default: %(default)s)")
     add(
         "--results",
         default="",
         metavar="FOLDER",
-        help="of act_diff and logits files (default: classifier_statistics/NAME)",
+        help="folder of the act_diff and logits files (default: classifier_statistics/NAME)",
     )
     add(
         "--timestep_respacing",
         default="250",
         metavar="TEXT",
-        help="number of steps N that the samples were made with, as it was given there (default: %(default)s)",
+        help="number of diffusion steps N of the samples, as given when they were made (default: %(default)s)",
     )
     add(
         "--diffusion_steps",
         default=1000,
         type=whole_number(1),
         metavar="INT",
-        help="number of diffusion steps that the model was trained with (default: %(default)s)",
+        help="number of diffusion steps in the training of the model (default: %(default)s)",
     )
-    add("--starting_data_dir", default="", metavar="FOLDER", help="the starting images, for the gallery")
-    add("--data_dir", default="", metavar="FOLDER", help="the samples, for the gallery: the main script's --output")
-    add = parser.add_argument_group("what to draw").add_argument
-    add("--output", default="figures", metavar="FOLDER", help="folder of the figures (default: %(default)s)")
+    add("--starting_data_dir", default="", metavar="FOLDER", help="folder of the starting images, for the gallery")
+    add(
+        "--data_dir",
+        default="",
+        metavar="FOLDER",
+        help="folder of the samples (the main script's --output), for the gallery",
+    )
+    add = parser.add_argument_group("what to plot").add_argument
+    add("--output", default="figures", metavar="FOLDER", help="folder for the figures (default: %(default)s)")
     add(
         "--statistic",
         default="max",
         choices=list(STATISTICS),
-        help="of the similarity over images: max is where their distribution has its maximum (default: %(default)s)",
+        help="statistic of the similarity over images; max: the maximum of their distribution (default: %(default)s)",
     )
+    add("--bins", default=40, type=whole_number(2, 1000), metavar="INT", help="histogram bins (default: %(default)s)")
     add(
-        "--bins", default=40, type=whole_number(2, 1000), metavar="INT", help="of the histograms (default: %(default)s)"
+        "--gallery", nargs="+", default=[], metavar="NAME", help="starting images for the gallery, by path or file name"
     )
-    add("--gallery", nargs="+", default=[], metavar="NAME", help="starting images of the gallery, by path or file name")
     add(
         "--gallery_count",
         default=4,
         type=whole_number(1, 20),
         metavar="INT",
-        help="how many to choose at random where --gallery names none (default: %(default)s)",
+        help="number of random starting images if --gallery names none (default: %(default)s)",
     )
-    add("--seed", default=0, type=whole_number(0), metavar="INT", help="of that choice (default: 0)")
+    add("--seed", default=0, type=whole_number(0), metavar="INT", help="seed of that random choice (default: 0)")
     return parser
 
 

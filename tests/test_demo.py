@@ -102,7 +102,7 @@ def test_mistakes_of_the_demo(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(script.sys, "executable", "/nowhere/python")
     monkeypatch.setattr("shutil.which", lambda name: None)
     with pytest.raises(
-        UserError, match=r'^--processes 2 needs mpiexec, and there is none: pip install -e "\.\[mpi\]"$'
+        UserError, match=r'^--processes 2 needs mpiexec, which is not installed: pip install -e "\.\[mpi\]"$'
     ):
         script.main(["--processes", "2", "--output", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()

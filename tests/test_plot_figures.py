@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import builtins
 import csv
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import REPOSITORY, load_script
 from PIL import Image
 
 from guided_diffusion.classifier_results import differences_file, logits_file
@@ -184,7 +185,7 @@ def test_unknown_labels_a_layer_without_values_and_no_gallery(tmp_path, capsys):
     for statistic in ("max", "mean", "median"):
         script.main(["--results", str(results), "--output", str(tmp_path / "out"), "--statistic", statistic])
     said = capsys.readouterr().err
-    assert "no gallery" in said and "no transition: it is fitted to 3 times or more, the results are of 2" in said
+    assert "no gallery" in said and "no transition: the fit needs at least 3 times, and there are 2" in said
     assert {row["measure"] for row in read_csv(tmp_path / "out/class_retention.csv")} == {"predicted class kept"}
     rows = read_csv(tmp_path / "out/similarity_against_time.csv")
     assert (rows[1]["images"], rows[1]["mode"]) == ("0", "") and rows[0]["images"] == "20"
@@ -209,13 +210,13 @@ def damage(folder):
     [
         (None, ["--results", "nowhere"], "nowhere does not exist"),
         (None, ["--classifier_name", "resnet50"], "no results of resnet50"),
-        (None, ["--timestep_respacing", "100"], "N = 100, but of N = 250: --timestep_respacing"),
-        (None, ["--timestep_respacing", ""], "N = 1000, but of N = 250: --timestep_respacing"),
+        (None, ["--timestep_respacing", "100"], "no results for N = 100, but for N = 250: see --timestep_respacing"),
+        (None, ["--timestep_respacing", ""], "no results for N = 1000, but for N = 250: see --timestep_respacing"),
         (None, ["--timestep_respacing", "soon"], "--timestep_respacing soon: expected a whole number of steps"),
         (damage, [], "damaged"),
         (other_images, [], r"different images \(20 and 19\)"),
         (other_layers, [], r"different layers \(3 and 4\)"),
-        (None, ["--data_dir", "x"], "both folders: --starting_data_dir and --data_dir"),
+        (None, ["--data_dir", "x"], "needs both --starting_data_dir and --data_dir"),
         (
             None,
             ["--starting_data_dir", "start", "--data_dir", "x", "--gallery", "image_003"],
@@ -247,14 +248,15 @@ def test_steps_are_given_as_to_the_main_script(tmp_path, respacing, steps):
     assert (tmp_path / "figures/class_retention.csv").exists()
 
 
-def test_without_matplotlib(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args):
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[figures\]"'):
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_without_a_package(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
+    with pytest.raises(UserError, match=rf'^figures need {package}: pip install -e "\.\[figures\]"$'):
         script.main([])
+
+
+def test_the_help_needs_neither_package():
+    code = "import runpy, sys; sys.modules |= dict.fromkeys(['matplotlib', 'scipy']); sys.argv[1:] = ['--help']; "
+    code += "runpy.run_path('scripts/plot_figures.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "--gallery_count" in done.stdout

@@ -234,15 +234,17 @@ def test_the_grid_is_nearly_square_with_white_gaps():
     from guided_diffusion.sampling import image_grid
 
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 4, 3), np.uint8)
-    grid = image_grid(images, pad=1)
+    grid = image_grid(images, side=3, pad=1)
     assert grid.shape == (2 * 4 + 1, 3 * 5 + 1, 3) and grid.dtype == np.uint8
     for i in range(5):
         top, left = 1 + 4 * (i // 3), 1 + 5 * (i % 3)
         assert (grid[top : top + 3, left : left + 4] == i).all()
         grid[top : top + 3, left : left + 4] = 255
     assert (grid == 255).all()
-    assert image_grid(images[:1]).shape == (7, 8, 3)
-    assert image_grid(np.zeros((64, 2, 2, 3), np.uint8)).shape == (34, 34, 3)
+    assert image_grid(images[:1], side=3).shape == (3, 4, 3)
+    assert image_grid(np.zeros((64, 2, 2, 3), np.uint8), side=2).shape == (34, 34, 3)
+    magnified = image_grid(images, side=11)  # three times: 9 pixels high
+    assert magnified.shape == (2 * 11 + 2, 3 * 14 + 2, 3) and (magnified[2:11, 16:28] == 1).all()
 
 
 def test_a_file_in_pieces_is_the_file_that_numpy_writes(tmp_path):

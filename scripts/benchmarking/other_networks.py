@@ -1,4 +1,4 @@
-"""The U-Net computed in other ways, to compare with: as it is written down, in float64, by the library diffusers."""
+"""Other ways to compute the U-Net, for comparison: operation by operation, in float64, and by the library diffusers."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .errors import UserError
-from .nn import GroupNorm32, PointwiseConv1d
-from .unet import AttentionBlock, QKVAttention, ResBlock, UNetModel
+from guided_diffusion.errors import UserError
+from guided_diffusion.nn import GroupNorm32, PointwiseConv1d
+from guided_diffusion.unet import AttentionBlock, QKVAttention, ResBlock, UNetModel
 
 
 def plain(model: UNetModel) -> UNetModel:
-    """The same network, sharing its weights, computed as it is written down.
+    """The same network, sharing its weights, computed operation by operation.
 
-    Every step makes a new tensor, normalisation and softmax cast to float32 and back, and attention is not fused.
+    Every operation makes a new tensor, normalisation and softmax cast to float32 and back, and attention is not fused.
     """
     classes: dict[type, type] = {
         GroupNorm32: PlainNorm,
@@ -30,7 +30,7 @@ def plain(model: UNetModel) -> UNetModel:
     model = copy.deepcopy(model, {id(w): w for w in model.parameters()})
     for module in model.modules():
         if isinstance(module, QKVAttention):
-            module.heads_first = module.heads_first  # which its class says as yet
+            module.heads_first = module.heads_first  # copied from its class, which changes
             module.__class__ = PlainAttention
         elif type(module) in classes:
             module.__class__ = classes[type(module)]
@@ -38,7 +38,7 @@ def plain(model: UNetModel) -> UNetModel:
 
 
 def exact(model: UNetModel) -> Callable[..., Tensor]:
-    """The network in float64, but for the sines and cosines of time; called as it is, with float32 in and out."""
+    """The network in float64, except for the sines and cosines of the timestep; its input and output are float32."""
     network = plain(copy.deepcopy(model).double())
     network.dtype = torch.float64
     network.time_embed.register_forward_pre_hook(lambda _module, embedding: (embedding[0].double(),))
@@ -46,17 +46,17 @@ def exact(model: UNetModel) -> Callable[..., Tensor]:
 
 
 def diffusers_unet(model: UNetModel) -> nn.Module:
-    """`diffusers.UNet2DModel` of the same architecture, with random weights in float32; called in the same way.
+    """`diffusers.UNet2DModel` of the same architecture, with random float32 weights, called in the same way.
 
-    Raises UserError where diffusers is not installed or does not have the architecture.
+    Raises UserError if diffusers is not installed or does not have the architecture.
     """
     if importlib.util.find_spec("diffusers") is None:
         raise UserError("diffusers is not installed (pip install -e .[bench])")
     blocks = [module for module in model.modules() if isinstance(module, AttentionBlock)]
     heads = {block.norm.num_channels // block.num_heads for block in blocks}  # channels per head
     if not (model.resblock_updown and model.use_scale_shift_norm and len(heads) == 1):
-        raise UserError("it has this one only with --resblock_updown, --use_scale_shift_norm and --num_head_channels")
-    from diffusers import UNet2DModel
+        raise UserError("it needs --resblock_updown, --use_scale_shift_norm and --num_head_channels")
+    from diffusers import UNet2DModel  # optional, and slow to import
 
     attends = [2**level in model.attention_resolutions for level in range(len(model.channel_mult))]
     theirs = UNet2DModel(
@@ -80,7 +80,7 @@ def _at_least_float32(x: Tensor) -> Tensor:
 
 
 class PlainNorm(GroupNorm32):
-    """`GroupNorm32` in four steps."""
+    """`GroupNorm32` in four operations."""
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, dtype: torch.dtype | None = None
@@ -91,7 +91,7 @@ class PlainNorm(GroupNorm32):
 
 
 class PlainBlock(ResBlock):
-    """`ResBlock` whose steps share no memory."""
+    """`ResBlock` whose operations share no memory."""
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
@@ -106,19 +106,19 @@ class PlainBlock(ResBlock):
 
 
 class PlainAttention(QKVAttention):
-    """`QKVAttention` in steps: all weights (B, heads, T, T) are in memory."""
+    """`QKVAttention` that is not fused: it keeps all weights (B, heads, T, T) in memory."""
 
     def forward(self, qkv: Tensor) -> Tensor:
         order = (self.n_heads, 3, -1) if self.heads_first else (3, self.n_heads, -1)
         q, k, v = qkv.unflatten(1, order).unbind(2 if self.heads_first else 1)  # each (B, heads, C, T)
-        scale = q.shape[2] ** -0.25  # of both, so that float16 does not overflow
+        scale = q.shape[2] ** -0.25  # applied to both, so that float16 does not overflow
         weights = torch.einsum("bhct,bhcs->bhts", q * scale, k * scale)
         weights = _at_least_float32(weights).softmax(-1).to(q.dtype)
         return torch.einsum("bhts,bhcs->bhct", weights, v).flatten(1, 2)
 
 
 class PlainConv2d(nn.Conv2d):
-    """A convolution; float16 on a CPU, which has no kernel for it, is summed in float32 as on a GPU."""
+    """A convolution. CPUs have no float16 kernel: there, float16 is summed in float32, as on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.float16:
@@ -128,7 +128,7 @@ class PlainConv2d(nn.Conv2d):
 
 
 class PlainConv1d(PointwiseConv1d):
-    """A convolution as `nn.Conv1d` computes it; on a CPU, float16 as `PlainConv2d`."""
+    """A convolution as `nn.Conv1d` computes it; float16 on a CPU as in `PlainConv2d`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and x.dtype == torch.float16:
@@ -137,7 +137,7 @@ class PlainConv1d(PointwiseConv1d):
 
 
 class PlainSiLU(nn.SiLU):
-    """SiLU into a new tensor, whatever `inplace` says."""
+    """SiLU into a new tensor, whatever `inplace` is."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(x)

@@ -1,0 +1,93 @@
+"""What the measurements have in common: flags, networks, a checkpoint and pictures."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from guided_diffusion.checkpoints import load_model
+from guided_diffusion.inference import prepare
+from guided_diffusion.script_util import args_to_dict, model_defaults
+from guided_diffusion.unet import UNetModel
+
+FLAGS = {  # the published model's network
+    **model_defaults(),
+    "image_size": 256,
+    "num_channels": 256,
+    "num_res_blocks": 2,
+    "attention_resolutions": "32,16,8",
+    "num_head_channels": 64,
+    "learn_sigma": True,
+    "resblock_updown": True,
+    "use_scale_shift_norm": True,
+    "use_fp16": True,
+}
+N = 250  # denoising steps after respacing
+
+
+class Bench:
+    """What every measurement needs.
+
+    Attributes:
+        args: flags of the benchmark.
+        device: where to compute.
+        threads: CPU threads.
+        folder: folder for temporary files.
+    """
+
+    def __init__(self, args: argparse.Namespace, device: torch.device, threads: int, folder: Path):
+        self.args, self.device, self.threads, self.folder = args, device, threads, folder
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """The flags of the network."""
+        return args_to_dict(self.args, FLAGS)
+
+    def checkpoint(self) -> str:
+        """A checkpoint file of random weights. Unlike those of a newly initialised network, none is zero."""
+        path = self.folder / "model.pt"
+        if not path.exists():
+            model = load_network("untrained", self.flags)
+            generator = torch.Generator().manual_seed(0)
+            for w in model.parameters():
+                if not w.any():
+                    w.normal_(0, 0.02, generator=generator)
+            torch.save(model.state_dict(), path)
+        return str(path)
+
+    def pictures(self, count: int) -> str:
+        """A folder of JPEG images of the network's size: smooth ones, because noise is slow to decode."""
+        folder, size = self.folder / f"pictures_{count}" / "class_0", self.args.image_size
+        folder.mkdir(parents=True, exist_ok=True)
+        random = np.random.default_rng(0)
+        for i in range(count):
+            coarse = Image.fromarray(random.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+            coarse.resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{i:04d}.JPEG", quality=90)
+        return str(folder.parent)
+
+
+def load_network(path: str, flags: dict[str, Any]) -> UNetModel:
+    """The network of a checkpoint, in float32 on the CPU."""
+    model = load_model(path, flags).eval().requires_grad_(False)
+    model.convert_to_fp32()
+    return model
+
+
+def half(model: UNetModel, dtype: torch.dtype) -> UNetModel:
+    """A copy whose torso is in half precision."""
+    model = copy.deepcopy(model)
+    model.convert_to_fp16(dtype)
+    return model
+
+
+def prepared(model: UNetModel, use_fp16: bool, threads: int, compiled: bool = False) -> UNetModel:
+    """A copy in the precision and memory layout that the scripts would use."""
+    model = copy.deepcopy(model)
+    prepare(model, use_fp16, threads, compiled)
+    return model

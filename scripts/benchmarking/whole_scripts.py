@@ -1,0 +1,209 @@
+"""The scripts as users run them: how fast they are from images to results."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from guided_diffusion.dist_util import share_of
+from guided_diffusion.forward_backward import SampleFolder, cut_units
+from guided_diffusion.image_datasets import LabelledImage, read_image
+from guided_diffusion.other_scripts import find_mpiexec, load_script, words
+from guided_diffusion.torch_classifiers import load_classifier
+
+from .bench import Bench, N
+from .timing import Clock, Row, ratio, run_and_measure, run_quietly
+
+TIMES = [25 * i for i in range(1, 11)]  # of the classifier's time series
+
+
+def loop(bench: Bench) -> list[Row]:
+    """forward_backward_dataset_sample.py: reading, noising, denoising, encoding and writing"""
+    batch = bench.args.batch_size
+    steps = bench.args.steps or (125 if bench.device.type == "cuda" else 2)
+    images = 2 * batch + -(-batch // 2)  # two batches and a smaller one
+    script = load_script("forward_backward_dataset_sample.py")
+    clock = Clock(bench.device)
+    script.sample = clock.around(script.sample)
+    flags = {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": bench.threads}
+    flags = sampling_flags(bench, images, "loop") | flags | {"compile": bench.args.compile}
+    run_quietly(script, words(flags))
+    return [
+        {
+            "images": images,
+            "batch": batch,
+            "steps": steps,
+            "seconds": clock.total,
+            "images/s": images / clock.total,
+            "denoising steps of an image/s": images * steps / clock.total,
+            "share of the time that the network waits": 1 - clock.in_network / clock.total,
+        }
+    ]
+
+
+def processes(bench: Bench) -> list[Row]:
+    """the same script in several processes: one per GPU, or two of one thread each, against one; then counted"""
+    return several_against_one(bench) + count_shares()
+
+
+def several_against_one(bench: Bench) -> list[Row]:
+    """One process and several, in turns."""
+    on_gpu = bench.device.type == "cuda"
+    count = torch.cuda.device_count() if on_gpu else 2
+    mpiexec = find_mpiexec()
+    if count < 2 or (not on_gpu and len(os.sched_getaffinity(0)) < 2):
+        return [{"processes": "not measured: this machine has one GPU or one core"}]
+    if mpiexec is None:
+        return [{"processes": "not measured: mpiexec is not installed (pip install -e .[mpi])"}]
+    images = 2 * count * bench.args.batch_size
+    steps = bench.args.steps or (125 if on_gpu else 4)  # enough to hide the first pass, which is slow
+    flags = sampling_flags(bench, images, "processes")
+    flags |= {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": 1, "compile": False}
+    seconds: dict[int, list[float]] = {1: [], count: []}
+    for turn in range(bench.args.repeats):
+        for number, found in seconds.items():
+            output = f"{bench.folder}/processes_{number}_{turn}"
+            launch = [mpiexec, "--oversubscribe", "-n", str(number)] if number > 1 else []
+            finished = run_and_measure("forward_backward_dataset_sample.py", flags | {"output": output}, launch)
+            found.append(finished.record["seconds"])
+    return [
+        {
+            "processes": number,
+            "images": images,
+            "seconds": statistics.median(found),
+            "images/s": images / statistics.median(found),
+            "times one process": ratio(seconds[1], found),
+        }
+        for number, found in seconds.items()
+    ]
+
+
+def count_shares() -> list[Row]:
+    """How much faster several processes are if only the largest share of the steps matters: counted, not timed.
+
+    For the 10,000 images of the README's command in batches of 32, at k = 125 of 250, and at ten times.
+    """
+    images, rows = [LabelledImage(f"{i}.JPEG", None, "") for i in range(10_000)], []
+    for times in ([125], TIMES):
+        units = [unit for k in times for unit in cut_units(images, 32, k)]
+        for processes in (2, 8, 64):
+            steps = [sum(unit.step_reverse for unit in share_of(units, r, processes)) for r in range(processes)]
+            name = f"{processes}, counted, {len(times)} time{'s' if len(times) > 1 else ''}"
+            rows.append({"processes": name, "images": len(images), "times one process": sum(steps) / max(steps)})
+    return rows
+
+
+def startup(bench: Bench) -> list[Row]:
+    """from the command to the first denoising step, with the checkpoint in the file system's cache"""
+    batch = bench.args.batch_size
+    flags = sampling_flags(bench, batch, "startup")
+    flags |= {"num_classes": 1, "num_per_class": batch, "step_reverse": 1, "num_threads": bench.threads}
+    runs = [
+        run_and_measure("forward_backward_dataset_sample.py", flags | {"output": f"{bench.folder}/startup_{turn}"})
+        for turn in range(bench.args.repeats + 1)
+    ][1:]
+    seconds = [run.seconds - run.record["seconds"] for run in runs]
+    return [
+        {
+            "checkpoint, GB": os.path.getsize(bench.checkpoint()) / 1e9,
+            "seconds, least and most": [statistics.median(seconds), min(seconds), max(seconds)],
+            "peak memory of the process, GiB": max(run.memory for run in runs) / 2**30,
+        }
+    ]
+
+
+def classifier(bench: Bench) -> list[Row]:
+    """convnext_base with random weights, for starting images and their samples at ten times"""
+    starts = 64 if bench.device.type == "cuda" else 4
+    size = bench.args.image_size
+    folder, samples = bench.pictures(starts), bench.folder / "samples"
+    pairs = copy_as_samples(folder, samples)
+    script = load_script("evaluate_classifier.py")
+    clock = Clock(bench.device)
+    script.compare = clock.around(script.compare)
+    flags = {"classifier_name": "convnext_base", "classifier_path": "untrained", "normalization": "none"}
+    flags |= {"starting_data_dir": folder, "data_dir": samples, "timestep_respacing": N, "image_size": size}
+    flags |= {"batch_size": 128 if bench.device.type == "cuda" else 22, "num_threads": bench.threads}
+    flags["device"] = bench.args.device
+    one_by_one = load_classifier("convnext_base", "untrained", image_size=size)
+    one_by_one.model.to(bench.device)
+    ways = {"one pair after the other, float32": None, "this project, float32": False, "this project, half": True}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(bench.args.repeats + 1):
+        for way, use_fp16 in ways.items():
+            if use_fp16 is None:
+                start = time.perf_counter()
+                compare_pair_by_pair(one_by_one, pairs, size, flags["batch_size"], bench.device)
+                seconds[way].append(time.perf_counter() - start)
+            else:
+                output = f"{bench.folder}/classifier_{turn}_{use_fp16}"
+                chosen = flags | {"output": output, "classifier_use_fp16": use_fp16}
+                run_quietly(script, [*words(chosen), "--time_series", *map(str, TIMES)])
+                seconds[way].append(clock.total)
+    first, *_ = seconds = {way: found[1:] for way, found in seconds.items()}
+    return [
+        {
+            "way": way,
+            "starting images": starts,
+            "times": len(TIMES),
+            "seconds": statistics.median(found),
+            "pairs/s": starts * len(TIMES) / statistics.median(found),
+            "times the first": ratio(seconds[first], found),
+        }
+        for way, found in seconds.items()
+    ]
+
+
+def compare_pair_by_pair(classifier, pairs: dict[int, list[tuple[str, str]]], size: int, batch: int, device) -> list:
+    """The simplest program: read both images, apply the classifier to both, keep all activations, compare them."""
+    kept, found = {}, []
+
+    def keep(name: str, _module: Any, _args: Any, output: torch.Tensor) -> None:
+        kept[name] = output
+
+    modules = dict(classifier.model.named_modules())
+    hooks = [modules[layer.name].register_forward_hook(partial(keep, layer.name)) for layer in classifier.layers]
+    with torch.inference_mode():
+        for both in pairs.values():
+            for first in range(0, len(both), batch // 2):
+                activations = []
+                for paths in zip(*both[first : first + batch // 2], strict=True):
+                    x = torch.stack([classifier.preprocess(read_image(path, size)) for path in paths])
+                    classifier.model(x.to(device))
+                    activations.append(dict(kept))
+                for name in kept:
+                    a, b = (of[name].flatten(1).float() for of in activations)
+                    cosine = torch.cosine_similarity(a, b)
+                    distance = (a - b).norm(dim=1)
+                    found.append(
+                        (cosine.cpu(), distance.cpu(), (distance / (a.norm(dim=1) * b.norm(dim=1)).sqrt()).cpu())
+                    )
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def sampling_flags(bench: Bench, images: int, output: str) -> dict[str, Any]:
+    """Flags of forward_backward_dataset_sample.py."""
+    flags = bench.flags | {"model_path": bench.checkpoint(), "data_dir": bench.pictures(images)}
+    flags["device"] = bench.args.device
+    return flags | {"output": bench.folder / output, "timestep_respacing": N, "batch_size": bench.args.batch_size}
+
+
+def copy_as_samples(folder: str, output: Path) -> dict[int, list[tuple[str, str]]]:
+    """Copy every picture of a folder as its own "sample" at each time. Returns pairs of paths by time."""
+    pairs: dict[int, list[tuple[str, str]]] = {}
+    for k in TIMES:
+        samples = SampleFolder(str(output), k, N, 1000)
+        for path in sorted(Path(folder).rglob("*.JPEG")):
+            sample = Path(samples.path) / samples.sample(str(path.relative_to(folder)))
+            sample.parent.mkdir(parents=True, exist_ok=True)
+            sample.write_bytes(path.read_bytes())
+            pairs.setdefault(k, []).append((str(path), str(sample)))
+    return pairs
