@@ -15,7 +15,7 @@ from guided_diffusion.dist_util import share_of
 from guided_diffusion.forward_backward import SampleFolder, cut_units
 from guided_diffusion.image_datasets import LabelledImage, read_image
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words
-from guided_diffusion.torch_classifiers import load_classifier
+from guided_diffusion.torch_classifiers import open_classifier
 
 from .bench import Bench, N
 from .timing import Clock, Row, ratio, run_and_measure, run_quietly
@@ -131,7 +131,7 @@ def classifier(bench: Bench) -> list[Row]:
     flags |= {"starting_data_dir": folder, "data_dir": samples, "timestep_respacing": N, "image_size": size}
     flags |= {"batch_size": 128 if bench.device.type == "cuda" else 22, "num_threads": bench.threads}
     flags["device"] = bench.args.device
-    one_by_one = load_classifier("convnext_base", "untrained", image_size=size)
+    one_by_one = open_classifier("convnext_base", "untrained", image_size=size)
     one_by_one.model.to(bench.device)
     ways = {"one pair after the other, float32": None, "this project, float32": False, "this project, half": True}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
