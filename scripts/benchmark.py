@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.inference import compute_reproducibly
     from guided_diffusion.run_record import surroundings
 
-    logger.configure()
+    logger.make_dir()
     threads = compute_reproducibly(args.num_threads)
     device = dist_util.use_device(args.device)
     args.batch_size = args.batch_size or (32 if device.type == "cuda" else 1)
