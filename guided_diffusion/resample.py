@@ -36,14 +36,15 @@ class ScheduleSampler(ABC):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw steps t with the probabilities p, and the weights 1 / (T p_t) of their losses.
 
-        The mean of the weighted losses has the expectation of the mean loss over all steps, whatever p is.
+        The mean of the weighted losses has the expectation of the mean loss over all steps, whatever p is. Without a
+        `generator`, the steps are drawn by NumPy's global one, which np.random.seed governs.
 
         Returns:
             (steps, weights) on `device`: int64 and float32 of shape (batch_size,).
         """
         weights = self.weights()
         p = weights / weights.sum()
-        steps = (generator or np.random.default_rng()).choice(len(p), size=batch_size, p=p)
+        steps = (generator or np.random).choice(len(p), size=batch_size, p=p)
         importance = 1 / (len(p) * p[steps])
         return torch.from_numpy(steps).to(device), torch.from_numpy(importance).to(device, torch.float32)
 
