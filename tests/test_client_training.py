@@ -5,6 +5,7 @@ They know the interface of guided-diffusion and nothing of ours.
 """
 
 import csv
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from guided_diffusion import dist_util, fp16_util, logger, train_util, unet
+from guided_diffusion import dist_util, fp16_util, logger, nn, train_util, unet
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
@@ -125,6 +126,14 @@ def test_loggers_within_loggers(tmp_path):
     writer.writekvs({"loss": torch.tensor(0.5)})
     writer.close()
     assert (tmp_path / "new/progress_x.json").read_text() == '{"loss": 0.5}\n'
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(ValueError, match="log format tensorboard needs another package: pip install tensorboard"):
+            logger.make_output_format("tensorboard", str(tmp_path / "new"))
+    else:
+        writer = logger.make_output_format("tensorboard", str(tmp_path / "new"))
+        writer.writekvs({"loss": 0.5, "note": "x"})
+        writer.close()
+        assert list((tmp_path / "new/tb").iterdir())
 
 
 def test_means_over_the_ranks_of_a_communicator(tmp_path):
@@ -322,6 +331,34 @@ def test_converted_before_it_is_moved_is_float16_there(monkeypatch, wrap, ran_be
     assert torso_and_rest(trained) == ({torch.float32}, {torch.float32})
 
 
+# The rest of nn and unet
+
+
+def test_checkpointing_as_a_function_of_autograd():
+    scale = torch.tensor(3.0, requires_grad=True)
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    calls = []
+
+    def function(x):
+        calls.append(torch.is_grad_enabled())
+        return scale * x**2
+
+    (y,) = nn.CheckpointFunction.apply(function, 1, x, scale)
+    assert y.tolist() == [3, 12] and calls == [False]
+    y.sum().backward()
+    assert x.grad.tolist() == [6, 12] and scale.grad == 5 and calls == [False, True]
+    assert nn.SiLU()(torch.tensor(0.0)) == 0 and nn.mean_flat(tensor=torch.ones(2, 3, 4)).tolist() == [1, 1]
+
+
+def test_operations_of_attention_are_counted():
+    attention = unet.QKVAttentionLegacy(2)
+    attention.total_ops = torch.zeros(1, dtype=torch.float64)
+    attention.register_forward_hook(lambda module, inputs, output: module.count_flops(module, inputs, output))
+    attention(torch.zeros(3, 3 * 8, 5))
+    # Two products, each of B x heads times (T, C) with (C, T), which are T * T * C multiplications.
+    assert attention.total_ops.item() == 2 * 3 * 2 * (5 * 5 * 4)
+
+
 # TrainLoop
 
 
@@ -330,6 +367,17 @@ def loop_of(loop_class=TrainLoop, data=None, model=None, **options):
     arguments = {"batch_size": 4, "microbatch": -1, "lr": 1e-3, "ema_rate": "0.9", "log_interval": 1}
     arguments |= {"save_interval": 2, "resume_checkpoint": "", "lr_anneal_steps": 4}
     return loop_class(model=model or net, diffusion=diffusion, data=data or batches(), **{**arguments, **options})
+
+
+@HALF
+def test_a_loop_in_mixed_precision(tmp_path, monkeypatch, half):
+    monkeypatch.setattr(fp16_util, "half_precision_dtype", lambda device: half)
+    monkeypatch.setattr(unet, "half_precision_dtype", lambda device: half)
+    logger.configure(str(tmp_path), ["csv"])
+    loop = loop_of(model=make_model(use_fp16=True)[0], use_fp16=True)
+    loop.run_loop()
+    assert {value.dtype for value in torch.load(tmp_path / "model000004.pt").values()} == {torch.float32}
+    assert len(read_csv(tmp_path)) == 4
 
 
 def test_the_losses_of_a_classifier_s_loop_by_quartile(tmp_path):

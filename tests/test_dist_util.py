@@ -412,6 +412,18 @@ def test_ranks_load_together_or_fail_together(tmp_path, checkpoint, state, url):
     assert url.requests.count("/model.pt") == 1  # by rank 0 alone
 
 
+def test_ranks_load_anything_together(tmp_path, checkpoint, url):
+    anything = {"state_dict": {"w": torch.arange(3)}, "epoch": 1}
+    torch.save(anything, checkpoint.with_name("anything.pt"))
+    checkpoint.with_name("empty.pt").touch()
+    paths = [address(url, "anything.pt"), checkpoint.with_name("anything.pt"), address(url, "empty.pt")]
+    finish(start([*MPIEXEC, "2", *PYTHON, "load_anything", tmp_path, *paths]))
+    for result in results(tmp_path, 2):
+        assert result["load_anything"][:2] == [repr(anything)] * 2
+        assert result["load_anything"][2] == f"the checkpoint {paths[2]} (0 bytes) is empty: not a checkpoint"
+    assert url.requests.count("/anything.pt") == 1  # by rank 0 alone
+
+
 def test_connection_that_closes_early(tmp_path, checkpoint, url):
     checkpoint.rename(tmp_path / "cut.pt")
     with pytest.raises(UserError, match=r"cut.pt cannot be read: the connection closed 1000 bytes early"):
