@@ -450,7 +450,7 @@ class _Encoder(nn.Module):
         That is autocast if the network is to compute in half precision, its weights are in float32, and the caller has
         not called it in one.
         """
-        weights = next(self.input_blocks.parameters()).dtype
+        weights = self.input_blocks[0][0].weight.dtype  # parameters() would be empty in replicas of DataParallel
         if self.dtype == weights or weights != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return nullcontext(), x.to(self.dtype)
         dtype = half_precision_dtype(x.device)
