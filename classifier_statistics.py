@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.run_record import now
 
     dist_util.setup_dist(args.device)
-    logger.configure()
+    logger.make_dir()
     shard = dist_util.on_every_rank(shard_of, args)
     images, class_names = dist_util.on_main(find_images, args)
     classifier, autocast, circumstances = set_up(args)

@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.sample_pairs import check_sizes, find_pairs, samples_digests
 
     dist_util.setup_dist(args.device)
-    logger.configure()
+    logger.make_dir()
     shard = dist_util.on_every_rank(shard_of, args)
     name, data_dir = name_in_files(args.classifier_name), args.data_dir or default_output(args.starting_data_dir)
     output = args.output or default_folder(name)

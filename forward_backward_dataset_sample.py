@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.sample_folders import open_folders, recorded_compilation
 
     dist_util.setup_dist(args.device)
-    logger.configure()
+    logger.make_dir()
     flags = args_to_dict(args, [*model_defaults(), *diffusion_defaults()])
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     num_steps = diffusion.num_timesteps

@@ -77,28 +77,40 @@ def read_saved(path: str | os.PathLike, flag: str, **kwargs: Any) -> Any:
 
     Raises UserError that says what the file is if it is something else.
     """
+    if is_remote(os.fspath(path)):
+        return read_file(io.BytesIO(read_remote(path, flag)), path, flag, **kwargs)
+    with _open(path, flag) as file:
+        return read_file(file, path, flag, **kwargs)
+
+
+def read_remote(path: str | os.PathLike, flag: str) -> bytes:
+    """The content of a file on remote storage. Raises UserError if it cannot be read."""
     with _open(path, flag) as opened:
-        file = opened
-        if is_remote(os.fspath(path)):
-            file = io.BytesIO()
-            shutil.copyfileobj(opened, file, 2**24)
-        whole_zip = zipfile.is_zipfile(file)
-        size = file.seek(0, io.SEEK_END)
-        file.seek(0)
-        head = file.read(64)
-        file.seek(0)
-        mapped = whole_zip and file is opened
-        try:
-            if _is_safetensors(head):
-                return _read_safetensors(os.fspath(path) if file is opened else file.read())
-            with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
-                warnings.simplefilter("ignore")  # of formats that are refused in the next moment
-                return torch.load(os.fspath(path) if mapped else file, **{"mmap": mapped, **kwargs})
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            problem = _diagnosis(head, size, whole_zip, error)
-            raise UserError(f"{flag} {path} ({size:,} bytes) {problem}") from error
+        content = io.BytesIO()
+        shutil.copyfileobj(opened, content, 2**24)
+    return content.getvalue()
+
+
+def read_file(file: BinaryIO, path: str | os.PathLike, flag: str, **kwargs: Any) -> Any:
+    """As `read_saved`, given the file itself: the one at `path`, opened, or its content in memory."""
+    local = not isinstance(file, io.BytesIO)
+    whole_zip = zipfile.is_zipfile(file)
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(64)
+    file.seek(0)
+    mapped = whole_zip and local
+    try:
+        if _is_safetensors(head):
+            return _read_safetensors(os.fspath(path) if local else file.read())
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.simplefilter("ignore")  # of formats that are refused in the next moment
+            return torch.load(os.fspath(path) if mapped else file, **{"mmap": mapped, **kwargs})
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        problem = _diagnosis(head, size, whole_zip, error)
+        raise UserError(f"{flag} {path} ({size:,} bytes) {problem}") from error
 
 
 def _is_safetensors(head: bytes) -> bool:

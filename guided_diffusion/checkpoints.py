@@ -104,7 +104,7 @@ def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> A
         raise UserError(f"no checkpoint was given: {network.path_flag} FILE")
     import torch
 
-    from .dist_util import load_state_dict
+    from .dist_util import load_weights
     from .memory import enough_memory_for_network
 
     if path == UNTRAINED:
@@ -115,7 +115,7 @@ def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> A
     with torch.device("meta"):
         model = build(network, flags)
     expected = shapes_of(model.state_dict())
-    weights = load_state_dict(path, flag=network.path_flag, expected=expected)
+    weights = load_weights(path, flag=network.path_flag, expected=expected)
     check_fit(network, path, shapes_of(weights), expected, flags)
     model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, assign=True)
     return model

@@ -56,7 +56,7 @@ class ClassifierTrainLoop(TrainLoop):
     def evaluate(self, batch: Tensor, cond: Cond) -> None:
         """Count a batch of validation images into the log, noised by other noise than that of training."""
         seed = step_seed(self.seed, "validation")
-        t, weights = self.time_steps(seed)
+        t, weights = self.time_steps(seed, len(batch))
         noise = self.noise(batch.shape, seed)
         self.model.eval()
         with self.mp_trainer.autocast():

@@ -4,6 +4,7 @@ Everything here works in one process too, with or without `setup_dist()`; then n
 """
 
 import atexit
+import io
 import os
 import re
 import signal
@@ -18,7 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from .checkpoint_file import read_checkpoint
+from .checkpoint_file import read_checkpoint, read_file, read_remote, read_saved
 from .command_line import say
 from .device import check_device
 from .errors import LostPeer, UserError, first_line
@@ -342,24 +343,48 @@ def sync_params(params: Iterable[torch.Tensor], chunk_size: int = CHUNK_SIZE) ->
 # Checkpoints
 
 
-def load_state_dict(
+def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
+    """What torch.save wrote to `path`: a state dict, an optimizer's state, or anything else of tensors and containers.
+
+    A local file is read by whoever calls. A remote one (gs://, az://, https://, ...) is read by rank 0 and sent to the
+    others: all ranks must call this. `kwargs` go to torch.load; by default `map_location` is the CPU and `weights_only`
+    True. Raises UserError if the file is missing or damaged, or would run code.
+    """
+    # Read, not mapped: the caller may write to the same file.
+    kwargs = {"map_location": "cpu", "weights_only": True, "mmap": False, **kwargs}
+    if not is_remote(os.fspath(path)) or get_world_size() == 1:
+        return read_saved(path, "the checkpoint", **kwargs)
+    data = torch.empty(0, dtype=torch.uint8)
+
+    def read() -> int:
+        nonlocal data
+        if content := read_remote(path, "the checkpoint"):
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return len(data)
+
+    size = on_main(read)
+    if not is_main():
+        data = torch.empty(size, dtype=torch.uint8)
+    sync_params([data])
+    return read_file(io.BytesIO(data.numpy().tobytes()), path, "the checkpoint", **kwargs)
+
+
+def load_weights(
     path: str | os.PathLike,
-    map_location: str | torch.device = "cpu",
     *,
     flag: str = "--model_path",
     chunk_size: int = CHUNK_SIZE,
     expected: Mapping[str, tuple[int, ...]] | None = None,
-    **kwargs: Any,
 ) -> dict[str, torch.Tensor]:
-    """The state dict saved in `path`, on the CPU unless `map_location` says otherwise. All ranks must call this.
+    """A network's state dict, saved in `path`, on the CPU. All ranks must call this.
 
     A local file is memory-mapped by each rank (if it is in torch.save's zip format), so that it is in memory once per
     node. A remote one (gs://, az://, https://, ...) is read by rank 0 and sent to the others. Nothing but tensors and
-    plain containers is unpickled; `kwargs` go to torch.load. Raises UserError, on all ranks, where the file is missing,
-    no complete checkpoint, or holds anything but a dict of tensors; `flag` is the flag that the message names.
-    `expected` are names and shapes of the network's state dict, by which that is found: see `read_checkpoint`.
+    plain containers is unpickled. Raises UserError, on all ranks, where the file is missing, no complete checkpoint, or
+    holds anything but a dict of tensors; `flag` is the flag that the message names. `expected` are names and shapes of
+    the network's state dict, by which that is found: see `read_checkpoint`.
     """
-    kwargs = {"map_location": "cpu", "weights_only": True, **kwargs}
+    kwargs = {"map_location": "cpu", "weights_only": True}
     if not is_remote(os.fspath(path)):
         state = on_every_rank(read_checkpoint, path, flag, kwargs, expected)
     else:
@@ -373,7 +398,7 @@ def load_state_dict(
         if not is_main():
             state = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in layout.items()}
         sync_params(state.values(), chunk_size)
-    return {name: w.to(map_location) for name, w in state.items()}
+    return state
 
 
 def _with_gpu(world: World) -> World:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
+
+from . import logger
+
+INITIAL_LOG_LOSS_SCALE = 20.0
 
 
 def half_precision_dtype(device: torch.device | str) -> torch.dtype:
@@ -29,15 +34,15 @@ def _cpu_has_bfloat16() -> bool:
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-def convert_module_to_f16(module: nn.Module, dtype: torch.dtype = torch.float16) -> None:
-    """Convert the parameters of `module`, in place, if it is a convolution. For `nn.Module.apply`."""
-    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        module.to(dtype)
+def convert_module_to_f16(l: nn.Module, dtype: torch.dtype = torch.float16) -> None:  # noqa: E741, the original's name
+    """Convert the parameters of a module, in place, if it is a convolution. For `nn.Module.apply`."""
+    if isinstance(l, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        l.to(dtype)
 
 
-def convert_module_to_f32(module: nn.Module) -> None:
+def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741, the original's name
     """Undo `convert_module_to_f16`."""
-    convert_module_to_f16(module, torch.float32)
+    convert_module_to_f16(l, torch.float32)
 
 
 class MixedPrecisionTrainer:
@@ -48,8 +53,10 @@ class MixedPrecisionTrainer:
     float16 the loss is scaled, so that small gradients do not vanish: a step whose gradients overflow is left out and
     the scale halved; it doubles again with time.
 
+    The networks of `unet` compute in half precision wherever they are called; call others within `autocast()`.
+
     Args:
-        model: the network, its weights in float32, on the device where it is trained.
+        model: the network, on the device where it is trained.
         use_fp16: train in mixed precision, in `half_precision_dtype` of the device.
         fp16_scale_growth: growth of the scale's binary logarithm per step.
         initial_lg_loss_scale: binary logarithm of the first scale.
@@ -61,9 +68,11 @@ class MixedPrecisionTrainer:
         model: nn.Module,
         use_fp16: bool = False,
         fp16_scale_growth: float = 1e-3,
-        initial_lg_loss_scale: float = 20.0,
+        initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
     ):
         self.model = model
+        if use_fp16 and hasattr(model, "use_mixed_precision"):
+            model.use_mixed_precision()
         self.master_params = list(model.parameters())
         self.device = self.master_params[0].device
         self.dtype = half_precision_dtype(self.device) if use_fp16 else torch.float32
@@ -88,7 +97,24 @@ class MixedPrecisionTrainer:
         """Add the gradients of a loss."""
         self.scaler.scale(loss).backward()
 
-    def optimize(self, opt: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
+    @property
+    def lg_loss_scale(self) -> float:
+        """Binary logarithm of the factor that losses are multiplied by."""
+        return math.log2(self.scaler.get_scale())
+
+    def optimize(self, opt: torch.optim.Optimizer) -> bool:
+        """`step`, with the norms and the loss scale logged; whether a step was taken."""
+        grad_norm, param_norm = self.step(opt)
+        if self.scaler.is_enabled():
+            logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
+            if not grad_norm.isfinite():
+                logger.log(f"gradients overflowed: the step is left out, lg_loss_scale is now {self.lg_loss_scale:g}")
+                return False
+        logger.logkv_mean("grad_norm", grad_norm)
+        logger.logkv_mean("param_norm", param_norm)
+        return True
+
+    def step(self, opt: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
         """Take an optimiser's step, unless float16 has overflowed.
 
         Returns the norms of the gradients and of the weights before the step, 0-d tensors on the device.
@@ -108,3 +134,97 @@ class MixedPrecisionTrainer:
     def state_dict_to_master_params(self, state_dict: dict[str, Tensor]) -> list[Tensor]:
         """The parameters in a state dict, in the order of the model's."""
         return [state_dict[name] for name, _ in self.model.named_parameters()]
+
+
+# For scripts of guided-diffusion, which trains in half precision with two flat float32 copies of the weights. Nothing
+# here uses them. A group is a list of (name, parameter) with the shape of its flat copy: vectors and scalars, (-1,),
+# and tensors of two and more dimensions, (1, -1).
+
+NamedParams = Sequence[tuple[str, nn.Parameter]]
+Groups = Sequence[tuple[NamedParams, tuple[int, ...]]]
+
+
+def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, nn.Parameter]]) -> Groups:
+    """The two groups of a network's parameters."""
+    named = list(named_model_params)
+    vectors = [(name, param) for name, param in named if param.ndim <= 1]
+    matrices = [(name, param) for name, param in named if param.ndim > 1]
+    return [(vectors, (-1,)), (matrices, (1, -1))]
+
+
+def make_master_params(param_groups_and_shapes: Groups) -> list[nn.Parameter]:
+    """A flat float32 copy of each group."""
+    return [
+        nn.Parameter(_flat(param.detach() for _, param in group).view(shape))
+        for group, shape in param_groups_and_shapes
+    ]
+
+
+def model_grads_to_master_grads(param_groups_and_shapes: Groups, master_params: Iterable[nn.Parameter]) -> None:
+    """Copy the gradients of each group to its flat copy."""
+    for master, (group, shape) in zip(master_params, param_groups_and_shapes, strict=True):
+        master.grad = _flat(param_grad_or_zeros(param) for _, param in group).view(shape)
+
+
+@torch.no_grad()
+def master_params_to_model_params(param_groups_and_shapes: Groups, master_params: Iterable[Tensor]) -> None:
+    """Copy the values of each flat copy to its group."""
+    for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
+        for (_, param), values in zip(group, unflatten_master_params(group, master), strict=True):
+            param.copy_(values)
+
+
+def unflatten_master_params(param_group: NamedParams, master_param: Tensor) -> list[Tensor]:
+    """The pieces of a flat copy, in the shapes of the group's parameters."""
+    params = [param for _, param in param_group]
+    pieces = master_param.flatten().split([param.numel() for param in params])
+    return [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
+
+
+def master_params_to_state_dict(
+    model: nn.Module, param_groups_and_shapes: Groups | None, master_params: Iterable[Tensor], use_fp16: bool
+) -> dict[str, Tensor]:
+    """The model's state dict with other values: flat copies if `use_fp16`, else one tensor per parameter."""
+    if use_fp16:
+        values = {
+            name: piece
+            for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True)
+            for (name, _), piece in zip(group, unflatten_master_params(group, master.detach()), strict=True)
+        }
+    else:
+        values = dict(zip((name for name, _ in model.named_parameters()), master_params, strict=True))
+    return {**model.state_dict(), **values}
+
+
+def state_dict_to_master_params(model: nn.Module, state_dict: dict[str, Tensor], use_fp16: bool) -> list[Tensor]:
+    """The parameters in a state dict: flat copies if `use_fp16`, else one tensor per parameter."""
+    named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
+    return make_master_params(get_param_groups_and_shapes(named)) if use_fp16 else [param for _, param in named]
+
+
+def param_grad_or_zeros(param: nn.Parameter) -> Tensor:
+    """The gradient of a parameter, zeros if it has none."""
+    return torch.zeros_like(param) if param.grad is None else param.grad.detach()
+
+
+def zero_grad(model_params: Iterable[nn.Parameter]) -> None:
+    """Set the gradients to zero."""
+    for param in model_params:
+        if param.grad is not None:
+            param.grad.detach_().zero_()
+
+
+def zero_master_grads(master_params: Iterable[nn.Parameter]) -> None:
+    """Forget the gradients."""
+    for param in master_params:
+        param.grad = None
+
+
+def check_overflow(value: float) -> bool:
+    """Whether a number is NaN or infinite."""
+    return not math.isfinite(value)
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    """The tensors, flattened and concatenated, in float32."""
+    return torch.cat([tensor.flatten().float() for tensor in tensors])

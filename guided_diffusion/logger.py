@@ -1,18 +1,21 @@
-"""What a run says and records: messages on stderr by `logging`, metrics in progress.csv and progress.json.
+"""What a run says and records: messages on stderr, metrics in progress.csv and progress.json.
 
 Rank 0 speaks; the other ranks only report errors. Messages do not break a tqdm progress bar.
 """
 
 import csv
+import functools
 import io
 import json
 import logging
-import math
 import os
 import sys
+import tempfile
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +23,14 @@ from tqdm import tqdm
 
 from .errors import UserError
 from .files import set_aside, write_whole
+from .log_formats import CSVOutputFormat as CSVOutputFormat
+from .log_formats import HumanOutputFormat as HumanOutputFormat
+from .log_formats import JSONOutputFormat as JSONOutputFormat
+from .log_formats import KVWriter, SeqWriter, as_text, check_formats, make_output_format, plain
+from .log_formats import TensorBoardOutputFormat as TensorBoardOutputFormat
 
 DEBUG, INFO, WARN, ERROR, DISABLED = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, 50
-FORMATS = ("stdout", "csv", "json")
-
-_dir: Path | None = None
-_formats: tuple[str, ...] = FORMATS
-_suffix = ""
-_values: dict[str, Any] = {}
-_counts: dict[str, int] = defaultdict(int)
+DEFAULT_FORMATS = ("stdout", "log", "csv", "json")
 
 
 class _Handler(logging.Handler):
@@ -37,12 +39,15 @@ class _Handler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if record.levelno < ERROR and _rank() != 0:
             return
-        prefix = "error: " if record.levelno >= ERROR else "warning: " if record.levelno >= WARN else ""
         try:
             # The line and its end in one piece: other ranks write to the same stream.
-            tqdm.write(f"{prefix}{self.format(record)}\n", file=sys.stderr, end="")
+            tqdm.write(f"{_prefix(record.levelno)}{self.format(record)}\n", file=sys.stderr, end="")
         except Exception:
             self.handleError(record)
+
+
+def _prefix(level: int) -> str:
+    return "error: " if level >= ERROR else "warning: " if level >= WARN else ""
 
 
 def _rank() -> int:
@@ -52,10 +57,109 @@ def _rank() -> int:
 
 
 _logger = logging.getLogger("guided_diffusion")
-_logger.setLevel(INFO)
+_logger.setLevel(DEBUG)  # `Logger.level` decides
 _logger.propagate = False
 if not _logger.handlers:
     _logger.addHandler(_Handler())
+
+
+class _Screen(KVWriter):
+    """Messages on stderr, and a line for the metrics among them if `metrics` says so."""
+
+    def __init__(self, metrics: bool = True):
+        self.metrics = metrics
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        if self.metrics:
+            self.say("  ".join(f"{key} {as_text(val)}" for key, val in kvs.items()), INFO)
+
+    def say(self, text: str, level: int) -> None:
+        _logger.log(level, "%s", text)
+
+
+class Logger:
+    """Metrics that wait to be written, and where they and the messages go. `configure` makes the current one.
+
+    Args:
+        dir: folder of the files; None: no files.
+        output_formats: writers of metrics and messages.
+        comm: an MPI communicator, over whose ranks `dumpkvs` takes the means; None: rank 0 writes its own values.
+    """
+
+    CURRENT: "Logger | None" = None
+
+    def __init__(self, dir: str | None, output_formats: Iterable[KVWriter | SeqWriter], comm: Any = None):
+        self.name2val: dict[str, Any] = {}
+        self.name2cnt: dict[str, int] = defaultdict(int)
+        self.level = INFO
+        self.dir = dir
+        self.output_formats = list(output_formats)
+        self.comm = comm
+        self.log_suffix = ""
+
+    def logkv(self, key: str, val: Any) -> None:
+        """Record one metric for the next `dumpkvs`; the last value counts."""
+        self.name2val[key] = plain(val)
+        self.name2cnt.pop(key, None)
+
+    def logkv_mean(self, key: str, val: float) -> None:
+        """Record one metric for the next `dumpkvs`; the mean of the values since the last one counts."""
+        self.name2cnt[key] += 1
+        old = self.name2val.get(key, 0.0) if self.name2cnt[key] > 1 else 0.0
+        self.name2val[key] = old + (plain(val) - old) / self.name2cnt[key]
+
+    def dumpkvs(self) -> dict[str, Any]:
+        """Write the metrics recorded so far, as rank 0, and forget them; returns them."""
+        values = dict(self.name2val)
+        if self.comm is not None:
+            counts = {name: (value, self.name2cnt.get(name, 1)) for name, value in values.items()}
+            values = mpi_weighted_mean(self.comm, counts)
+        self.name2val.clear()
+        self.name2cnt.clear()
+        if values and _rank() == 0:
+            for writer in self.output_formats:
+                if isinstance(writer, KVWriter):
+                    writer.writekvs(values)
+        return values
+
+    def log(self, *args: Any, level: int = INFO) -> None:
+        """Say `args`, separated by spaces."""
+        if level < self.level:
+            return
+        text = " ".join(map(str, args))
+        for writer in self.output_formats:
+            if isinstance(writer, _Screen):
+                writer.say(text, level)
+            elif isinstance(writer, SeqWriter) and _rank() == 0:
+                writer.writeseq([f"{_prefix(level)}{text}"])
+
+    def set_level(self, level: int) -> None:
+        """Say only messages of this level and above."""
+        self.level = level
+
+    def set_comm(self, comm: Any) -> None:
+        """Take means over the ranks of another MPI communicator from now on."""
+        self.comm = comm
+
+    def get_dir(self) -> str | None:
+        """The folder of the files."""
+        return self.dir
+
+    def close(self) -> None:
+        """Close the files."""
+        for writer in self.output_formats:
+            if hasattr(writer, "close"):
+                writer.close()
+
+
+_before_configure = Logger(None, [_Screen()])
+
+
+def get_current() -> Logger:
+    """The logger that `configure` made last; it is called first if it was not."""
+    if Logger.CURRENT is None:
+        configure()
+    return Logger.CURRENT
 
 
 def configure(
@@ -64,27 +168,73 @@ def configure(
     comm: Any = None,
     log_suffix: str = "",
 ) -> None:
-    """Choose where metrics go: the folder `dir`, else the one that OPENAI_LOGDIR names, else no files.
+    """Choose where metrics go: the folder `dir`, else the one that OPENAI_LOGDIR names, else a new temporary one.
 
-    `format_strs` are some of "stdout" (a line of metrics among the messages), "csv" and "json"; by default, or if the
-    environment's OPENAI_LOG_FORMAT (comma-separated) names none, all. `log_suffix` ends the files' names. `comm` is
-    accepted for the sake of old callers and not used. Files that exist are continued. Call `setup_dist()` before.
-    Raises UserError for an unknown format, or a folder that cannot be made.
+    `format_strs` are some of "stdout" (a line of metrics among the messages), "log" (messages and metrics in log.txt),
+    "csv", "json" and "tensorboard"; by default, those that the environment's OPENAI_LOG_FORMAT (comma-separated) names,
+    else the first four. `log_suffix` ends the files' names; of `comm` see `Logger`. Files that exist are continued.
+    Call `setup_dist()` before. Raises UserError for an unknown format, or a folder that cannot be made.
     """
-    global _dir, _formats, _suffix
-    wanted = format_strs or [name for name in os.environ.get("OPENAI_LOG_FORMAT", "").split(",") if name] or FORMATS
-    unknown = sorted(set(wanted) - set(FORMATS))
-    if unknown:
-        raise UserError(f"unknown log format {', '.join(unknown)}: expected some of {', '.join(FORMATS)}")
-    folder = dir or os.environ.get("OPENAI_LOGDIR")
-    _dir, _formats, _suffix = (Path(folder).expanduser() if folder else None), tuple(wanted), log_suffix
-    if _dir and _rank() == 0:
+    wanted = list(filter(None, format_strs or os.environ.get("OPENAI_LOG_FORMAT", "").split(","))) or DEFAULT_FORMATS
+    check_formats(wanted)
+    named = dir or os.environ.get("OPENAI_LOGDIR")
+    if named:
+        folder = Path(named).expanduser()
+        _make_dir(folder)
+    else:
         try:
-            _dir.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=datetime.now().strftime("guided_diffusion-%Y-%m-%d-%H-%M-%S-")))
         except OSError as error:
-            raise UserError(f"log folder {_dir} cannot be made: {error.strerror}") from error
-        if not os.access(_dir, os.W_OK):
-            raise UserError(f"log folder {_dir} cannot be written to")
+            raise UserError(f"no temporary folder for the log: {error.strerror}. Set OPENAI_LOGDIR") from error
+    writers: list[KVWriter] = [_Screen("stdout" in wanted)]
+    if _rank() == 0:
+        writers += [make_output_format(name, folder, log_suffix) for name in wanted if name != "stdout"]
+    current = Logger(str(folder), writers, comm)
+    current.log_suffix, current.level = log_suffix, (Logger.CURRENT or _before_configure).level
+    Logger.CURRENT = current
+    if not named:
+        info(f"logging to {folder}")
+
+
+def _make_dir(folder: Path) -> None:
+    if _rank() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"log folder {folder} cannot be made: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"log folder {folder} cannot be written to")
+
+
+def make_dir() -> None:
+    """Make the folder that OPENAI_LOGDIR names, if it names one: for scripts that record no metrics.
+
+    Raises UserError if it cannot be made or written to.
+    """
+    if folder := os.environ.get("OPENAI_LOGDIR"):
+        _make_dir(Path(folder).expanduser())
+
+
+def reset() -> None:
+    """Close the files and forget the folder and what was recorded, as if `configure` had never been called."""
+    if Logger.CURRENT is not None:
+        Logger.CURRENT.close()
+        Logger.CURRENT = None
+
+
+@contextmanager
+def scoped_configure(
+    dir: str | os.PathLike | None = None, format_strs: Iterable[str] | None = None, comm: Any = None
+) -> Iterator[None]:
+    """`configure` for the length of a `with` block."""
+    before = Logger.CURRENT
+    configure(dir, format_strs, comm)
+    try:
+        yield
+    finally:
+        reset()
+        Logger.CURRENT = before
 
 
 def choose_dir(output: str, otherwise: str) -> str:
@@ -92,19 +242,25 @@ def choose_dir(output: str, otherwise: str) -> str:
     return output or os.environ.get("OPENAI_LOGDIR") or otherwise
 
 
-def get_dir() -> str | None:
-    """The folder of the metrics, None where there is none."""
-    return None if _dir is None else str(_dir)
+def get_dir() -> str:
+    """The folder of the metrics."""
+    return get_current().get_dir()
 
 
 def set_level(level: int) -> None:
     """Say only messages of this level (DEBUG, INFO, WARN, ERROR) and above; DISABLED: none."""
-    _logger.setLevel(level)
+    for each in filter(None, (Logger.CURRENT, _before_configure)):
+        each.set_level(level)
+
+
+def set_comm(comm: Any) -> None:
+    """See `Logger.set_comm`."""
+    get_current().set_comm(comm)
 
 
 def log(*args: Any, level: int = INFO) -> None:
     """Say `args`, separated by spaces."""
-    _logger.log(level, "%s", " ".join(map(str, args)))
+    (Logger.CURRENT or _before_configure).log(*args, level=level)
 
 
 def debug(*args: Any) -> None:
@@ -122,7 +278,7 @@ def warn(*args: Any) -> None:
     log(*args, level=WARN)
 
 
-@cache
+@functools.cache
 def warn_once(text: str) -> None:
     """`warn`, the first time that this process has something to warn of."""
     warn(text)
@@ -135,15 +291,12 @@ def error(*args: Any) -> None:
 
 def logkv(key: str, val: Any) -> None:
     """Record one metric for the next `dumpkvs`; the last value counts."""
-    _values[key] = _plain(val)
-    _counts.pop(key, None)
+    get_current().logkv(key, val)
 
 
 def logkv_mean(key: str, val: float) -> None:
     """Record one metric for the next `dumpkvs`; the mean of the values since the last one counts."""
-    _counts[key] += 1
-    old = _values.get(key, 0.0) if _counts[key] > 1 else 0.0
-    _values[key] = old + (_plain(val) - old) / _counts[key]
+    get_current().logkv_mean(key, val)
 
 
 def logkvs(d: Mapping[str, Any]) -> None:
@@ -154,27 +307,65 @@ def logkvs(d: Mapping[str, Any]) -> None:
 
 def getkvs() -> dict[str, Any]:
     """The metrics recorded since the last `dumpkvs`."""
-    return dict(_values)
+    return dict(Logger.CURRENT.name2val) if Logger.CURRENT else {}
 
 
 def dumpkvs() -> dict[str, Any]:
     """Write the metrics recorded so far, as rank 0, and forget them; returns them."""
-    values = getkvs()
-    _values.clear()
-    _counts.clear()
-    if values and _rank() == 0:
-        if "stdout" in _formats:
-            info(
-                "  ".join(
-                    f"{key} {val:.5g}" if isinstance(val, float) else f"{key} {val}" for key, val in values.items()
-                )
-            )
-        if _dir and "csv" in _formats:
-            _append_csv(_dir / f"progress{_suffix}.csv", values)
-        if _dir and "json" in _formats:
-            with open(_dir / f"progress{_suffix}.json", "a") as file:
-                file.write(json.dumps({key: _json_value(val) for key, val in values.items()}) + "\n")
-    return values
+    return Logger.CURRENT.dumpkvs() if Logger.CURRENT else {}
+
+
+@contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the seconds that a `with` block takes to the metric "wait_SCOPENAME"."""
+    begin = time.time()
+    try:
+        yield
+    finally:
+        key, values = f"wait_{scopename}", get_current().name2val
+        values[key] = values.get(key, 0.0) + time.time() - begin
+
+
+def profile(n: str) -> Callable[[Callable], Callable]:
+    """A decorator that adds the seconds of each call to the metric "wait_N"."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with profile_kv(n):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return decorate
+
+
+def get_rank_without_mpi_import() -> int:
+    """This process's rank; before `setup_dist`, what MPI's launcher left in the environment."""
+    names = ("PMI_RANK", "OMPI_COMM_WORLD_RANK")
+    return _rank() or next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def mpi_weighted_mean(comm: Any, local_name2valcount: Mapping[str, tuple[Any, float]]) -> dict[str, float]:
+    """Means over the ranks of an MPI communicator, on its rank 0; nothing on the others.
+
+    Args:
+        comm: the communicator, as of mpi4py.
+        local_name2valcount: name -> (value, weight) of this rank. What is not a number is left out.
+    """
+    gathered = comm.gather(dict(local_name2valcount))
+    if comm.rank != 0:
+        return {}
+    sums: dict[str, float] = defaultdict(float)
+    weights: dict[str, float] = defaultdict(float)
+    for of_rank in gathered:
+        for name, (value, weight) in of_rank.items():
+            try:
+                sums[name] += weight * float(value)
+                weights[name] += weight
+            except (TypeError, ValueError):
+                warn(f"{name} is {value!r}, not a number: left out of the means over the ranks")
+    return {name: sums[name] / weights[name] for name in sums if weights[name]}
 
 
 def set_aside_files() -> None:
@@ -183,12 +374,10 @@ def set_aside_files() -> None:
     A run that begins must not continue the log of another one, such as one that was killed before its first
     checkpoint. Only rank 0 does something. Raises OSError.
     """
-    if not _dir or _rank() != 0:
-        return
-    renamed = set_aside(*(str(_dir / f"progress{_suffix}.{kind}") for kind in ("csv", "json")))
+    renamed = set_aside(*map(str, _progress_files()))
     if renamed:
         names = ", ".join(map(os.path.basename, renamed.values()))
-        info(f"the log in {_dir} belongs to an earlier run: renamed to {names}")
+        info(f"the log in {get_dir()} belongs to an earlier run: renamed to {names}")
 
 
 def rewind(key: str, last: float) -> None:
@@ -198,10 +387,8 @@ def rewind(key: str, last: float) -> None:
     killed. A last line that the kill cut off is dropped too; lines without the key stay. Only rank 0 does something.
     Each file is rewritten whole or not at all. Raises OSError where it cannot be.
     """
-    if not _dir or _rank() != 0:
-        return
-    for name, values_of in (f"progress{_suffix}.csv", _csv_values), (f"progress{_suffix}.json", _json_values):
-        path = _dir / name
+    for path in _progress_files():
+        values_of = _csv_values if path.suffix == ".csv" else _json_values
         if not path.exists():
             continue
         data = path.read_bytes()
@@ -209,6 +396,14 @@ def rewind(key: str, last: float) -> None:
         kept = b"".join(line for line, value in values_of(lines, key) if not _is_above(value, last))
         if kept != data:
             write_whole(str(path), kept)
+
+
+def _progress_files() -> list[Path]:
+    """The current logger's progress.csv and progress.json, for rank 0; none if there is no folder."""
+    current = Logger.CURRENT
+    if current is None or not current.dir or _rank() != 0:
+        return []
+    return [Path(current.dir) / f"progress{current.log_suffix}.{kind}" for kind in ("csv", "json")]
 
 
 def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
@@ -222,39 +417,6 @@ def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0) -> t
         mininterval=0.2 if sys.stderr.isatty() else 60,
         dynamic_ncols=True,
     )
-
-
-def _plain(value: Any) -> Any:
-    """A Python number out of a 0-d tensor or a NumPy scalar; anything else as it is."""
-    return value.item() if hasattr(value, "item") else value
-
-
-def _json_value(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity, nor objects."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value if isinstance(value, bool | int | float | str | None) else str(value)
-
-
-def _append_csv(path: Path, row: Mapping[str, Any]) -> None:
-    """Add `row`; where it brings new columns, the whole file is written anew beside the old one, then renamed."""
-    header, old_rows = [], []
-    if path.exists():
-        with open(path, newline="") as file:
-            header = next(csv.reader(file), [])
-    columns = header + [key for key in row if key not in header]
-    if columns == header:
-        with open(path, "a", newline="") as file:
-            csv.DictWriter(file, columns).writerow(row)
-        return
-    if header:
-        with open(path, newline="") as file:
-            old_rows = list(csv.DictReader(file))
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows([*old_rows, row])
-    write_whole(str(path), text.getvalue().encode())
 
 
 def _csv_values(lines: Iterable[bytes], key: str) -> Iterator[tuple[bytes, str | None]]:

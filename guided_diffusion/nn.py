@@ -11,8 +11,6 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-SiLU = nn.SiLU
-
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -20,6 +18,13 @@ class NormalStream(Protocol):
     """Anything that hands out standard normal numbers on request."""
 
     def randn(self, shape: Sequence[int], device: Any = None, dtype: torch.dtype | None = None) -> Tensor: ...
+
+
+class SiLU(nn.SiLU):
+    """The activation x * sigmoid(x)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
 
 
 class GroupNorm32(nn.GroupNorm):
@@ -152,9 +157,9 @@ def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor],
     get_ema_multi_avg_fn(rate)(list(target_params), list(source_params), None)
 
 
-def mean_flat(x: Tensor) -> Tensor:
+def mean_flat(tensor: Tensor) -> Tensor:
     """Mean over all dimensions but the first: (B, ...) -> (B,)."""
-    return x.reshape(len(x), -1).mean(dim=1)
+    return tensor.reshape(len(tensor), -1).mean(dim=1)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
@@ -182,6 +187,31 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
     if flag:
         return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
     return func(*inputs)
+
+
+class CheckpointFunction(torch.autograd.Function):
+    """What `checkpoint` does as a function of autograd, for callers of guided-diffusion; `checkpoint` does without it.
+
+    CheckpointFunction.apply(run_function, length, *args): the first `length` of `args` are the inputs, the others the
+    parameters that `run_function` uses. Returns the outputs as a tuple.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run_function: Callable[..., Any], length: int, *args: Any) -> tuple[Tensor, ...]:
+        ctx.run_function, ctx.length, ctx.args = run_function, length, args
+        with torch.no_grad():
+            outputs = run_function(*args[:length])
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    @staticmethod
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = [x.detach().requires_grad_() for x in ctx.args[: ctx.length]]
+        parameters = list(ctx.args[ctx.length :])
+        with torch.enable_grad():
+            outputs = ctx.run_function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad(outputs, inputs + parameters, output_grads, allow_unused=True)
+        return None, None, *grads
 
 
 def randn(

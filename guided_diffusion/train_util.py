@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -33,9 +35,9 @@ from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
 from .noise import NoiseStreams
 from .optimizer_state import by_parameter, steps_taken
-from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from .resample import LossAwareSampler, LossSecondMomentResampler, ScheduleSampler, UniformSampler
 from .training_checkpoints import find_ema_checkpoint as find_ema_checkpoint
-from .training_checkpoints import find_resume_checkpoint as find_resume_checkpoint
+from .training_checkpoints import find_resume_checkpoint as newest_checkpoint
 from .training_checkpoints import opt_path, read_optimizer, remove_unfinished, write_checkpoint
 from .training_checkpoints import parse_rates as parse_rates
 from .training_checkpoints import parse_resume_step_from_filename as parse_resume_step_from_filename
@@ -45,6 +47,7 @@ Cond = dict[str, Tensor]  # what the model is given besides the images, each (B,
 Shapes = Mapping[str, tuple[int, ...]]
 
 SKIPPED = "skipped_steps"  # in the log: those that float16's loss scaling has left out since the last line
+SAMPLER_NAMES = {UniformSampler: "uniform", LossSecondMomentResampler: "loss-second-moment"}
 # PyTorch 2.13 renamed the option of whether buffers are sent around before each forward pass.
 SYNC_BUFFERS = next(
     name
@@ -63,8 +66,9 @@ class TrainLoop:
     Args:
         model: the network, in float32, on its device, the same on all processes.
         diffusion: gives the losses.
-        data: batches (images (B, C, H, W) in [-1, 1], cond), of `batch_size` each; an object with `seek` and `position`
-            such as `load_data` returns, or any iterator, whose position is then its owner's business.
+        data: batches (images (B, C, H, W) in [-1, 1], cond), B being `batch_size` or another number; an object with
+            `seek` and `position` such as `load_data` returns, or any iterator, whose position is then its owner's
+            business.
         batch_size: images per process and step.
         microbatch: images per forward and backward pass; -1: all.
         lr: learning rate of AdamW.
@@ -78,9 +82,9 @@ class TrainLoop:
         lr_anneal_steps: the learning rate falls linearly to 0 in so many steps, and training ends; 0: it is constant.
         iterations: number of steps after which training ends; 0: no end.
         seed: of time steps, noise and dropout.
-        output: folder of the checkpoints; that of the logger if None.
+        output: folder of the checkpoints; `get_blob_logdir()` if None.
         settings: what makes this run another one than one with other values, by the names of the flags. A run is not
-            resumed with other settings.
+            resumed with other settings. None: what this class knows by itself, see `known_settings`.
         on_start: called on rank 0 with whether the run is resumed, when all of the checkpoint has been read and before
             anything is written.
         before_save: called on rank 0 before a checkpoint is written.
@@ -92,7 +96,11 @@ class TrainLoop:
 
     Raises:
         UserError: checkpoints that do not fit or cannot be read, or are those of a run with other settings; a number
-            out of range; no folder for the results.
+            out of range.
+
+    Attributes:
+        step: number of steps that have been taken, in earlier processes too.
+        resume_step: 0. Subclasses written for guided-diffusion, whose `step` starts at 0 when a run is resumed, add it.
     """
 
     prefix = ""  # of the names of losses in the log
@@ -135,20 +143,21 @@ class TrainLoop:
         self.ema_rate = parse_rates(ema_rate)
         self.log_interval = log_interval
         self.save_interval = save_interval
+        self.resume_checkpoint = resume_checkpoint
+        self.use_fp16 = use_fp16
+        self.fp16_scale_growth = fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.weight_decay = weight_decay
         self.lr_anneal_steps = lr_anneal_steps
         self.last_step = min(filter(None, (lr_anneal_steps, iterations)), default=None)
         self.seed = seed
-        self.settings = dict(settings or {})
+        self.settings = self.known_settings() if settings is None else dict(settings)
         self.on_start, self.before_save, self.on_save = on_start, before_save, on_save
         self.check_fit = check_fit
         self.more_state = dict(more_state or {})
-        folder = output or logger.get_dir()
-        if not folder:
-            raise UserError("no folder for the checkpoints: give --output, or set OPENAI_LOGDIR")
-        self.output: str = folder
+        self.output: str = output or dist_util.on_main(get_blob_logdir)
         self.device = next(model.parameters()).device
+        self.sync_cuda = torch.cuda.is_available()
 
         self.step = self.resume_step = 0
         self.saved_step: int | None = None  # of the last checkpoint that this object has read or written
@@ -161,9 +170,33 @@ class TrainLoop:
         self.ema_params: list[list[Tensor]] = []
         self._continues_log = False
         self._request = StopRequest()
-        self.named = resume_checkpoint
-        self._resume(resume_checkpoint)
+        self._stopping = 0  # the signal by which all processes have agreed to stop
+        self._resume()
+        self._counted = self.step
         self.ddp_model = self._distributed(model)
+        self.use_ddp = self.ddp_model is not model
+
+    def known_settings(self) -> dict[str, Any]:
+        """What decides the course of a run, as far as this class knows it, by the names that its user knows."""
+        sampler = type(self.schedule_sampler)
+        settings = {
+            "--lr": float(self.lr),
+            "--weight_decay": float(self.weight_decay),
+            "--lr_anneal_steps": self.lr_anneal_steps,
+            "--use_fp16": self.use_fp16,
+            "--schedule_sampler": SAMPLER_NAMES.get(sampler, sampler.__name__),
+            "--seed": self.seed,
+            "images per step (--batch_size times processes)": self.global_batch,
+            "diffusion steps": self.diffusion.num_timesteps,
+        }
+        if self.use_fp16:
+            settings["--fp16_scale_growth"] = self.fp16_scale_growth
+        if hasattr(self.diffusion, "betas"):
+            settings["noise schedule"] = "betas from {:.4g} to {:.4g}".format(*self.diffusion.betas[[0, -1]])
+        for what in ("model_mean_type", "model_var_type", "loss_type"):
+            if isinstance(value := getattr(self.diffusion, what, None), Enum):
+                settings[what.replace("_", " ")] = value.name
+        return settings
 
     def run_loop(self) -> None:
         """Train until the last step, or until the process is asked to end, which saves a checkpoint first.
@@ -176,7 +209,7 @@ class TrainLoop:
         if self.done:
             logger.info(f"already at step {self.step}: nothing is left to do")
             return
-        when_stopped(partial(describe_newest, self.output, self.named))
+        when_stopped(partial(describe_newest, self.output, self.resume_checkpoint))
         self.model.train()
         bar = logger.progress_bar(self.last_step, "training", "step", initial=self.step)
         with bar, StopRequest() as self._request:
@@ -192,15 +225,18 @@ class TrainLoop:
         while not self.done:
             dist_util.check_peers()
             agreed = _maximum(self._request)
+            step = self.step
             self.run_step(*next(self.data))
+            if self.step == step:  # a subclass's own leaves the count to the loop, as that of guided-diffusion does
+                self.step = self._counted = step + 1
             bar.update()
             if self.step % self.log_interval == 0:
                 line = self.log()
                 if (name := f"{self.prefix}loss") in line:
                     bar.set_postfix(loss=f"{line[name]:.4g}")
-            signum = agreed()
+            signum = self._stopping = agreed()
             if self.step % self.save_interval == 0 or self.done or signum:
-                self.save(draw=not signum)
+                self.save()
             if signum:
                 raise Stopped(signum)
 
@@ -211,19 +247,32 @@ class TrainLoop:
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
         """One step of the optimiser on this process's part (B, C, H, W) of the global batch."""
-        losses, t = self.forward_backward(batch, cond)
+        self._check_count()
+        losses_and_t = self.forward_backward(batch, cond)
         self._anneal_lr()
-        grad_norm, param_norm = self.mp_trainer.optimize(self.opt)
+        grad_norm, param_norm = self.mp_trainer.step(self.opt)
         # In float16 the scaler skips a step whose gradients have overflowed: that is counted, and its losses are not.
         taken = grad_norm.isfinite() if self.mp_trainer.scaler.is_enabled() else None
-        self.meter.add(losses, t, self.diffusion.num_timesteps, taken)
+        if losses_and_t is not None:  # a subclass's own may log its losses itself
+            self.meter.add(*losses_and_t, self.diffusion.num_timesteps, taken)
         self.meter.add_norms(taken, grad_norm=grad_norm)
         self.meter.add_norms(param_norm=param_norm)
         if taken is not None:
             self.meter.add_total(**{SKIPPED: (~taken).double() * dist_util.is_main()})
+        self._update_ema()
+        self.step += 1
+        self._counted = self.step
+        self.log_step()
+
+    def _update_ema(self) -> None:
+        """Move the moving averages towards the weights."""
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             update_ema(params, self.mp_trainer.master_params, rate=rate)
-        self.step += 1
+
+    def log_step(self) -> None:
+        """Record the number of the step; called after each. Subclasses add what they want to see in the log."""
+        logger.logkv("step", self.step)
+        logger.logkv("samples", self.step * self.global_batch)
 
     def forward_backward(self, batch: Tensor, cond: Cond) -> tuple[dict[str, Tensor], Tensor]:
         """Compute the gradients of the global batch's mean loss, microbatch by microbatch.
@@ -232,8 +281,7 @@ class TrainLoop:
         """
         batch = batch.to(self.device, non_blocking=True)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
-        self._check_batch(batch)
-        t, weights = self.time_steps(self.seed)  # (B,), (B,)
+        t, weights = self.time_steps(self.seed, len(batch))  # (B,), (B,)
         noise = self.noise(batch.shape, self.seed)
         torch.manual_seed(step_seed(self.seed, self.step, get_rank()))  # for dropout
 
@@ -269,19 +317,15 @@ class TrainLoop:
         self._check_finite(means)
         if self.mp_trainer.scaler.is_enabled():
             scale = self.mp_trainer.scaler.get_scale()
-            if f"{self.prefix}loss" not in means and scale < 1:
+            if SKIPPED in means and f"{self.prefix}loss" not in means and scale < 1:
                 self._not_finite(f"every step since the last line overflowed, although the loss scale is {scale}")
             scaling["lg_loss_scale"] = float(np.log2(scale))
-        logger.logkv("step", self.step)
-        logger.logkv("samples", self.step * self.global_batch)
+        TrainLoop.log_step(self)  # whatever a subclass calls step, a resumed run cuts the log by this count
         logger.logkvs(scaling | means)
         return logger.dumpkvs()
 
-    def save(self, draw: bool = True) -> None:
+    def save(self) -> None:
         """Write the checkpoint of this step, on rank 0; all processes call this.
-
-        Args:
-            draw: whether to call `on_save` then.
 
         Raises UserError if it cannot be written, and ResultError if there are numbers in it that are NaN or infinite.
         """
@@ -291,27 +335,34 @@ class TrainLoop:
         self._check_finite(self.meter.means_of(counted))
         dist_util.on_main(self._write_checkpoint, counted)
         self.saved_step = self.step
-        if draw and self.on_save is not None and dist_util.is_main():
+        if self.on_save is not None and dist_util.is_main() and not self._stopping:
             self.model.eval()
             self.on_save(self._averaged_model, self.step)
             self.model.train()
 
     # A step's randomness
 
-    def _rows(self) -> range:
-        """This process's rows of the global batch."""
-        return range(get_rank() * self.batch_size, (get_rank() + 1) * self.batch_size)
+    def _rows(self, count: int) -> list[int]:
+        """The rows of the global batch of this process's `count` images; those beyond `batch_size` follow it."""
+        rank, processes = get_rank(), get_world_size()
+        own = range(rank * self.batch_size, (rank + 1) * self.batch_size)
+        more = range(self.global_batch + rank, self.global_batch + rank + processes * count, processes)
+        return [*own, *more][:count]
 
-    def time_steps(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Indices t and weights of the losses, (B,) each: this process's rows of what is drawn for the global batch."""
+    def time_steps(self, seed: int, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Indices t and weights of the losses, (count,) each: this process's rows of what is drawn for all.
+
+        `count` is the number of images, `batch_size` by default.
+        """
         generator = np.random.default_rng(step_seed(seed, self.step))
-        t, weights = self.schedule_sampler.sample(self.global_batch, torch.device("cpu"), generator)
-        rows = slice(self._rows().start, self._rows().stop)
+        rows = self._rows(self.batch_size if count is None else count)
+        drawn = max(self.global_batch, rows[-1] + 1)
+        t, weights = self.schedule_sampler.sample(drawn, torch.device("cpu"), generator)
         return t[rows].to(self.device), weights[rows].to(self.device)
 
     def noise(self, shape: Sequence[int], seed: int) -> Tensor:
         """Standard normal noise (B, ...) for this process's rows."""
-        streams = NoiseStreams(seed, [f"row {row}" for row in self._rows()], self.step, self.device)
+        streams = NoiseStreams(seed, [f"row {row}" for row in self._rows(shape[0])], self.step, self.device)
         return streams.randn(shape, device=self.device)
 
     def _anneal_lr(self) -> None:
@@ -322,26 +373,36 @@ class TrainLoop:
 
     # Checkpoints
 
-    def _resume(self, named: str) -> None:
-        """Take up the newest checkpoint in the output folder, else the `named` one, else begin."""
-        start = dist_util.on_main(choose_start, named, self.output, self.settings, self.ema_rate)
-        if start is None:
-            self.ema_params = [_copies(self.mp_trainer.master_params) for _ in self.ema_rate]
-            dist_util.sync_params(self.model.parameters())
+    def _resume(self) -> None:
+        """Take up the newest checkpoint in the output folder, else `resume_checkpoint`, else begin."""
+        args = self.resume_checkpoint, self.output, self.settings, self.ema_rate
+        self._start = start = dist_util.on_main(choose_start, *args)
+        self._order: list[str] | None = None
+        self.begun_from = None if start is None else start.begun_from
+        self._load_and_sync_parameters()
+        overridden = type(self)._load_and_sync_parameters is not TrainLoop._load_and_sync_parameters
+        if start is not None and start.resumed and overridden:
+            self._load_weights()  # a subclass loads what its run begins with, and this one has its own checkpoint
+        # Weights that a subclass has loaded begin a new run, unless it says by `resume_step` that they go on with one.
+        if start is not None and (self._order is not None or self.resume_step):
+            self.step = start.number if start.resumed else self.resume_step or start.number
+            self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
+            self._load_optimizer_state()
         else:
-            self.step, self.begun_from = start.number, start.begun_from
-            order = self._load_weights(start)
-            self.ema_params = [self._load_average(start, rate) for rate in self.ema_rate]
-            state = dist_util.on_every_rank(read_optimizer, start.path, start.number)
-            if state is None:
-                logger.warn(f"no {opt_path('', start.number)} beside {start.path}: the optimizer starts anew")
-            else:
-                self._load_optimizer(start, state, order)
-            self.resume_step = self.step
+            self.step = self.resume_step
+            self.ema_params = [_copies(self.mp_trainer.master_params) for _ in self.ema_rate]
+        self.resume_step = 0
         if not self.done:
             dist_util.on_main(self._open_folder, start)
         if start is not None and start.resumed:
             self.saved_step = self.step
+
+    def _load_and_sync_parameters(self) -> None:
+        """Give the model the weights to begin with, the same on all processes. Subclasses may load others."""
+        if self._start is None:
+            dist_util.sync_params(self.model.parameters())
+        else:
+            self._load_weights()
 
     def _open_folder(self, start: Start | None) -> None:
         """The first changes in the output folder, when nothing speaks against this run there."""
@@ -357,14 +418,16 @@ class TrainLoop:
         else:
             logger.set_aside_files()
 
-    def _load_weights(self, start: Start) -> list[str]:
-        """Returns the names of the parameters in the order of the file."""
-        weights = self._read_weights(start.path, start)
+    def _load_weights(self) -> None:
+        """Load the weights to start from, and note the names of the parameters in the order of the file."""
+        weights = self._read_weights(self._start.path, self._start)
         self.model.load_state_dict(weights)
         parameters = dict(self.model.named_parameters())
-        return [name for name in weights if name in parameters]
+        self._order = [name for name in weights if name in parameters]
 
-    def _load_average(self, start: Start, rate: float) -> list[Tensor]:
+    def _load_ema_parameters(self, rate: float) -> list[Tensor]:
+        """The moving average beside the weights to start from; if there is none, a copy of the model's weights."""
+        start = self._start
         average = dist_util.on_main(find_ema_checkpoint, start.path, start.number, rate)
         if average is None:
             logger.warn(f"no moving average of decay {rate} beside {start.path}: it begins with the model's weights")
@@ -372,10 +435,20 @@ class TrainLoop:
         weights = self._read_weights(average, start)
         return _copies(value.to(self.device) for value in self.mp_trainer.state_dict_to_master_params(weights))
 
+    def _load_optimizer_state(self) -> None:
+        """Go on with the optimizer's state beside the weights to start from, if there is one, and the rest of it."""
+        start = self._start
+        state = dist_util.on_every_rank(read_optimizer, start.path, start.number)
+        if state is None:
+            logger.warn(f"no {opt_path('', start.number)} beside {start.path}: the optimizer starts anew")
+            return
+        order = self._order or [name for name, _ in self.model.named_parameters()]
+        self._load_optimizer(start, state, order)
+
     def _read_weights(self, path: str, start: Start) -> dict[str, Tensor]:
         """Raises UserError, on all processes, if a file has the weights of another network than the model."""
         expected = _shapes(self.model.state_dict())
-        weights = dist_util.load_state_dict(path, flag=_flag(start), expected=expected)
+        weights = dist_util.load_weights(path, flag=_flag(start), expected=expected)
         if _shapes(weights) != expected:
             dist_util.on_every_rank(self._refuse, path, _shapes(weights), expected)
         return weights
@@ -483,9 +556,13 @@ class TrainLoop:
             gradient_as_bucket_view=True,
         )
 
-    def _check_batch(self, batch: Tensor) -> None:
-        if len(batch) != self.batch_size:
-            raise UserError(f"the data gave a batch of {len(batch)} images, expected {self.batch_size} (--batch_size)")
+    def _check_count(self) -> None:
+        """Steps are counted once. Raises UserError if a loop of another kind counts them too."""
+        if self.step != self._counted:
+            raise UserError(
+                f"step is {self.step}, expected {self._counted}: run_step counts the steps, so the loop that calls it "
+                "must not"
+            )
 
     def _check_finite(self, numbers: Mapping[str, float]) -> None:
         """Raise ResultError, on all processes, which have the same numbers, if one is NaN or infinite."""
@@ -502,6 +579,31 @@ class TrainLoop:
             f"training has diverged: at step {self.step} {what}. This step is not saved. Lower --lr and start again "
             "with another --output, from scratch or from an earlier checkpoint (--resume_checkpoint)"
         )
+
+
+# For scripts of guided-diffusion
+
+
+def get_blob_logdir() -> str:
+    """The folder of the checkpoints: the one that DIFFUSION_BLOB_LOGDIR names, else the logger's."""
+    return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
+
+
+def find_resume_checkpoint(folder: str | None = None, ema_rates: Sequence[float | str] = ()) -> str | None:
+    """The model's file of the newest step in `folder`, by default `get_blob_logdir()`, of which all files are whole.
+
+    None without any.
+    """
+    return newest_checkpoint(folder or get_blob_logdir(), ema_rates)
+
+
+def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: Mapping[str, Tensor]) -> None:
+    """Log the means of losses, (B,) each, at the indices ts (B,): of all as NAME, by quartile of t as NAME_q0 to q3."""
+    quartiles = (4 * ts // diffusion.num_timesteps).tolist()
+    for name, values in losses.items():
+        logger.logkv_mean(name, values.mean().item())
+        for quartile, value in zip(quartiles, values.tolist(), strict=True):
+            logger.logkv_mean(f"{name}_q{quartile}", value)
 
 
 class LossMeter:

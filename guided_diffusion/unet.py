@@ -6,8 +6,10 @@ may be contiguous or channels-last.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -159,6 +161,18 @@ class ResBlock(TimestepBlock):
         return add_skip(conv, h, self.skip_connection(x))
 
 
+def count_flops_attn(model: nn.Module, _x: Any, y: Tensor | tuple[Tensor, ...]) -> None:
+    """Add the operations of attention's two matrix products to `model.total_ops`, for the package thop.
+
+    Args:
+        model: the attention.
+        _x: its inputs, not used.
+        y: its output, (B, C, T).
+    """
+    batch, channels, *pixels = (y[0] if isinstance(y, tuple) else y).shape
+    model.total_ops += torch.tensor([2.0 * batch * channels * math.prod(pixels) ** 2], dtype=torch.float64)
+
+
 class QKVAttention(nn.Module):
     """Multi-head attention; the channels of its input are q, k, v first, and heads within each of them."""
 
@@ -177,6 +191,8 @@ class QKVAttention(nn.Module):
             q, k, v = qkv.unflatten(2, (3, self.n_heads, -1)).unbind(2)
         a = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return a.transpose(1, 2).flatten(2).mT  # (B, n_heads, T, C) -> (B, n_heads * C, T)
+
+    count_flops = staticmethod(count_flops_attn)
 
 
 class QKVAttentionLegacy(QKVAttention):
@@ -271,6 +287,8 @@ class _Encoder(nn.Module):
 
     A subclass adds its output by `_build_output`, which is given the channels of every input block.
     """
+
+    _convert_when_moved = False  # whether `convert_to_fp16` waits for the weights to be moved to an accelerator
 
     def __init__(
         self,
@@ -398,15 +416,45 @@ class _Encoder(nn.Module):
     def convert_to_fp16(self, dtype: torch.dtype | None = None) -> None:
         """Convert the torso, all blocks but not the output, to half precision, in place.
 
-        `dtype` None: `half_precision_dtype` of the device that the weights are on.
+        `dtype` None: float16 on an accelerator. On a CPU the weights stay in float32 until they are moved to one, and
+        the forward pass computes as `use_mixed_precision` says.
         """
-        self.dtype = dtype or half_precision_dtype(self.time_embed[0].weight.device)
+        if dtype is None and self.time_embed[0].weight.device.type == "cpu":
+            self.use_mixed_precision()
+            self._convert_when_moved = True
+            return
+        self._convert_when_moved = False
+        self.dtype = dtype or torch.float16
         self._apply_to_torso(partial(convert_module_to_f16, dtype=self.dtype))
 
     def convert_to_fp32(self) -> None:
         """Undo `convert_to_fp16`."""
+        self._convert_when_moved = False
         self.dtype = torch.float32
         self._apply_to_torso(convert_module_to_f32)
+
+    def use_mixed_precision(self) -> None:
+        """Keep the weights in float32 and compute in the `half_precision_dtype` of the input's device, by autocast."""
+        self.convert_to_fp32()
+        self.dtype = torch.float16
+
+    def _apply(self, *args: Any, **kwargs: Any) -> _Encoder:  # what moves a module, alone or as a part of another
+        super()._apply(*args, **kwargs)
+        if self._convert_when_moved and self.time_embed[0].weight.device.type != "cpu":
+            self.convert_to_fp16()
+        return self
+
+    def _precision(self, x: Tensor) -> tuple[AbstractContextManager, Tensor]:
+        """The context to compute in, and the input as the torso takes it.
+
+        That is autocast if the network is to compute in half precision, its weights are in float32, and the caller has
+        not called it in one.
+        """
+        weights = self.input_blocks[0][0].weight.dtype  # parameters() would be empty in replicas of DataParallel
+        if self.dtype == weights or weights != torch.float32 or torch.is_autocast_enabled(x.device.type):
+            return nullcontext(), x.to(self.dtype)
+        dtype = half_precision_dtype(x.device)
+        return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32), x.float()
 
     def _apply_to_torso(self, function: Callable[[nn.Module], None]) -> None:
         for name, child in self.named_children():
@@ -438,7 +486,7 @@ class UNetModel(_Encoder):
         dims: spatial dimensions.
         num_classes: number of classes of a model that is conditioned on them, else None.
         use_checkpoint: compute activations again in the backward pass, to save memory.
-        use_fp16: the torso will be converted to half precision after the weights are loaded, by `convert_to_fp16`.
+        use_fp16: compute in half precision: by autocast until `convert_to_fp16` converts the torso's weights.
         num_heads: attention heads, where `num_head_channels` is -1.
         num_head_channels: channels per attention head; -1: the number of heads decides.
         num_heads_upsample: attention heads in the decoder; -1: as `num_heads`.
@@ -480,15 +528,16 @@ class UNetModel(_Encoder):
 
         Raises UserError where `y` is missing, superfluous or of another length.
         """
-        emb = self.embed(timesteps, y)  # (B, 4 * model_channels)
-        h = x.to(self.dtype)
-        skips = []
-        for block in self.input_blocks:
-            h = block(h, emb)  # (B, C, H / 2**level, W / 2**level)
-            skips.append(h)
-        h = self.middle_block(h, emb)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb)
+        precision, h = self._precision(x)
+        with precision:
+            emb = self.embed(timesteps, y)  # (B, 4 * model_channels)
+            skips = []
+            for block in self.input_blocks:
+                h = block(h, emb)  # (B, C, H / 2**level, W / 2**level)
+                skips.append(h)
+            h = self.middle_block(h, emb)
+            for block in self.output_blocks:
+                h = block(torch.cat([h, skips.pop()], dim=1), emb)
         with torch.autocast(x.device.type, enabled=False):  # the output is in float32 in training too
             return self.out(h).to(x.dtype)  # (B, out_channels, H, W)
 
@@ -592,13 +641,14 @@ class EncoderUNetModel(_Encoder):
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """(B, in_channels, image_size, image_size) at times (B,) -> logits (B, out_channels), in the dtype of `x`."""
-        emb = self.embed(timesteps)  # (B, 4 * model_channels)
-        h = x.to(self.dtype)
+        precision, h = self._precision(x)
         means = []
-        for block in [*self.input_blocks, self.middle_block]:
-            h = block(h, emb)  # (B, C, H / 2**level, W / 2**level)
-            if self.pool.startswith("spatial"):
-                means.append(h.flatten(2).mean(dim=2, dtype=torch.float32))  # (B, C)
+        with precision:
+            emb = self.embed(timesteps)  # (B, 4 * model_channels)
+            for block in [*self.input_blocks, self.middle_block]:
+                h = block(h, emb)  # (B, C, H / 2**level, W / 2**level)
+                if self.pool.startswith("spatial"):
+                    means.append(h.flatten(2).mean(dim=2, dtype=torch.float32))  # (B, C)
         features = torch.cat(means, dim=1) if means else h.float()
         with torch.autocast(x.device.type, enabled=False):
             return self.out(features).to(x.dtype)  # (B, out_channels)

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: expected some of {','.join(PARTS)}")
 
-    logger.configure()
+    logger.make_dir()
     threads = compute_reproducibly(args.num_threads)
     device = dist_util.use_device(args.device)
     args.batch_size = args.batch_size or (32 if device.type == "cuda" else 1)

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
 
     dist_util.setup_dist(args.device)
-    logger.configure()
+    logger.make_dir()
     flags = args_to_dict(args, model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     of_classifier = args_to_dict(args, classifier_defaults())

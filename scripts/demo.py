@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     dist_util.use_device(args.device)  # now, because the scripts would stop only after images have been written
     diffusion = create_gaussian_diffusion(timestep_respacing=args.timestep_respacing)
     args.time_series = check_times(args.time_series, diffusion.num_timesteps, "--time_series")
-    logger.configure()
+    logger.make_dir()
     images = images_from_flags(GRAMMAR_FLAGS)
     folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
     paths = write_images(images, folders["images"], max(STATISTICS_IMAGES, args.num_images), args.seed)

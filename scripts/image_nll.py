@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.run_record import now, weights_digest
 
     dist_util.setup_dist(args.device)
-    logger.configure()
+    logger.make_dir()
     flags = args_to_dict(args, model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     images = dist_util.on_main(find_images, args)

@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     from guided_diffusion.sampling import denoise, write_samples
 
     dist_util.setup_dist(args.device)
-    logger.configure()
+    logger.make_dir()
     flags = args_to_dict(args, sr_model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     small = dist_util.on_every_rank(SmallImages, args.base_samples, args.small_size, args.class_cond)

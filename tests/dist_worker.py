@@ -49,7 +49,7 @@ def load(folder, chunk_size, *paths):
     summaries = []
     for path in paths:
         try:
-            state = dist_util.load_state_dict(path, chunk_size=int(chunk_size))
+            state = dist_util.load_weights(path, chunk_size=int(chunk_size))
         except UserError as error:
             summaries.append(str(error))
         else:
@@ -57,6 +57,17 @@ def load(folder, chunk_size, *paths):
                 {name: (str(w.dtype), list(w.shape), w.double().sum().item()) for name, w in state.items()}
             )
     return summaries
+
+
+def load_anything(folder, *paths):
+    """For each path, what all ranks load, by `repr`, or the error."""
+    loaded = []
+    for path in paths:
+        try:
+            loaded.append(repr(dist_util.load_state_dict(path, map_location="cpu")))
+        except UserError as error:
+            loaded.append(str(error))
+    return loaded
 
 
 def fail_together(folder):
@@ -132,7 +143,7 @@ def train(folder):
         (folder / f"working{dist_util.get_rank()}").touch()
 
 
-TASKS = (tell, load, fail_together, fail_on_last, fail_alone, speak)
+TASKS = (tell, load, load_anything, fail_together, fail_on_last, fail_alone, speak)
 TASKS += (die_first, run_of, where, until_told, train)
 TASKS = {f.__name__: f for f in TASKS}
 

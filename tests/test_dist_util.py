@@ -386,19 +386,19 @@ def mapped_files():
 
 
 def test_local_checkpoint_is_mapped(checkpoint, state):
-    loaded = dist_util.load_state_dict(checkpoint, map_location="cpu")
+    loaded = dist_util.load_weights(checkpoint)
     assert_same(loaded, state)
     assert str(checkpoint) in mapped_files()
 
 
 def test_legacy_format_is_read(tmp_path, state):
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    assert_same(dist_util.load_state_dict(str(tmp_path / "old.pt")), state)
+    assert_same(dist_util.load_weights(str(tmp_path / "old.pt")), state)
     assert "old.pt" not in mapped_files()
 
 
 def test_remote_checkpoint(checkpoint, state, url):
-    assert_same(dist_util.load_state_dict(address(url, "model.pt")), state)
+    assert_same(dist_util.load_weights(address(url, "model.pt")), state)
 
 
 def test_ranks_load_together_or_fail_together(tmp_path, checkpoint, state, url):
@@ -412,15 +412,27 @@ def test_ranks_load_together_or_fail_together(tmp_path, checkpoint, state, url):
     assert url.requests.count("/model.pt") == 1  # by rank 0 alone
 
 
+def test_ranks_load_anything_together(tmp_path, checkpoint, url):
+    anything = {"state_dict": {"w": torch.arange(3)}, "epoch": 1}
+    torch.save(anything, checkpoint.with_name("anything.pt"))
+    checkpoint.with_name("empty.pt").touch()
+    paths = [address(url, "anything.pt"), checkpoint.with_name("anything.pt"), address(url, "empty.pt")]
+    finish(start([*MPIEXEC, "2", *PYTHON, "load_anything", tmp_path, *paths]))
+    for result in results(tmp_path, 2):
+        assert result["load_anything"][:2] == [repr(anything)] * 2
+        assert result["load_anything"][2] == f"the checkpoint {paths[2]} (0 bytes) is empty: not a checkpoint"
+    assert url.requests.count("/anything.pt") == 1  # by rank 0 alone
+
+
 def test_connection_that_closes_early(tmp_path, checkpoint, url):
     checkpoint.rename(tmp_path / "cut.pt")
     with pytest.raises(UserError, match=r"cut.pt cannot be read: the connection closed 1000 bytes early"):
-        dist_util.load_state_dict(address(url, "cut.pt"))
+        dist_util.load_weights(address(url, "cut.pt"))
 
 
 def test_unknown_kind_of_remote_path():
     with pytest.raises(UserError, match=r"--model_path ftp://host/model.pt cannot be read: Unrecognized path"):
-        dist_util.load_state_dict("ftp://host/model.pt")
+        dist_util.load_weights("ftp://host/model.pt")
 
 
 def write_bad(path, kind, good):
@@ -489,7 +501,7 @@ def test_bad_checkpoint(tmp_path, checkpoint, kind):
     path = tmp_path / "bad.pt"
     write_bad(path, kind, checkpoint)
     with pytest.raises(UserError, match=BAD[kind]) as caught:
-        dist_util.load_state_dict(path)
+        dist_util.load_weights(path)
     message = str(caught.value)
     assert message.startswith(f"--model_path {path} ") and len(message.splitlines()) <= 2
 
@@ -498,7 +510,7 @@ def test_bad_checkpoint(tmp_path, checkpoint, kind):
 def test_bad_remote_checkpoint(tmp_path, checkpoint, url, kind):
     write_bad(tmp_path / "bad.pt", kind, checkpoint)
     with pytest.raises(UserError, match=BAD[kind]):
-        dist_util.load_state_dict(address(url, "bad.pt"))
+        dist_util.load_weights(address(url, "bad.pt"))
 
 
 def test_nobody_answers():
@@ -506,7 +518,7 @@ def test_nobody_answers():
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
         with pytest.raises(UserError, match="Connection refused"):
-            dist_util.load_state_dict(f"http://127.0.0.1:{port}/model.pt")
+            dist_util.load_weights(f"http://127.0.0.1:{port}/model.pt")
 
 
 # ---------------------------------------------------------------------------------------------- lost peers

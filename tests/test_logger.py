@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,12 +24,10 @@ def fresh(monkeypatch):
     """A logger without folder and metrics, before and after."""
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     monkeypatch.delenv("OPENAI_LOG_FORMAT", raising=False)
-    logger.configure()
+    logger.reset()
     yield
-    logger.configure()
+    logger.reset()
     logger.set_level(logger.INFO)
-    logger._values.clear()
-    logger._counts.clear()
 
 
 def rows(folder, name="progress.csv"):
@@ -97,7 +96,7 @@ def test_columns_that_come_later_and_a_second_run(tmp_path):
         {"a": "4", "b": "", "c": "line\nbreak"},
         {"a": "", "b": "5", "c": ""},
     ]
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["progress.csv", "progress.json"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["log.txt", "progress.csv", "progress.json"]
 
 
 def test_numbers_that_json_lacks(tmp_path):
@@ -117,12 +116,13 @@ def test_folder_and_formats_from_the_environment(tmp_path, monkeypatch, capsys):
     assert rows(tmp_path) == [{"a": "1"}] and capsys.readouterr().err == ""
 
 
-def test_no_folder_no_files(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert logger.get_dir() is None
-    logger.logkv("a", 1)
-    assert logger.dumpkvs() == {"a": 1}
-    assert list(tmp_path.iterdir()) == []
+def test_nothing_to_write_needs_no_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    logger.info("hello")
+    assert logger.getkvs() == logger.dumpkvs() == {} and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    with pytest.raises(UserError, match=r"no temporary folder for the log: No such file or directory\. Set"):
+        logger.configure()
 
 
 def log_steps(folder, steps):
@@ -222,7 +222,7 @@ def test_rewind_on_a_full_disk_leaves_the_file_whole(tmp_path, monkeypatch):
 def test_set_aside_files(tmp_path, monkeypatch):
     logger.set_aside_files()  # there is no folder
     for suffix in "", "_x":
-        logger.configure(dir=tmp_path, log_suffix=suffix)
+        logger.configure(tmp_path, ("csv", "json"), log_suffix=suffix)
         logger.set_aside_files()  # there is no file
         for n in range(3):
             logger.logkv("n", n)
@@ -244,8 +244,8 @@ def test_mistakes(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"log folder .*file/sub cannot be made: Not a directory"):
         logger.configure(dir=tmp_path / "file" / "sub")
-    with pytest.raises(UserError, match="unknown log format tensorboard: expected some of stdout, csv, json"):
-        logger.configure(format_strs=["csv", "tensorboard"])
+    with pytest.raises(UserError, match="unknown log format xml: expected some of stdout, log, csv, json, tensorboard"):
+        logger.configure(format_strs=["csv", "xml"])
 
 
 def test_logging_needs_no_torch():

@@ -119,7 +119,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("network", ["unet", "conditional", "upsampler", "classifier"])
+@pytest.mark.parametrize("network", ["unet", "half", "conditional", "upsampler", "classifier"])
 def test_the_largest_tensor_is_that_of_a_real_forward_pass(network):
     flags = {**SMALL_MODEL, "attention_resolutions": "", "use_checkpoint": True}
     conditions = {}
@@ -132,7 +132,10 @@ def test_the_largest_tensor_is_that_of_a_real_forward_pass(network):
         of_it = {"image_size": 64, "classifier_width": 64, "classifier_depth": 1, "classifier_resblock_updown": False}
         model = load_noisy_classifier("untrained", {**classifier_defaults(), **of_it})
     else:
-        model = load_model("untrained", {**model_defaults(), **flags, "class_cond": network == "conditional"})
+        model = load_model(
+            "untrained",
+            {**model_defaults(), **flags, "class_cond": network == "conditional", "use_fp16": network == "half"},
+        )
         conditions |= {"y": torch.zeros(1, dtype=torch.long)} if network == "conditional" else {}
     before = {name: w.clone() for name, w in model.state_dict().items()}
     with torch.no_grad(), Largest() as real:

@@ -39,7 +39,7 @@ def _tidy(monkeypatch):
     monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
     yield
     torch.set_num_threads(threads)
-    logger.configure()
+    logger.reset()
 
 
 # The stream of images

@@ -35,8 +35,7 @@ def _tidy():
     torch.set_num_threads(1)  # these networks are too small for more
     yield
     torch.set_num_threads(threads)
-    logger.configure()
-    logger.dumpkvs()
+    logger.reset()
 
 
 def tiny_model(**flags):
@@ -338,11 +337,11 @@ def test_float16_leaves_out_a_step_that_overflows():
     opt = torch.optim.AdamW(trainer.master_params, lr=0.1, fused=False)
     before = weight.weight.item()
     trainer.backward(weight(torch.tensor([[1e38]])).sum())
-    grad_norm, _ = trainer.optimize(opt)
+    grad_norm, _ = trainer.step(opt)
     assert not math.isfinite(grad_norm) and weight.weight.item() == before and trainer.scaler.get_scale() == 2.0**9
     trainer.zero_grad()
     trainer.backward(weight(torch.tensor([[1.0]])).sum())
-    grad_norm, _ = trainer.optimize(opt)
+    grad_norm, _ = trainer.step(opt)
     assert grad_norm == pytest.approx(1.0) and weight.weight.item() < before
 
 
@@ -350,7 +349,7 @@ def test_float16_leaves_out_a_step_that_overflows():
 
 
 @pytest.mark.parametrize("schedule_sampler", ["uniform", "loss-second-moment"])
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, schedule_sampler):
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, schedule_sampler, capfd):
     def train(folder, iterations, **options):
         # With 4 steps the sampler has soon seen ten losses of each, and draws by them.
         respacing = "" if schedule_sampler == "uniform" else "4"
@@ -366,7 +365,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, schedule_sampler):
     whole = train(tmp_path / "whole", 12)
     train(tmp_path / "parts", 7)
     resumed = train(tmp_path / "parts", 12)
-    assert resumed.resume_step == 7
+    assert "model000007.pt, after 7 steps" in capfd.readouterr().err
     assert same(whole.model.parameters(), resumed.model.parameters())
     assert same(whole.ema_params[0], resumed.ema_params[0])
     assert (tmp_path / "whole/progress.csv").read_bytes() == (tmp_path / "parts/progress.csv").read_bytes()
@@ -569,8 +568,8 @@ def test_which_checkpoint_is_started_from(tmp_path, monkeypatch):
 
     options = {"resume_checkpoint": named, "save_interval": 1}
     begun = make_loop(ours, iterations=4, **options)
+    assert begun.step == 2
     begun.run_loop()
-    assert begun.resume_step == 2
     newest = str(ours / "model000004.pt")
     (tmp_path / "link").symlink_to(ours)
     (tmp_path / "copied.pt").write_bytes(Path(named).read_bytes())
@@ -592,7 +591,7 @@ def test_which_checkpoint_is_started_from(tmp_path, monkeypatch):
             start_of(path, ours)
 
     resumed = make_loop(ours, iterations=5, **options)
-    assert (resumed.resume_step, resumed.begun_from["path"]) == (4, named)
+    assert (resumed.step, resumed.begun_from["path"]) == (4, named)
     resumed.run_loop()
     (theirs / "model000002.pt").write_bytes((theirs / "model000004.pt").read_bytes())  # another one of the same name
     with pytest.raises(UserError, match="not begun with it"):

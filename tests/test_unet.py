@@ -215,9 +215,14 @@ def test_half_precision_there_and_back():
 
 
 def test_half_precision_is_chosen_by_device():
+    """Where the weights are when the network is moved or run; see also test_client_training.py."""
     model = tiny_unet(use_fp16=True)
     model.convert_to_fp16()
-    assert model.dtype == half_precision_dtype("cpu") == model.middle_block[0].out_layers[-1].weight.dtype
+    assert model.dtype == torch.float16 and model.middle_block[0].out_layers[-1].weight.dtype == torch.float32
+    model.to("meta")
+    assert model.middle_block[0].out_layers[-1].weight.dtype == torch.float16
+    model.convert_to_fp16()  # again, where it is
+    assert model.middle_block[0].out_layers[-1].weight.dtype == torch.float16
     assert half_precision_dtype("cuda") == half_precision_dtype(torch.device("mps")) == torch.float16
 
 
