@@ -24,6 +24,7 @@ EXCEPTIONS: dict[str, str] = {}
 
 # What the original takes by keyword alone.
 BY_KEYWORD = {
+    "fp16_util.MixedPrecisionTrainer.__init__",
     "gaussian_diffusion.GaussianDiffusion.__init__",
     "image_datasets.load_data",
     "losses.discretized_gaussian_log_likelihood",
