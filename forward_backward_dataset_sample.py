@@ -15,19 +15,37 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 from collections import Counter
-from collections.abc import Callable
-from functools import partial
-from typing import TYPE_CHECKING, Any
 
-from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
-
-# isort: split
-import numpy as np
-
+from guided_diffusion import dist_util, logger
+from guided_diffusion.checkpoints import load_model
 from guided_diffusion.classes import add_class_order, read_classes
+from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
+from guided_diffusion.compilation import compile_network, decide
 from guided_diffusion.errors import UserError
+from guided_diffusion.forward_backward import (
+    NoiseStreams,
+    Pixels,
+    SampleFolder,
+    Unit,
+    check_times,
+    default_output,
+    from_pixels,
+    noised_image,
+)
+from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
+from guided_diffusion.image_datasets import (
+    LabelledImage,
+    choose_images,
+    label_images,
+    label_where_known,
+    list_images,
+    read_image,
+    shortage,
+)
+from guided_diffusion.inference import prepare
+from guided_diffusion.memory import enough_memory
+from guided_diffusion.sample_folders import SampleRun, recorded_compilation
 from guided_diffusion.script_util import (
     HELP,
     NUM_CLASSES,
@@ -39,16 +57,13 @@ from guided_diffusion.script_util import (
     model_defaults,
     str2bool,
 )
+from guided_diffusion.settings import digest_of, settings_of, weights_digest
 from guided_diffusion.shards import Shard, add_shard_flags, shard_of
+from guided_diffusion.transfer import upload
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
-
-    from guided_diffusion.forward_backward import Pixels, SampleFolder, Unit
-    from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-    from guided_diffusion.image_datasets import LabelledImage, UnreadableImage
-    from guided_diffusion.inputs import Inputs
-    from guided_diffusion.locks import Locks
+import numpy as np
+import torch
+from tqdm import tqdm
 
 LONGEST_NAME = 255  # bytes of a file's name, on nearly every file system
 
@@ -56,16 +71,6 @@ LONGEST_NAME = 255  # bytes of a file's name, on nearly every file system
 def main(argv: list[str] | None = None) -> int:
     """Run the experiment. Returns 0 where every chosen image has its sample, else 1; raises UserError."""
     args = create_argparser().parse_args(argv)
-
-    # Imported here and not above, so that --help and misspelt flags are answered without waiting for torch.
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.checkpoints import load_model
-    from guided_diffusion.compilation import compile_network, decide
-    from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
-    from guided_diffusion.inference import prepare
-    from guided_diffusion.locks import hold
-    from guided_diffusion.run_record import now, settings_of, weights_digest
-    from guided_diffusion.sample_folders import open_folders, recorded_compilation
 
     dist_util.setup_dist(args.device)
     logger.make_dir()
@@ -80,41 +85,39 @@ def main(argv: list[str] | None = None) -> int:
     dist_util.on_main(check_names, images, folders)
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
-    weights = dist_util.on_main(weights_digest, model)
-    recorded = dist_util.on_main(recorded_compilation, folders.values())
-    compiled = decide(args.compile, len(images), args.batch_size, times, recorded)
+    compiled = decide(
+        args.compile, len(images), args.batch_size, times, dist_util.on_main(recorded_compilation, folders.values())
+    )
     batch_size = min(args.batch_size, len(images))
-    circumstances = prepare(model, args.use_fp16, args.num_threads, compiled, batch_size)
-
-    settings = settings_of(args, flags, images, weights, circumstances["precision"], compiled)
-    with hold({shard.lock(f.unit): f.path for f in folders.values()}, about=settings) as locks:
-        units, inputs = dist_util.on_main(
-            open_folders, folders, images, args.batch_size, settings, circumstances, args.data_dir, shard, locks
-        )
+    machine = prepare(model, args.use_fp16, args.num_threads, compiled, batch_size)
+    settings = settings_of(
+        args,
+        without=("step_reverse", "num_classes", "num_per_class", "num_samples", "compile"),
+        num_images=len(images),
+        images_digest=digest_of(f"{image.path}\t{image.label if args.class_cond else ''}" for image in images),
+        model_digest=dist_util.on_main(weights_digest, model),
+        precision=machine["precision"],
+        **({"compile": True} if compiled else {}),  # a record without this is of a network that was not compiled
+    )
+    with SampleRun(folders, images, settings, machine, args, shard) as experiment:
         logger.info(
             f"{len(images)} images from {args.data_dir}, at k = {', '.join(map(str, times))} of N = {num_steps}: "
-            f"{describe_work(units, len(images) * len(times), shard)}"
+            f"{describe_work(experiment.units, len(images) * len(times), shard)}"
         )
-        logger.info(
-            f"{dist_util.get_world_size()} process(es) of {circumstances['threads']} thread(s), "
-            f"{circumstances['hardware']}, {circumstances['precision']}; results in {output}"
-        )
+        experiment.log_machine(f"; results in {output}")
         network = model
-        if compiled and units:
+        if compiled and experiment.units:
             network = dist_util.on_every_rank(compile_network, model, diffusion, batch_size, args.image_size)
-
-        started, clock = now(), time.monotonic()
-        done = sample(network, diffusion, dist_util.share_of(units), folders, inputs, locks, args)
-        facts = {"started": started, "ended": now(), "seconds": round(time.monotonic() - clock, 3)}
-        facts |= {"processes": dist_util.get_world_size(), **circumstances, "arguments": vars(args)}
-        return dist_util.on_main(finish, folders, images, shard, dist_util.gather_objects(done), facts, locks, args)
+        blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)
+        for unit, pictures in experiment.read(lambda path, check: read_image(path, args.image_size, check), blank):
+            pixels = np.stack(pictures.values)
+            samples = forward_backward(network, diffusion, unit, pixels, args, experiment.bar)
+            experiment.write(unit, pictures, samples)
+        return experiment.finish()
 
 
 def find_images(args: argparse.Namespace) -> list[LabelledImage]:
     """The images that the flags choose. Raises UserError where there are none, or where two would have one sample."""
-    from guided_diffusion import logger
-    from guided_diffusion.image_datasets import choose_images, label_images, label_where_known, list_images, shortage
-
     paths, why_unknown = list_images(args.data_dir), None
     if args.class_cond:
         recorded = read_classes(args.model_path)
@@ -165,77 +168,19 @@ def describe_work(units: list[Unit], total: int, shard: Shard) -> str:
     return f"{to_do} samples to make, {total - to_do} are there"
 
 
-def sample(
-    network: Model,
-    diffusion: GaussianDiffusion,
-    units: list[Unit],
-    folders: dict[int, SampleFolder],
-    inputs: Inputs,
-    locks: Locks,
-    args: argparse.Namespace,
-) -> tuple[Counter[int], dict[int, dict[str, str]]]:
-    """Take every unit forward and back, and write its samples.
-
-    Returns:
-        by k, the number of samples written, and the images that could not be read: path -> why.
-    """
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.image_datasets import UnreadableImage
-    from guided_diffusion.inputs import write_entries
-    from guided_diffusion.pipeline import ImageWriter, read_ahead
-
-    written, unreadable = Counter(), {k: {} for k in folders}
-    to_do = sum(len(unit.todo) for unit in units)
-    processes = dist_util.get_world_size()
-    steps = sum(unit.step_reverse for unit in units)
-    described = "denoising" if processes == 1 else f"denoising (process 1 of {processes})"
-    bar = logger.progress_bar(steps, described, "step")
-    with bar:
-        with ImageWriter(args.image_format, args.jpeg_quality) as writer:
-            for unit, pictures in read_ahead(units, lambda unit: readers(unit, inputs, args), args.num_workers):
-                locks.check()
-                k, folder = unit.step_reverse, folders[unit.step_reverse]
-                both = list(zip(unit.images, pictures, strict=True))
-                bad = {image.path: str(picture) for image, picture in both if isinstance(picture, UnreadableImage)}
-                unreadable[k] |= {path: why for path, why in bad.items() if path in unit.todo}
-                if unit.todo <= bad.keys():
-                    bar.total -= k
-                    continue
-                samples = forward_backward(network, diffusion, unit, pictures, args, bar)
-                read = {"images": inputs.entries(image.path for image in unit.images if image.path not in bad)}
-                writer.call(partial(write_entries, f"{folder.inputs_parts}/{unit.index:06d}.json", read))
-                for i, image in enumerate(unit.images):
-                    if image.path in unit.todo - bad.keys():
-                        path = f"{folder.path}/{folder.sample(image.path)}"
-                        writer.submit(path, partial(samples.image, i), partial(written.update, [k]))
-                bar.set_postfix(images=f"{written.total()}/{to_do}")
-        bar.set_postfix(images=f"{written.total()}/{to_do}")
-    return written, unreadable
-
-
 def forward_backward(
     network: Model,
     diffusion: GaussianDiffusion,
     unit: Unit,
-    pictures: list[np.ndarray | UnreadableImage],
+    pixels: np.ndarray,
     args: argparse.Namespace,
     bar: tqdm,
 ) -> Pixels:
-    """Noise the images of a unit by k steps and denoise them by k steps.
+    """Noise the images of a unit, uint8 (B, H, W, 3), by k steps and denoise them by k steps.
 
-    The place of a picture that cannot be read is left blank: the others keep theirs, and so their bytes. Nothing here
-    waits for the GPU: it works on one unit while the next is prepared.
+    Nothing here waits for the GPU: it works on one unit while the next is prepared.
     """
-    import torch
-
-    from guided_diffusion import dist_util
-    from guided_diffusion.forward_backward import NoiseStreams, Pixels, from_pixels, noised_image
-    from guided_diffusion.memory import enough_memory
-    from guided_diffusion.transfer import upload
-
     device, k = dist_util.dev(), unit.step_reverse
-    blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)
-    pixels = np.stack([picture if isinstance(picture, np.ndarray) else blank for picture in pictures])
     x_start = upload(from_pixels(pixels), device)  # (B, 3, H, W)
     noise = NoiseStreams(args.seed, [image.path for image in unit.images], k, device)
     x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape, device=device))
@@ -259,45 +204,6 @@ def forward_backward(
             bar.update()
             dist_util.check_peers()
     return Pixels(x)
-
-
-def readers(unit: Unit, inputs: Inputs, args: argparse.Namespace) -> list[Callable[[], np.ndarray | UnreadableImage]]:
-    """The calls that read a unit's images, one each; they return the exception for one that cannot be read."""
-    from guided_diffusion.image_datasets import UnreadableImage, read_image
-
-    def read(path: str) -> np.ndarray | UnreadableImage:
-        try:
-            return read_image(f"{args.data_dir}/{path}", args.image_size, inputs.note(path))
-        except UnreadableImage as error:
-            inputs.forget(path)
-            return error
-
-    return [partial(read, image.path) for image in unit.images]
-
-
-def finish(
-    folders: dict[int, SampleFolder],
-    images: list[LabelledImage],
-    shard: Shard,
-    reports: list[tuple[Counter[int], dict[int, dict[str, str]]]],
-    facts: dict[str, Any],
-    locks: Locks,
-    args: argparse.Namespace,
-) -> int:
-    """Record what all processes did. Returns the exit status; raises UserError."""
-    from guided_diffusion import logger
-    from guided_diffusion.sample_folders import close_folders
-
-    locks.check()
-    runs = {k: {"samples_written": sum(written[k] for written, _ in reports), **facts} for k in folders}
-    unreadable = {k: {path: why for _, bad in reports for path, why in bad[k].items()} for k in folders}
-    close_folders(folders, images, args.batch_size, shard, runs, unreadable)
-    lost = {path: why for bad in unreadable.values() for path, why in bad.items()}
-    for why in lost.values():
-        logger.warn(why)
-    if lost:
-        logger.error(f"{len(lost)} of {len(images)} images could not be read: they have no sample")
-    return 1 if lost else 0
 
 
 def create_argparser() -> argparse.ArgumentParser:

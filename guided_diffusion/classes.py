@@ -301,7 +301,7 @@ def sampled_classes_setting(chosen: Sequence[int]) -> dict[str, str]:
     """What of the classes decides the samples. Without classes, or for all of 0..999, nothing, as in older records."""
     if not chosen or chosen == list(range(NUM_CLASSES)):
         return {}
-    return {"the classes (--classes)": ",".join(map(str, chosen))}
+    return {"classes_sampled": ",".join(map(str, chosen))}
 
 
 def _some(names: Sequence[str]) -> str:

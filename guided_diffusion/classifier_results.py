@@ -1,31 +1,30 @@
-"""What the classifier scripts share: the classifier, ready for use, and the files of their results.
-
-torch is imported by what needs it: a script that only draws the results starts without.
-"""
+"""What the classifier scripts share: the classifier, ready for use, and the files of their results."""
 
 from __future__ import annotations
 
-import hashlib
+import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import blobfile as bf
 import numpy as np
+import torch
+import torchvision
 
+from . import dist_util, logger
 from .classes import Classes, number_classes
 from .command_line import whole_number
 from .errors import ResultError, UserError, first_line
+from .image_datasets import LabelledImage, UnreadableImage
 from .imagenet_classes import CLASS_INDEX
+from .inference import compute_reproducibly, keep_memory, shared_half_precision, surroundings
+from .memory import to_device
 from .script_util import str2bool
-
-if TYPE_CHECKING:
-    import argparse
-    from contextlib import AbstractContextManager
-
-    from .image_datasets import LabelledImage
-    from .torch_classifiers import Classifier
+from .settings import digest_of
+from .torch_classifiers import Classifier, open_classifier
 
 SIMILARITIES = ("cosine", "L2", "L2_normalized")
 DIFFERENCES_ARRAYS = ("names", "layers", *SIMILARITIES)
@@ -212,15 +211,6 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
         the classifier, the context in which its model is to be called, and what decides the last digits: hardware,
         precision, threads and versions, by name.
     """
-    import torch
-    import torchvision
-
-    from . import dist_util, logger
-    from .inference import compute_reproducibly, keep_memory, shared_half_precision
-    from .memory import to_device
-    from .run_record import surroundings
-    from .torch_classifiers import open_classifier
-
     patterns = [pattern.strip() for pattern in args.layers.split(",") if pattern.strip()]
     chosen = args.classifier_name, args.classifier_path, patterns, args.image_size
     if not args.classifier_path and dist_util.get_world_size() > 1:
@@ -238,19 +228,19 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
             f"--classifier_use_fp16 True: there is no fast float16 here, the classifier computes in {precision}"
         )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    circumstances = {"precision": precision, "threads": threads, **surroundings(device)}
-    return classifier, autocast, {**circumstances, "torchvision": torchvision.__version__}
+    machine = {"precision": precision, "threads": threads, **surroundings(device)}
+    return classifier, autocast, {**machine, "torchvision": torchvision.__version__}
 
 
 def classifier_settings(args: argparse.Namespace, classifier: Classifier, precision: str) -> dict[str, Any]:
-    """What of the classifier decides the results, by the names that the user knows."""
+    """What of the classifier decides the results."""
     return {
-        "--classifier_name": args.classifier_name,
-        "the classifier's weights (--classifier_path)": classifier.digest,
-        "the number of layers (--layers)": len(classifier.layers),
-        "the list of layers (--layers)": digest_of(layer.name for layer in classifier.layers),
-        "--image_size": args.image_size,
-        "the precision (--classifier_use_fp16)": precision,
+        "classifier_name": args.classifier_name,
+        "classifier_digest": classifier.digest,
+        "num_layers": len(classifier.layers),
+        "layers_digest": digest_of(layer.name for layer in classifier.layers),
+        "image_size": args.image_size,
+        "classifier_precision": precision,
     }
 
 
@@ -306,8 +296,6 @@ def labels_of(images: Iterable[LabelledImage]) -> np.ndarray:
 
 def readable_or_error(read: Callable[..., Any], *args: Any) -> Any:
     """What `read(*args)` returns, or the UnreadableImage that it raises."""
-    from .image_datasets import UnreadableImage
-
     try:
         return read(*args)
     except UnreadableImage as error:
@@ -317,20 +305,3 @@ def readable_or_error(read: Callable[..., Any], *args: Any) -> Any:
 def images_digest(images: Sequence[LabelledImage]) -> str:
     """SHA-256 of the paths and classes of images, in their order."""
     return digest_of(f"{image.path}\t{label}" for image, label in zip(images, labels_of(images), strict=True))
-
-
-def digest_of(lines: Iterable[str]) -> str:
-    """SHA-256 of lines of text."""
-    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
-
-
-def write_result(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Write a result and its record: it counts as finished only when all of it is there. Raises UserError."""
-    from .files import whole_file, write_json
-    from .parts import plain_write_errors, record_of
-
-    with plain_write_errors():
-        write_json(record_of(path), {**record, "finished": False})
-        with whole_file(path) as f:
-            np.savez(f, **arrays)
-        write_json(record_of(path), record)

@@ -110,6 +110,11 @@ class Unit:
     images: tuple[LabelledImage, ...]
     todo: frozenset[str]
 
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Paths of the images, for `runs.Run`."""
+        return {"images": [image.path for image in self.images]}
+
 
 def cut_units(
     images: Sequence[LabelledImage], batch_size: int, step_reverse: int, done: Collection[str] = ()

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+import os
+import platform
+from collections import Counter
+from functools import cache
+from typing import Any
 
+import numpy as np
+import PIL
 import torch
 
 from . import dist_util, logger
 from .fp16_util import half_precision_dtype
 from .memory import to_device
-from .run_record import surroundings
+from .unet import EncoderUNetModel, UNetModel
 
-if TYPE_CHECKING:
-    from .unet import EncoderUNetModel, UNetModel
+# Variables of the environment by which NVIDIA's libraries and PyTorch compute differently.
+DECISIVE_VARIABLES = (
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+    "PYTORCH_TUNABLEOP_ENABLED",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
 
 
 def prepare(
@@ -98,3 +109,43 @@ def keep_memory() -> None:
     trim_threshold, mmap_max = -1, -4  # of malloc.h
     mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
+
+
+# The machine
+
+
+@cache
+def surroundings(device: torch.device) -> dict[str, str]:
+    """What decides the last digits besides the settings: hardware and environment of all processes, and versions.
+
+    All ranks must call this. If processes differ, there is a warning.
+    """
+    variables = " ".join(f"{name}={os.environ[name]}" for name in DECISIVE_VARIABLES if name in os.environ)
+    ranks = dist_util.gather_objects((hardware(device), variables))
+    of_all = {}
+    for name, found in zip(("hardware", "environment"), zip(*ranks, strict=True), strict=True):
+        counts = Counter(found)
+        of_all[name] = found[0]
+        if len(counts) > 1:
+            of_all[name] = ", ".join(f"{count} x {what or 'nothing set'}" for what, count in sorted(counts.items()))
+            logger.warn(
+                f"the {name} is not the same for all processes ({of_all[name]}): which process computes an image "
+                "decides its last digits"
+            )
+    return {**of_all, **versions(device)}
+
+
+def versions(device: torch.device | None = None) -> dict[str, str]:
+    """Versions of Python and of what else decides the bytes that are computed on a device; None: this rank's."""
+    device = device or dist_util.dev()
+    packages = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
+    if device.type == "cuda":
+        packages |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return {"python": platform.python_version(), **packages}
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU's name, or the CPU's kind of instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"

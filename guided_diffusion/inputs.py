@@ -18,6 +18,7 @@ from typing import BinaryIO, NamedTuple, TypeVar
 import blobfile as bf
 import numpy as np
 
+from . import logger
 from .errors import UserError
 from .files import is_remote, read_json, write_whole
 
@@ -227,6 +228,47 @@ def as_entries(groups: Mapping[str, Mapping[str, Iterable]]) -> dict[str, Entrie
     }
 
 
+def write_list(path: str, groups: Mapping[str, Inputs], paths: Mapping[str, Sequence[str]]) -> None:
+    """List the files that a result was computed from, by kind. Raises UserError if the list cannot be written."""
+    try:
+        write_entries(path, {kind: inputs.entries(paths[kind]) for kind, inputs in groups.items()})
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error
+
+
+def compare_with_list(
+    groups: Mapping[str, Inputs],
+    paths: Mapping[str, Sequence[str]],
+    known: Mapping[str, Entries] | None,
+    owner: str,
+    path: str,
+) -> None:
+    """Compare files with those that an output was computed from.
+
+    Args:
+        groups: files by kind; takes note of what is known of them.
+        paths: paths of the files of each kind.
+        known: entries on record, by kind; None if an earlier version made the output, which recorded none. Then the
+            files of now are taken to be the same, with a warning.
+        owner: the output, for messages.
+        path: the list to be written if there is none.
+
+    Raises:
+        UserError: a file differs or is missing, or the list cannot be written.
+    """
+    for kind, inputs in groups.items():
+        inputs.merge((known or {}).get(kind, {}), owner)
+        inputs.compare(paths[kind], owner)
+    if groups and known is None:
+        logger.warn_once(
+            f"{os.path.dirname(owner)} contains results of a version that did not record the contents of the files: "
+            "those of now are taken to be the same"
+        )
+        for kind, inputs in groups.items():
+            inputs.read_all(paths[kind])
+        write_list(path, groups, paths)
+
+
 def compare_with_record(folder: str, paths: Sequence[str], flag: str, record: str, owner: str) -> bool:
     """Compare a data set with a record of it, or record it: for a run that reads its files again and again.
 
@@ -250,8 +292,5 @@ def compare_with_record(folder: str, paths: Sequence[str], flag: str, record: st
     inputs = Inputs(folder, flag)
     inputs.compare(paths, owner)
     inputs.read_all(paths)
-    try:
-        write_entries(record, {"images": inputs.entries(paths)})
-    except OSError as error:
-        raise UserError(f"cannot write {record}: {error.strerror or error}. Choose another --output") from error
+    write_list(record, {"images": inputs}, {"images": paths})
     return False

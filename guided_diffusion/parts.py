@@ -1,48 +1,25 @@
-"""Results of a long computation, batch by batch, on disk until all are there: a killed run loses at most a batch.
-
-Beside a finished result lies its record: NAME.json for NAME.npz, with the settings that decided its bytes. If it was
-computed from files, NAME_inputs.json lists them with their sizes and digests.
-"""
+"""Parts of results that are computed unit by unit: a file per unit, kept until the results are put together."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blobfile as bf
 import numpy as np
 
 from . import dist_util, logger
 from .errors import ResultError, UserError
-from .files import SCRATCH, read_json, remove_scratch, walk, whole_file, write_json
-from .inputs import Inputs, as_entries, inputs_of, read_entries, write_entries
+from .files import SCRATCH, remove_scratch, walk, whole_file, write_json
+from .inputs import Entries, as_entries, read_entries
 from .locks import Locks
-from .run_record import WITHOUT_EFFECT, circumstances_changed, differences
+from .records import Record, plain_write_errors, read_record
+from .settings import differences, machine_changes
 from .shards import WHOLE, Shard, check_num_shards
 
-if TYPE_CHECKING:
-    import argparse
-
-    from .inputs import Entries
-
-# Flags that do not decide what is computed, or do so by what they choose (a script adds the classes of its samples, and
-# the labels of its images, to the settings); and those that name files: these are known by their contents.
-NOT_DECISIVE = (
-    *WITHOUT_EFFECT,
-    "output",
-    "num_threads",
-    "num_workers",
-    "device",
-    "shard",
-    "num_shards",
-    "classes",
-    "class_order",
-)
-NAMING_FILES = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
 NOTES = "notes"  # name of the array of a part that contains text
 
 
@@ -55,7 +32,7 @@ class Parts:
     Args:
         folder: folder of the parts, and of nothing else.
         settings: what decides the results, by the names that the user knows; JSON values.
-        circumstances: what decides their last digits: a change is a warning.
+        machine: what decides their last digits: a change is a warning.
         shard: this job's part of the work, if other jobs do the rest.
         locks: locks of this job, needed if other jobs do the rest.
 
@@ -67,18 +44,18 @@ class Parts:
         self,
         folder: str,
         settings: Mapping[str, Any],
-        circumstances: Mapping[str, Any],
+        machine: Mapping[str, Any],
         shard: Shard = WHOLE,
         locks: Locks | None = None,
     ):
         self.folder = folder
         self.shard = shard
-        dist_util.on_main(self._open, settings, circumstances, locks)
+        dist_util.on_main(self._open, settings, machine, locks)
 
-    def _open(self, settings: Mapping[str, Any], circumstances: Mapping[str, Any], locks: Locks | None) -> None:
+    def _open(self, settings: Mapping[str, Any], machine: Mapping[str, Any], locks: Locks | None) -> None:
         with self.update(), plain_write_errors():
             path = f"{self.folder}/settings.json"
-            record = _read_record(path, {"settings": dict, "begun_with": dict}, self.folder)
+            record = read_record(path, {"settings": dict, "begun_with": dict}, self.folder)
             if record and (changes := differences(record["settings"], settings)):
                 if self.present() or (locks and locks.rivals()):
                     raise UserError(
@@ -96,10 +73,10 @@ class Parts:
                         "Choose another --output, or remove the folder"
                     )
                 shards = {"num_shards": self.shard.count}
-                write_json(path, {"settings": settings, "begun_with": circumstances, **shards})
+                write_json(path, {"settings": settings, "begun_with": machine, **shards})
         if record:
             check_num_shards(record.get("num_shards"), self.shard, self.folder)
-            if changes := circumstances_changed(record["begun_with"], circumstances):
+            if changes := machine_changes(record["begun_with"], machine):
                 logger.warn(f"{self.folder}: {'; '.join(changes)}. Results will agree to rounding, not to the byte")
 
     def update(self) -> Locks:
@@ -138,10 +115,41 @@ class Parts:
         with self._opened(index) as part:
             return {name: part[name] for name in part.files if name != NOTES}
 
+    def is_complete(self, index: int) -> bool:
+        """Whether all files of a part could be read. Raises ResultError as `read` does."""
+        with self._opened(index) as part:
+            if "readable" in part.files and not part["readable"].all():
+                return False
+        return not any(self.notes(index).get("unreadable", {}).values())
+
     def notes(self, index: int) -> dict[str, Any]:
         """The notes of a part; none in the parts of an earlier version. Raises ResultError as `read` does."""
         with self._opened(index) as part:
             return json.loads(str(part[NOTES])) if NOTES in part.files else {}
+
+    def entries(self, index: int) -> dict[str, Entries]:
+        """Sizes and digests of a part's files, by kind; an earlier version recorded none."""
+        return as_entries(self.notes(index).get("inputs", {}))
+
+    def known_files(self, path: str) -> dict[str, Entries] | None:
+        """What is known of the files that parts were computed from, by kind: from their list `path`, and from notes.
+
+        None if there are parts of an earlier version, which did not record the contents of files.
+        """
+        if self.shard.count == 1 and not self.present():
+            return {}  # nothing was computed
+        listed = read_entries(path)
+        known, indices = listed or {}, sorted(self.present())
+        notes = [self.notes(index) for index in indices]
+        if listed is None and not all("inputs" in of_part for of_part in notes):
+            return None
+        for of_part in notes:
+            for kind, entries in as_entries(of_part.get("inputs", {})).items():
+                known[kind] = {**known.get(kind, {}), **entries}
+            for kind, unreadable in of_part.get("unreadable", {}).items():
+                for file in unreadable:  # it may have been repaired since
+                    known.get(kind, {}).pop(file, None)
+        return known
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[Any]:
@@ -161,151 +169,16 @@ class Parts:
         return f"{self.folder}/{index:06d}.npz"
 
 
-def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
-    """Raise ResultError if one of the arrays, results of `what`, contains NaN or infinity."""
-    for name, values in arrays.items():
-        values = np.asarray(values)
-        if values.dtype.kind in "fc" and not np.isfinite(values).all():
-            raise ResultError(
-                f"{name} of {what} is NaN or infinite: nothing is recorded.\n"
-                "The weights may be damaged, or too large for half precision"
-            )
+def recorded_settings(folder: str) -> Record:
+    """The settings that parts in a folder were computed with; none if there is no record, or a damaged one."""
+    try:
+        record = read_record(f"{folder}/settings.json", {"settings": dict}, folder)
+    except UserError:
+        return {}  # `Parts` says so
+    return record["settings"] if record else {}
 
 
 def remove_parts(folder: str) -> None:
     """Remove a folder of parts, if there is one."""
     if bf.isdir(folder):
         bf.rmtree(folder)
-
-
-def settings_of(args: argparse.Namespace, **known_by_content: str) -> dict[str, Any]:
-    """What decides the bytes that a script writes: its flags, and digests of the files that they name.
-
-    Args:
-        args: all flags of the script.
-        known_by_content: digest of the file or folder of each of `NAMING_FILES` that the script reads.
-    """
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_DECISIVE + NAMING_FILES}
-    return {f"--{name}": value for name, value in {**flags, **known_by_content}.items()}
-
-
-def finished_record(result: str, settings: Mapping[str, Any], shard: Shard = WHOLE) -> dict[str, Any] | None:
-    """The record of a result that is there and complete; None if it is still to be made. For rank 0.
-
-    Raises UserError if `result`, an .npz file, was made with other settings, or nothing tells with which.
-    """
-    if not bf.exists(result):
-        return None
-    path = record_of(result)
-    record = _read_record(path, {"settings": dict, "finished": bool}, result)
-    if record is None:
-        raise UserError(
-            f"{result} is there already, but {path} is missing: its settings are not known.\n"
-            "Choose another --output, or move the file away"
-        )
-    if changes := differences(record["settings"], settings):
-        raise UserError(
-            f"{result} is there already, made with other settings: {'; '.join(changes)}.\n"
-            "Choose another --output, or move the file away"
-        )
-    check_num_shards(record.get("num_shards"), shard, result)
-    return record if record["finished"] else None
-
-
-def record_of(result: str) -> str:
-    """The record of a result: NAME.json for NAME.npz."""
-    return f"{os.path.splitext(result)[0]}.json"
-
-
-def lock_of(result: str, shard: Shard = WHOLE) -> str:
-    """The lock of a result: NAME.lock for NAME.npz."""
-    return shard.lock(os.path.splitext(result)[0])
-
-
-@contextmanager
-def plain_write_errors() -> Iterator[None]:
-    """Within the block, what the operating system says of a file that cannot be written is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or 'a result'}: {error.strerror or error}. Choose another --output,\n"
-            "or rerun the same command to resume once that is fixed"
-        ) from error
-
-
-# The files that a result was computed from
-
-
-def compare_with_result(groups: Mapping[str, Inputs], paths: Mapping[str, Sequence[str]], result: str) -> None:
-    """Compare files with those that a finished result was computed from. For rank 0.
-
-    Args:
-        groups: files by what they are, such as "images"; takes note of what is known of them.
-        paths: paths of the files of each group.
-        result: the result.
-
-    Raises:
-        UserError: a file has changed, or the list of files is damaged.
-    """
-    listed = read_entries(inputs_of(result))
-    _compare(groups, paths, listed or {}, result, inputs_of(result), listed is None)
-
-
-def compare_with_parts(groups: Mapping[str, Inputs], paths: Mapping[str, Sequence[str]], parts: Parts) -> None:
-    """Compare files with those that the parts of a result were computed from. Otherwise as `compare_with_result`."""
-    path = f"{parts.folder}/inputs.json"
-    with parts.update():
-        listed = read_entries(path)
-        known = listed or {}
-        notes = [parts.notes(index) for index in sorted(parts.present())]
-        for of_part in notes:
-            for name, entries in as_entries(of_part.get("inputs", {})).items():
-                known[name] = {**known.get(name, {}), **entries}
-            for name, unreadable in of_part.get("unreadable", {}).items():
-                for file in unreadable:  # it may have been repaired since
-                    known.get(name, {}).pop(file, None)
-        unlisted = listed is None and not all("inputs" in of_part for of_part in notes)
-        _compare(groups, paths, known, parts.folder, path, unlisted)
-        if not unlisted:
-            write_inputs(path, groups, paths)
-
-
-def write_inputs(path: str, groups: Mapping[str, Inputs], paths: Mapping[str, Sequence[str]]) -> None:
-    """List the files that a result was computed from. Raises UserError if the list cannot be written."""
-    with plain_write_errors():
-        write_entries(path, {name: inputs.entries(paths[name]) for name, inputs in groups.items()})
-
-
-def _compare(
-    groups: Mapping[str, Inputs],
-    paths: Mapping[str, Sequence[str]],
-    known: Mapping[str, Entries],
-    owner: str,
-    path: str,
-    unlisted: bool,
-) -> None:
-    for name, inputs in groups.items():
-        inputs.merge(known.get(name, {}), owner)
-        inputs.compare(paths[name], owner)
-    if unlisted:
-        logger.warn_once(
-            f"{os.path.dirname(owner)} contains results of a version that did not record the contents of the files: "
-            "those of now are taken to be the same"
-        )
-        for name, inputs in groups.items():
-            inputs.read_all(paths[name])
-        write_inputs(path, groups, paths)
-
-
-def _read_record(path: str, entries: Mapping[str, type], owner: str) -> dict[str, Any] | None:
-    """A record with these entries of these kinds; None if there is none. Raises UserError if it is damaged."""
-    try:
-        record = read_json(path)
-    except ValueError:
-        record = "damaged"
-    if record is not None and not (
-        isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in entries.items())
-    ):
-        raise UserError(f"{path} is damaged: it is not a record. Choose another --output, or remove it and {owner}")
-    return record

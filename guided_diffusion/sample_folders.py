@@ -8,27 +8,32 @@ t_K_N_inputs_parts, a file per unit, which is written before the unit's samples.
 
 from __future__ import annotations
 
+import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import blobfile as bf
+import numpy as np
 
-from . import logger
+from . import dist_util, logger
 from .errors import ResultError, UserError
-from .files import SCRATCH, read_json, remove_scratch, remove_scratch_of, walk, write_json
-from .forward_backward import SampleFolder, Unit, cut_units
-from .image_datasets import LabelledImage
+from .files import SCRATCH, remove_scratch, remove_scratch_of, walk, write_json
+from .forward_backward import Pixels, SampleFolder, Unit, cut_units
+from .image_datasets import Check, LabelledImage
 from .inputs import Entries, Inputs, read_entries, write_entries
 from .locks import Locks
-from .run_record import circumstances_changed, differences
+from .pipeline import ImageWriter
+from .records import Record, read_record, report_unreadable
+from .runs import IMAGES, Pictures, Run
+from .settings import differences, machine_changes
 from .shards import Shard, check_num_shards
 
 UPDATE = 600.0  # seconds to wait for other shards to update a record
-
-Record = dict[str, Any]
 
 
 @dataclass
@@ -46,12 +51,105 @@ class _State:
     entries: Entries | None
 
 
+class SampleRun(Run):
+    """A run that writes samples into folders, one for each time. Otherwise as `runs.Run`.
+
+    Args:
+        folders: folders by k.
+        images: the chosen images.
+    """
+
+    def __init__(
+        self,
+        folders: Mapping[int, SampleFolder],
+        images: Sequence[LabelledImage],
+        settings: Mapping[str, Any],
+        machine: Mapping[str, Any],
+        args: argparse.Namespace,
+        shard: Shard,
+    ):
+        locks = {shard.lock(folder.unit): folder.path for folder in folders.values()}
+        super().__init__(locks, settings, machine, {}, args, shard)
+        self.folders, self.images = folders, images
+        self.units: list[Unit] = []
+        self.written: Counter[int] = Counter()  # number of samples by k
+        self.unreadable: dict[int, dict[str, str]] = {k: {} for k in folders}  # by k: path -> why
+
+    def __enter__(self):
+        """Raises UserError if a folder contains another experiment, or the starting images have changed."""
+        super().__enter__()
+        try:
+            self.units, inputs = dist_util.on_main(
+                open_folders,
+                self.folders,
+                self.images,
+                self.args.batch_size,
+                self.settings,
+                self.machine,
+                self.args.data_dir,
+                self.shard,
+                self.locks,
+            )
+        except BaseException:
+            self._stack.close()
+            raise
+        self.inputs = {IMAGES: inputs}
+        return self
+
+    def read(self, read: Callable[[str, Check], np.ndarray], blank: np.ndarray) -> Iterator[tuple[Unit, Pictures]]:
+        """This rank's units and their starting images. Those without any image that can be read are left out."""
+        units = super().read(self.units, {IMAGES: read}, blank, lambda unit: unit.step_reverse)
+        writing = self._write_while(units)
+        self._stack.callback(writing.close)
+        return writing
+
+    def _write_while(self, units: Iterator[tuple[Unit, Pictures]]) -> Iterator[tuple[Unit, Pictures]]:
+        to_do = sum(len(unit.todo) for unit in dist_util.share_of(self.units))
+        with ImageWriter(self.args.image_format, self.args.jpeg_quality) as self._writer:
+            for unit, pictures in units:
+                unreadable = pictures.unreadable[IMAGES]
+                self.unreadable[unit.step_reverse] |= {p: why for p, why in unreadable.items() if p in unit.todo}
+                if unit.todo <= unreadable.keys():
+                    self.bar.total -= unit.step_reverse
+                    continue
+                yield unit, pictures
+                self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
+        self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
+
+    def write(self, unit: Unit, pictures: Pictures, samples: Pixels) -> None:
+        """Write the samples of a unit that are missing, in a thread."""
+        folder = self.folders[unit.step_reverse]
+        list_inputs = partial(
+            write_entries, f"{folder.inputs_parts}/{unit.index:06d}.json", self.entries(unit, pictures)
+        )
+        self._writer.call(list_inputs)
+        for i, image in enumerate(unit.images):
+            if image.path in unit.todo - pictures.unreadable[IMAGES].keys():
+                path = f"{folder.path}/{folder.sample(image.path)}"
+                self._writer.submit(path, partial(samples.image, i), partial(self.written.update, [unit.step_reverse]))
+
+    def finish(self) -> int:
+        """Record what all ranks did. Returns the exit status; raises ResultError if samples have disappeared."""
+        facts = self.facts()
+        return dist_util.on_main(self._finish, dist_util.gather_objects((self.written, self.unreadable)), facts)
+
+    def _finish(
+        self, reports: Sequence[tuple[Counter[int], dict[int, dict[str, str]]]], facts: Mapping[str, Any]
+    ) -> int:
+        self.locks.check()
+        runs = {k: {"samples_written": sum(written[k] for written, _ in reports), **facts} for k in self.folders}
+        unreadable = {k: {p: why for _, bad in reports for p, why in bad[k].items()} for k in self.folders}
+        close_folders(self.folders, self.images, self.args.batch_size, self.shard, runs, unreadable)
+        of_all_times = {path: why for of_time in unreadable.values() for path, why in of_time.items()}
+        return report_unreadable(of_all_times, "they have no sample", len(self.images))
+
+
 def open_folders(
     folders: Mapping[int, SampleFolder],
     images: Sequence[LabelledImage],
     batch_size: int,
     settings: Mapping[str, Any],
-    circumstances: Mapping[str, Any],
+    machine: Mapping[str, Any],
     data_dir: str,
     shard: Shard,
     locks: Locks,
@@ -62,8 +160,8 @@ def open_folders(
         folders: folders by k.
         images: the chosen images.
         batch_size: images per unit of work.
-        settings: what decides the samples, of `run_record.settings_of`.
-        circumstances: hardware, threads and versions, which decide the last digits: a difference is a warning.
+        settings: what decides the samples.
+        machine: hardware, threads and versions, which decide the last digits: a difference is a warning.
         data_dir: folder of the images.
         shard: part of the work that this run does.
         locks: this shard's locks.
@@ -89,7 +187,7 @@ def open_folders(
             )
             inputs.read_all(unlisted)
         for k, folder in folders.items():
-            _begin(folder, states[k], settings, circumstances, shard)
+            _begin(folder, states[k], settings, machine, shard)
             known = done[k] if states[k].entries is None else states[k].entries.keys()
             entries = {p: e if p in known else e._replace(sha256=None) for p, e in inputs.entries(paths).items()}
             _write(write_entries, folder.inputs, {"images": entries})
@@ -98,10 +196,8 @@ def open_folders(
     everything = [unit for k in folders for unit in cut_units(images, batch_size, k, done[k])]
     units = [unit for unit in shard.units(everything) if unit.todo]
     for k, state in states.items():
-        begun_with = state.record["begun_with"] if state.record else circumstances
-        if any(unit.step_reverse == k for unit in units) and (
-            changes := circumstances_changed(begun_with, circumstances)
-        ):
+        begun_with = state.record["begun_with"] if state.record else machine
+        if any(unit.step_reverse == k for unit in units) and (changes := machine_changes(begun_with, machine)):
             logger.warn(f"{folders[k].path}: {'; '.join(changes)}. Samples will agree to rounding, not to the byte")
     return units, inputs
 
@@ -166,7 +262,7 @@ def recorded_compilation(folders: Iterable[SampleFolder]) -> bool | None:
     for folder in folders:
         with suppress(UserError):  # a damaged record is reported by `open_folders`
             if record := _read_record(folder):
-                compiled[folder.record] = bool(record["settings"].get("--compile"))
+                compiled[folder.record] = bool(record["settings"].get("compile"))
     if len(set(compiled.values())) > 1:
         yes, no = (next(path for path, was in compiled.items() if was is which) for which in (True, False))
         raise UserError(
@@ -237,19 +333,7 @@ def _look(
 
 def _read_record(folder: SampleFolder) -> Record | None:
     """A folder's record, None if there is none. Raises UserError if it is damaged."""
-    try:
-        record = read_json(folder.record)
-    except ValueError:
-        record = "damaged"
-    if record is None:
-        return None
-    kinds = {"settings": dict, "begun_with": dict, "runs": list}
-    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
-        raise UserError(
-            f"{folder.record} is damaged: it is not the record of a run. Choose another --output, or move it and\n"
-            f"{folder.path} away"
-        )
-    return record
+    return read_record(folder.record, {"settings": dict, "begun_with": dict, "runs": list}, folder.path)
 
 
 def _earlier_unreadable(record: Record) -> dict[str, str]:
@@ -272,13 +356,13 @@ def _begin(
     folder: SampleFolder,
     state: _State,
     settings: Mapping[str, Any],
-    circumstances: Mapping[str, Any],
+    machine: Mapping[str, Any],
     shard: Shard,
 ) -> None:
     """Write the record of a folder that is not resumed."""
     if state.record is None:
         record = {"finished": False, "num_shards": shard.count}
-        record |= {"settings": dict(settings), "begun_with": dict(circumstances), "runs": []}
+        record |= {"settings": dict(settings), "begun_with": dict(machine), "runs": []}
         _write(write_json, folder.record, record)
 
 

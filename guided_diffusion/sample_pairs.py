@@ -11,11 +11,12 @@ import blobfile as bf
 import numpy as np
 
 from . import logger
-from .classifier_results import class_names_of, digest_of, readable_or_error
+from .classifier_results import class_names_of, readable_or_error
 from .errors import UserError
 from .files import is_remote, walk
 from .forward_backward import SampleFolder
 from .image_datasets import Check, LabelledImage, label_where_known, list_images, open_image
+from .settings import digest_of
 
 
 def find_pairs(

@@ -7,33 +7,29 @@ and after a restart, on the same hardware, precision and CPU threads per rank.
 
 from __future__ import annotations
 
+import argparse
 import math
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 from . import dist_util, logger
 from .files import whole_file, write_json, write_whole
 from .forward_backward import to_pixels
-from .locks import hold
+from .gaussian_diffusion import GaussianDiffusion, Guide, Model
 from .memory import enough_memory
 from .noise import NoiseStreams, noise_seed
-from .parts import Parts, finished_record, lock_of, plain_write_errors, record_of, remove_parts
 from .pipeline import encode
-from .run_record import now
+from .records import Record, plain_write_errors, record_of
+from .runs import Result, ResultRun
 from .script_util import NUM_CLASSES
-
-if TYPE_CHECKING:
-    import argparse
-
-    from tqdm import tqdm
-
-    from .gaussian_diffusion import GaussianDiffusion, Guide, Model
 
 GRID = 64  # the most samples in the picture beside the file
 
@@ -102,97 +98,90 @@ def class_gradient(classifier: Model, scale: float) -> Guide:
     return cond_fn
 
 
+@dataclass(frozen=True)
+class Numbers:
+    """A batch of samples, number `index` of all: the numbers of its samples. It reads no files."""
+
+    index: int
+    samples: range
+    files: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
 def write_samples(
     make: Callable[[range, tqdm], torch.Tensor],
     image_size: int,
     num_steps: int,
     args: argparse.Namespace,
-    otherwise: str,
+    default_output: str,
     settings: Mapping[str, Any],
-    circumstances: Mapping[str, Any],
+    machine: Mapping[str, Any],
     labels: np.ndarray | None = None,
     class_names: Mapping[int, str] | None = None,
 ) -> None:
     """Make all samples and write samples_NxHxWx3.npz, with its record and a picture of the first ones beside it.
 
-    Samples wait as parts in samples_NxHxWx3_parts. A file that is there, made with the same settings, is left as it is.
+    Samples wait as parts in samples_NxHxWx3_parts. A file that was made with the same settings is left as it is.
 
     Args:
         make: makes the samples (B, 3, image_size, image_size) of a batch's numbers, moving a bar by `num_steps`.
         image_size: height and width, in pixels.
         num_steps: denoising steps of a batch.
         args: flags num_samples, batch_size and output.
-        otherwise: folder of results where neither --output nor the environment names one.
-        settings: what decides the bytes, see `parts.settings_of`.
-        circumstances: what decides the last digits, see `inference.prepare`.
+        default_output: folder of results if neither --output nor the environment names one.
+        settings: what decides the bytes, see `settings.settings_of`.
+        machine: what decides the last digits, see `inference.prepare`.
         labels: classes of the samples, (num_samples,).
         class_names: class index -> name, as far as they are known.
 
     Raises:
-        UserError: the file is there with other settings, or it or a part cannot be written.
+        UserError: the file was made with other settings, or it or a part cannot be written.
     """
     shape = (args.num_samples, image_size, image_size, 3)
-    stem = f"{logger.choose_dir(args.output, otherwise)}/samples_{'x'.join(map(str, shape))}"
-    result, folder = f"{stem}.npz", f"{stem}_parts"
-    with hold({lock_of(result): result}) as locks:
-        if dist_util.on_main(finished_record, result, settings):
-            dist_util.on_main(remove_parts, folder)  # of a run that was killed just before
-            logger.info(f"{result} is there already, made with the same settings: nothing to do")
+    stem = f"{logger.choose_dir(args.output, default_output)}/samples_{'x'.join(map(str, shape))}"
+    result = Result(f"{stem}.npz", settings)
+    with ResultRun([result], f"{stem}_parts", settings, machine, {}, args) as run:
+        if not run.unfinished:
+            logger.info(f"{result.path} is there already, made with the same settings: nothing to do")
             return
-        parts = Parts(folder, settings, circumstances)
-        batches = [
-            range(start, min(start + args.batch_size, args.num_samples))
-            for start in range(0, args.num_samples, args.batch_size)
-        ]
-        done = parts.done()
-        to_do = [index for index in range(len(batches)) if index not in done]
-        processes = dist_util.get_world_size()
-        there = sum(len(batches[index]) for index in done)
-        logger.info(f"{args.num_samples} samples for {result}: {args.num_samples - there} to make, {there} are there")
+        starts = range(0, args.num_samples, args.batch_size)
+        numbers = [range(start, min(start + args.batch_size, args.num_samples)) for start in starts]
+        batches = [Numbers(index, samples) for index, samples in enumerate(numbers)]
+        left = run.begin(batches)
+        to_make = sum(len(batch.samples) for batch in left)
         logger.info(
-            f"{processes} process(es) of {circumstances['threads']} thread(s), {circumstances['hardware']}, "
-            f"{circumstances['precision']}"
+            f"{args.num_samples} samples for {result.path}: {to_make} to make, {args.num_samples - to_make} are there"
         )
-
-        started, clock = now(), time.monotonic()
-        mine = dist_util.share_of(to_do)
-        described = "denoising" if processes == 1 else f"denoising (process 1 of {processes})"
-        with logger.progress_bar(len(mine) * num_steps, described, "step") as bar:
-            for number, index in enumerate(mine, 1):
-                locks.check()
-                parts.write(index, pixels=to_pixels(make(batches[index], bar)))
-                bar.set_postfix(batches=f"{number}/{len(mine)}")
-        dist_util.barrier()
-
-        seconds = round(time.monotonic() - clock, 3)
-        run = {"started": started, "ended": now(), "seconds": seconds, "processes": processes}
-        run |= {"samples_made": args.num_samples - there, **circumstances, "arguments": vars(args)}
-        record = {"finished": True, "settings": settings, "samples": args.num_samples, "last_run": run}
-        if class_names:
-            record["classes"] = {str(index): class_names[index] for index in sorted({*labels.tolist()})}
-        locks.check()
-        dist_util.on_main(_finish, result, parts, len(batches), shape, labels, record)
-    logger.info(f"{args.num_samples} samples are in {result}")
+        run.log_machine()
+        for batch, nothing in run.read(left, {}, None, lambda batch: num_steps):
+            run.write(batch, nothing, pixels=to_pixels(make(batch.samples, run.bar)))
+        named = {str(index): class_names[index] for index in sorted({*labels.tolist()})} if class_names else {}
+        record = {"finished": True, "settings": settings, "samples": args.num_samples}
+        record |= {"samples_made": to_make, **({"classes": named} if named else {})}
+        run.finish(len(batches), partial(_put_together, run, result, len(batches), shape, labels, record))
+    logger.info(f"{args.num_samples} samples are in {result.path}")
 
 
-def _finish(
-    result: str,
-    parts: Parts,
+def _put_together(
+    run: ResultRun,
+    result: Result,
     count: int,
     shape: tuple[int, ...],
     labels: np.ndarray | None,
-    record: Mapping[str, Any],
-) -> None:
-    """Put the parts together. The file of samples comes last: where it is, all is."""
-    pixels = (parts.read(index)["pixels"] for index in range(count))
+    record: Record,
+    facts: Record,
+) -> int:
+    """Write the samples of all parts. The file of samples comes last: where it is, all is."""
+    pixels = (run.parts.read(index)["pixels"] for index in range(count))
     first: list[np.ndarray] = []
     while len(first) < min(GRID, shape[0]):
         first += list(next(pixels))
+    record["last_run"] = {"samples_made": record.pop("samples_made"), **facts}
     with plain_write_errors():
-        write_whole(result.removesuffix(".npz") + ".png", encode(image_grid(np.stack(first[:GRID])), "png", 0))
-        write_json(record_of(result), record)
-        write_npz(result, shape, (parts.read(index)["pixels"] for index in range(count)), labels)
-        parts.remove()
+        picture = encode(image_grid(np.stack(first[:GRID])), "png", 0)
+        write_whole(result.path.removesuffix(".npz") + ".png", picture)
+        write_json(record_of(result.path), record)
+        write_npz(result.path, shape, (run.parts.read(index)["pixels"] for index in range(count)), labels)
+    return 0
 
 
 def write_npz(path: str, shape: tuple[int, ...], pixels: Iterable[np.ndarray], labels: np.ndarray | None) -> None:

@@ -22,7 +22,7 @@ from . import dist_util
 from .checkpoint_file import Shapes, read_checkpoint
 from .checkpoints import UNTRAINED, shapes_of
 from .errors import UserError, first_line
-from .run_record import weights_digest
+from .settings import weights_digest
 from .watched_layers import WatchedLayer, find_layers
 
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")  # of GoogLeNet and Inception

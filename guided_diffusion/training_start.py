@@ -17,7 +17,7 @@ from . import logger
 from .errors import UserError
 from .files import is_remote
 from .inputs import file_digest
-from .run_record import differences
+from .settings import differences
 from .training_checkpoints import (
     checkpoint_files,
     ema_rates_beside,

@@ -26,10 +26,10 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
+from guided_diffusion.errors import UserError
+
 import torch
 from torch import Tensor
-
-from guided_diffusion.errors import UserError
 
 from .grammar import Grammar
 from .images import TreeImages

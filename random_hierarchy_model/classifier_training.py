@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from guided_diffusion.train_util import Cond, TrainLoop
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from guided_diffusion.train_util import Cond, TrainLoop
 
 from .belief_propagation import read_posterior
 from .classifier import enlarge

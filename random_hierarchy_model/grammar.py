@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from guided_diffusion.errors import UserError
+
+import numpy as np
 
 MOST_TUPLES = 2**24  # of which a level's rules are drawn; each takes 16 bytes of memory meanwhile
 

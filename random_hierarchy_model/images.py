@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from guided_diffusion.errors import UserError
+
 import numpy as np
 import torch
 from torch import Tensor
-
-from guided_diffusion.errors import UserError
 
 from .grammar import PALETTE, Grammar, random_words
 

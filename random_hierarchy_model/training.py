@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from guided_diffusion.dist_util import get_rank, get_world_size
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from guided_diffusion.nn import mean_flat
 from guided_diffusion.train_util import Cond, TrainLoop
+
+import torch
+from torch import Tensor
 
 from .denoiser import best_eps, posterior_mean
 from .grammar import Grammar

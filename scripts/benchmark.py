@@ -32,18 +32,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 
 # isort: split
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import ResultError, UserError
+from guided_diffusion.files import write_whole
+from guided_diffusion.inference import compute_reproducibly, surroundings
+from guided_diffusion.script_util import add_flags, bool_or_auto
+
 import torch
 from benchmarking.bench import FLAGS, Bench
 from benchmarking.forward_passes import contend, network, precision, small
 from benchmarking.timing import table
 from benchmarking.whole_scripts import classifier, loop, processes, startup
-
-from guided_diffusion import dist_util, logger
-from guided_diffusion.errors import ResultError, UserError
-from guided_diffusion.files import write_whole
-from guided_diffusion.inference import compute_reproducibly
-from guided_diffusion.run_record import surroundings
-from guided_diffusion.script_util import add_flags, bool_or_auto
 
 PARTS = {part.__name__: part for part in (network, small, precision, loop, processes, startup, classifier)}
 

@@ -16,11 +16,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion import dist_util, logger
+from guided_diffusion.checkpoints import load_model, load_noisy_classifier
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.inference import prepare
+from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
 from guided_diffusion.script_util import (
     add_flags,
     args_to_dict,
@@ -31,26 +34,15 @@ from guided_diffusion.script_util import (
     model_defaults,
     sampling_defaults,
 )
+from guided_diffusion.settings import settings_of, weights_digest
 
-if TYPE_CHECKING:
-    import torch
-    from tqdm import tqdm
+import torch
+from tqdm import tqdm
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the images. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-
-    # Imported here and not above, so that --help and misspelt flags are answered without waiting for torch.
-    import torch
-
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.checkpoints import load_model, load_noisy_classifier
-    from guided_diffusion.inference import prepare
-    from guided_diffusion.parts import settings_of
-    from guided_diffusion.run_record import weights_digest
-    from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
-
     dist_util.setup_dist(args.device)
     logger.make_dir()
     flags = args_to_dict(args, model_and_diffusion_defaults())
@@ -62,14 +54,14 @@ def main(argv: list[str] | None = None) -> int:
     classes, record = dist_util.on_main(classes_to_sample, args.classes, networks)
     settings = settings_of(
         args,
-        model_path=dist_util.on_main(weights_digest, model),
-        classifier_path=dist_util.on_main(weights_digest, classifier),
+        model_digest=dist_util.on_main(weights_digest, model),
+        classifier_digest=dist_util.on_main(weights_digest, classifier),
     )
     settings |= sampled_classes_setting(classes)
     batch_size = min(args.batch_size, args.num_samples)
-    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=batch_size)
+    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=batch_size)
     of_classifier = prepare(classifier, args.classifier_use_fp16, args.num_threads, batch_size=batch_size)
-    circumstances["classifier's precision"] = of_classifier["precision"]
+    machine["classifier's precision"] = of_classifier["precision"]
     classifier.requires_grad_(False)  # the gradient in x alone is wanted: less has to be kept for it
     cond_fn = class_gradient(classifier, args.classifier_scale)
     labels = draw_classes(args.seed, args.num_samples, classes)
@@ -88,7 +80,7 @@ def main(argv: list[str] | None = None) -> int:
         args,
         "results/classifier_sample",
         settings,
-        circumstances,
+        machine,
         labels,
         record and record.names,
     )

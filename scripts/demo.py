@@ -25,9 +25,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's pac
 from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
 
 # isort: split
-import numpy as np
-import torch
-
 from guided_diffusion import dist_util, logger
 from guided_diffusion.classifier_results import logits_file, name_in_files, read_arrays
 from guided_diffusion.errors import UserError
@@ -62,6 +59,9 @@ from random_hierarchy_model import ExactDenoiser, TreeImages
 from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
 from random_hierarchy_model.training import images_from_flags
+
+import numpy as np
+import torch
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

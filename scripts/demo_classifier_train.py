@@ -12,22 +12,23 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion.command_line import ArgumentParser, run
-from guided_diffusion.script_util import add_flags, training_defaults
+from guided_diffusion.memory import to_device
+from guided_diffusion.script_util import add_flags, create_gaussian_diffusion, training_defaults
+from guided_diffusion.training_setup import TrainingFolder, loop_options, settings_of, training_folder
+from random_hierarchy_model.classifier import small_convnext
+from random_hierarchy_model.classifier_training import ReadingLoop
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
+from random_hierarchy_model.training import ImageStream, images_from_flags
 
-if TYPE_CHECKING:
-    from guided_diffusion.training_setup import TrainingFolder
+import torch
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-
-    from guided_diffusion.training_setup import training_folder
 
     with training_folder(args, "results/demo_classifier") as folder:
         return train(args, folder)
@@ -35,15 +36,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     """Train with the script's flags in the folder of results; as `main`."""
-    import torch
-
-    from guided_diffusion.memory import to_device
-    from guided_diffusion.script_util import create_gaussian_diffusion
-    from guided_diffusion.training_setup import loop_options, settings_of
-    from random_hierarchy_model.classifier import small_convnext
-    from random_hierarchy_model.classifier_training import ReadingLoop
-    from random_hierarchy_model.training import ImageStream, images_from_flags
-
     images = images_from_flags(GRAMMAR_FLAGS)
     data = ImageStream(images, args.batch_size, args.seed)
     torch.manual_seed(args.seed)

@@ -13,11 +13,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion import dist_util
+from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
+from guided_diffusion.memory import to_device
+from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_flags,
     args_to_dict,
@@ -25,10 +28,16 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
     training_defaults,
 )
+from guided_diffusion.training_setup import (
+    TrainingFolder,
+    fit_to,
+    loop_options,
+    sample_grid,
+    settings_of,
+    training_folder,
+)
 from random_hierarchy_model.demo import GRAMMAR_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
-
-if TYPE_CHECKING:
-    from guided_diffusion.training_setup import TrainingFolder
+from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
 
 HELP = {
     "num_symbols": "v, the symbols of every level of the grammar, and the classes",
@@ -43,21 +52,12 @@ def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
 
-    from guided_diffusion.training_setup import training_folder
-
     with training_folder(args, "results/demo_unet") as folder:
         return train(args, folder)
 
 
 def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     """Train with the script's flags in the folder of results; as `main`."""
-    from guided_diffusion import dist_util
-    from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
-    from guided_diffusion.memory import to_device
-    from guided_diffusion.resample import create_named_schedule_sampler
-    from guided_diffusion.training_setup import fit_to, loop_options, sample_grid, settings_of
-    from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
-
     flags = args_to_dict(args, model_and_diffusion_defaults())
     images = dist_util.on_every_rank(images_from_flags, vars(args))
     if images.image_size != args.image_size:

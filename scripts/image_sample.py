@@ -14,11 +14,14 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion import dist_util, logger
+from guided_diffusion.checkpoints import load_model
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.inference import prepare
+from guided_diffusion.sampling import denoise, draw_classes, write_samples
 from guided_diffusion.script_util import (
     add_flags,
     args_to_dict,
@@ -28,26 +31,15 @@ from guided_diffusion.script_util import (
     model_defaults,
     sampling_defaults,
 )
+from guided_diffusion.settings import settings_of, weights_digest
 
-if TYPE_CHECKING:
-    import torch
-    from tqdm import tqdm
+import torch
+from tqdm import tqdm
 
 
 def main(argv: list[str] | None = None) -> int:
     """Draw the images. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-
-    # Imported here and not above, so that --help and misspelt flags are answered without waiting for torch.
-    import torch
-
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.checkpoints import load_model
-    from guided_diffusion.inference import prepare
-    from guided_diffusion.parts import settings_of
-    from guided_diffusion.run_record import weights_digest
-    from guided_diffusion.sampling import denoise, draw_classes, write_samples
-
     dist_util.setup_dist(args.device)
     logger.make_dir()
     flags = args_to_dict(args, model_and_diffusion_defaults())
@@ -55,8 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
     networks = [args.model_path] if args.class_cond else []
     classes, record = dist_util.on_main(classes_to_sample, args.classes, networks)
-    settings = settings_of(args, model_path=dist_util.on_main(weights_digest, model)) | sampled_classes_setting(classes)
-    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
+    settings = settings_of(args, model_digest=dist_util.on_main(weights_digest, model)) | sampled_classes_setting(
+        classes
+    )
+    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     labels = draw_classes(args.seed, args.num_samples, classes) if args.class_cond else None
 
     def make(indices: range, bar: tqdm) -> torch.Tensor:
@@ -70,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
         args,
         "results/image_sample",
         settings,
-        circumstances,
+        machine,
         labels,
         record and record.names,
     )

@@ -14,12 +14,15 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion import dist_util
+from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
 from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
+from guided_diffusion.memory import to_device
+from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_flags,
     args_to_dict,
@@ -27,16 +30,24 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
     training_defaults,
 )
-
-if TYPE_CHECKING:
-    from guided_diffusion.training_setup import TrainingFolder
+from guided_diffusion.train_util import TrainLoop
+from guided_diffusion.training_setup import (
+    TrainingFolder,
+    end,
+    fit_to,
+    loop_options,
+    more_state,
+    record_classes,
+    sample_grid,
+    settings_of,
+    training_folder,
+    training_images,
+)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0, or 1 where images could not be read; raises UserError."""
     args = create_argparser().parse_args(argv)
-
-    from guided_diffusion.training_setup import training_folder
 
     with training_folder(args, f"results/image_train_{folder_name(args.data_dir)}") as folder:
         return train(args, folder)
@@ -44,22 +55,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     """Train with the script's flags in the folder of results; as `main`."""
-    from guided_diffusion import dist_util
-    from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
-    from guided_diffusion.memory import to_device
-    from guided_diffusion.resample import create_named_schedule_sampler
-    from guided_diffusion.train_util import TrainLoop
-    from guided_diffusion.training_setup import (
-        end,
-        fit_to,
-        loop_options,
-        more_state,
-        record_classes,
-        sample_grid,
-        settings_of,
-        training_images,
-    )
-
     flags = args_to_dict(args, model_and_diffusion_defaults())
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)

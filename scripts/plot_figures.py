@@ -29,8 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's pac
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 
 # isort: split
-import numpy as np
-
 from guided_diffusion import logger
 from guided_diffusion.classifier_results import (
     TimeResult,
@@ -69,6 +67,8 @@ from guided_diffusion.retention import (
     wilson_interval,
 )
 from guided_diffusion.script_util import number_of_steps
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

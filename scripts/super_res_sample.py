@@ -17,18 +17,19 @@ import hashlib
 import sys
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
-from guided_diffusion.command_line import ArgumentParser, run
-
-# isort: split
-import blobfile as bf
-import numpy as np
-
+from guided_diffusion import dist_util, logger
+from guided_diffusion.checkpoints import load_upsampler
 from guided_diffusion.classes import Classes, read_classes
+from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.files import LFS_POINTER, read_json
+from guided_diffusion.forward_backward import from_pixels
+from guided_diffusion.inference import prepare
+from guided_diffusion.records import record_of
+from guided_diffusion.sampling import denoise, write_samples
 from guided_diffusion.script_util import (
     NUM_CLASSES,
     add_flags,
@@ -38,27 +39,17 @@ from guided_diffusion.script_util import (
     sampling_defaults,
     sr_model_and_diffusion_defaults,
 )
+from guided_diffusion.settings import settings_of, weights_digest
 
-if TYPE_CHECKING:
-    import torch
-    from tqdm import tqdm
+import blobfile as bf
+import numpy as np
+import torch
+from tqdm import tqdm
 
 
 def main(argv: list[str] | None = None) -> int:
     """Enlarge the images. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-
-    # Imported here and not above, so that --help and misspelt flags are answered without waiting for torch.
-    import torch
-
-    from guided_diffusion import dist_util, logger
-    from guided_diffusion.checkpoints import load_upsampler
-    from guided_diffusion.forward_backward import from_pixels
-    from guided_diffusion.inference import prepare
-    from guided_diffusion.parts import settings_of
-    from guided_diffusion.run_record import weights_digest
-    from guided_diffusion.sampling import denoise, write_samples
-
     dist_util.setup_dist(args.device)
     logger.make_dir()
     flags = args_to_dict(args, sr_model_and_diffusion_defaults())
@@ -67,10 +58,10 @@ def main(argv: list[str] | None = None) -> int:
     model = dist_util.on_every_rank(load_upsampler, args.model_path, flags, args.seed)
     settings = settings_of(
         args,
-        model_path=dist_util.on_main(weights_digest, model),
-        base_samples=dist_util.on_main(file_digest, args.base_samples),
+        model_digest=dist_util.on_main(weights_digest, model),
+        base_samples_digest=dist_util.on_main(file_digest, args.base_samples),
     )
-    circumstances = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
+    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     if args.num_samples > len(small):
         logger.info(
             f"{len(small)} images in {args.base_samples} for {args.num_samples} samples (--num_samples): "
@@ -94,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         args,
         "results/super_res_sample",
         settings,
-        circumstances,
+        machine,
         labels,
         record and record.names,
     )
@@ -188,7 +179,6 @@ def check_classes(model_path: str, base_samples: str, labels: np.ndarray) -> Cla
 
     Raises UserError where the small images are of others: by index, or by the name that image_sample.py recorded.
     """
-    from guided_diffusion.parts import record_of
 
     recorded = read_classes(model_path)
     if recorded is None:

@@ -10,16 +10,16 @@ from pathlib import Path
 # The networks here are so small that threads would only wait for each other. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from guided_diffusion.other_scripts import REPOSITORY, environment
+from guided_diffusion.other_scripts import load_script as load_script
+from guided_diffusion.other_scripts import words as as_flags  # noqa: F401
+from guided_diffusion.script_util import model_defaults, model_from_flags
+
 import pytest
 import torch
 from PIL import Image
 from reference import fill_weights
 from slurm import Slurm, missing
-
-from guided_diffusion.other_scripts import REPOSITORY, environment
-from guided_diffusion.other_scripts import load_script as load_script
-from guided_diffusion.other_scripts import words as as_flags  # noqa: F401
-from guided_diffusion.script_util import model_defaults, model_from_flags
 
 PHOTOGRAPHS = Path(__file__).with_name("photographs")
 

@@ -9,12 +9,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-from torch.nn.parallel import DistributedDataParallel
-
 from guided_diffusion import dist_util, logger
 from guided_diffusion.command_line import run
 from guided_diffusion.errors import UserError
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
 
 
 def tell(folder):

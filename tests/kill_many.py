@@ -34,12 +34,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from guided_diffusion.other_scripts import REPOSITORY, environment, find_mpiexec, words
+
 import numpy as np
 import torch
 from PIL import Image
 from slurm import Slurm, missing, until
-
-from guided_diffusion.other_scripts import REPOSITORY, environment, find_mpiexec, words
 
 LAUNCHERS = ("python", "srun", "torchrun", "mpiexec", "rough")
 SCRIPT = str(REPOSITORY / "scripts" / "image_train.py")

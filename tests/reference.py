@@ -6,10 +6,10 @@ import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
+from guided_diffusion import script_util
+
 import numpy as np
 import torch
-
-from guided_diffusion import script_util
 
 HERE = Path(__file__).parent
 

@@ -2,15 +2,15 @@
 
 import pickle
 
-import numpy as np
-import pytest
-import torch
-from torch import nn
-
 from guided_diffusion import logger
 from guided_diffusion.activations import ActivationMoments, Moments, Normalization, Similarities, load_normalization
 from guided_diffusion.errors import UserError
 from guided_diffusion.torch_classifiers import open_classifier
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
 
 # Moments
 

@@ -12,6 +12,11 @@ import sys
 from collections import OrderedDict
 from pathlib import Path
 
+from guided_diffusion.checkpoints import build
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import UnreadableImage, read_image
+from guided_diffusion.torch_classifiers import open_classifier
+
 import pytest
 import torch
 import torchvision
@@ -20,11 +25,6 @@ from reference import fill_weights
 from test_checkpoints import DEFAULTS, LOADERS, NETWORKS, SMALL
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-
-from guided_diffusion.checkpoints import build
-from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import UnreadableImage, read_image
-from guided_diffusion.torch_classifiers import open_classifier
 
 WRAPPERS = {
     "DataParallel": nn.DataParallel,

@@ -6,11 +6,6 @@ import argparse
 import shlex
 from functools import cache
 
-import pytest
-import torch
-from conftest import SMALL_MODEL, save_checkpoint
-from reference import fill_weights, published_checkpoints
-
 from guided_diffusion.checkpoints import (
     CLASSIFIER,
     DIFFUSION_MODEL,
@@ -33,6 +28,11 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
     sr_model_and_diffusion_defaults,
 )
+
+import pytest
+import torch
+from conftest import SMALL_MODEL, save_checkpoint
+from reference import fill_weights, published_checkpoints
 
 PUBLISHED = published_checkpoints()
 NETWORKS = {"diffusion": DIFFUSION_MODEL, "super_resolution": UPSAMPLER, "classifier": CLASSIFIER}

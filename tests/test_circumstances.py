@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
+from guided_diffusion import dist_util, inference
+from guided_diffusion.inference import DECISIVE_VARIABLES, surroundings
+
 import pytest
 import torch
 from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_script, run_script
-
-from guided_diffusion import dist_util, inference, run_record
-from guided_diffusion.run_record import DECISIVE_VARIABLES, surroundings
 
 CPU = torch.device("cpu")
 NEW = ("environment", "cuda", "cudnn")  # which older versions did not record
@@ -63,7 +63,7 @@ def test_float32_is_float32_in_sampling_and_in_training(exact, flags, tmp_path):
 
 
 def test_all_cards_are_recorded(monkeypatch, capsys):
-    monkeypatch.setattr(run_record, "hardware", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(inference, "hardware", lambda device: "NVIDIA A100")
     monkeypatch.setattr(dist_util, "gather_objects", lambda value: [value] * 8)
     assert surroundings(CPU)["hardware"] == "NVIDIA A100"  # as older versions recorded it
     assert capsys.readouterr().err == ""
@@ -80,7 +80,7 @@ def test_all_cards_are_recorded(monkeypatch, capsys):
 
 
 def test_versions_of_the_gpu_s_libraries_are_recorded(monkeypatch):
-    monkeypatch.setattr(run_record, "hardware", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(inference, "hardware", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     on_gpu = surroundings(torch.device("cuda", 0))
     assert on_gpu["cuda"] == str(torch.version.cuda) and on_gpu["cudnn"] == "91900"
@@ -116,7 +116,7 @@ def test_variables_of_one_process_are_recorded_and_told(flags, tmp_path):
     assert done.stderr.count(f"the environment is not the same for all processes ({both})") == 1
     record = json.loads((tmp_path / "out/t_1_20_run.json").read_text())
     assert record["begun_with"]["environment"] == both
-    assert record["begun_with"]["hardware"] == run_record.hardware(CPU)
+    assert record["begun_with"]["hardware"] == inference.hardware(CPU)
 
 
 def test_a_resumed_run_is_warned_of_other_variables_but_not_of_what_was_never_recorded(

@@ -2,9 +2,6 @@
 
 import json
 
-import pytest
-import torch
-
 from guided_diffusion.classes import (
     Classes,
     choose_classes,
@@ -15,6 +12,9 @@ from guided_diffusion.classes import (
     write_classes,
 )
 from guided_diffusion.errors import UserError
+
+import pytest
+import torch
 
 PETS = Classes({2: "owl", 0: "cat", 1: "golden retriever"}, "text", "pets/classes.json")
 

@@ -13,18 +13,18 @@ import subprocess
 import time
 from pathlib import Path
 
+from guided_diffusion.classifier_results import read_series
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import read_image
+from guided_diffusion.imagenet_classes import CLASS_INDEX
+from guided_diffusion.torch_classifiers import open_classifier
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import PHOTOGRAPHS, as_flags, environment, launcher, load_script, run_script, start_script
 from PIL import Image
-
-from guided_diffusion.classifier_results import read_series
-from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import read_image
-from guided_diffusion.imagenet_classes import CLASS_INDEX
-from guided_diffusion.torch_classifiers import open_classifier
 
 NAME = "regnet_x_400mf"  # the quickest of the families
 SIZE = 64
@@ -503,7 +503,7 @@ def test_killed_between_the_files_of_two_times(flags, measured, results, tmp_pat
     assert len(list(output.glob("act_diff*.npz"))) == 1
     assert len(list(output.glob("*_parts/0*.npz"))) == 6
     monkeypatch.undo()
-    monkeypatch.setattr(script, "readers", None)  # nothing is read again
+    monkeypatch.setattr(script, "read_image", None)  # nothing is read again
     assert script.main(as_flags({**flags, "output": output})) == 0
     assert archives(output) == archives(results)
 

@@ -9,15 +9,6 @@ import argparse
 import inspect
 import os
 
-import numpy as np
-import pytest
-import torch
-import torch as th
-import torchvision
-from conftest import SMALL_MODEL, load_script
-from PIL import Image
-from reference import seeded
-
 from guided_diffusion import dist_util
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, _extract_into_tensor
@@ -41,6 +32,15 @@ from guided_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 from guided_diffusion.torch_classifiers import load_classifier
+
+import numpy as np
+import pytest
+import torch
+import torch as th
+import torchvision
+from conftest import SMALL_MODEL, load_script
+from PIL import Image
+from reference import seeded
 
 SMALL = {"image_size": 64, "num_channels": 32, "num_res_blocks": 1, "attention_resolutions": "8", "num_heads": 1}
 SHAPE = (2, 3, 8, 8)

@@ -10,16 +10,16 @@ import os
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from torch.optim import AdamW
-
 from guided_diffusion import dist_util, fp16_util, logger, nn, train_util, unet
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_util import TrainLoop, log_loss_dict
+
+import numpy as np
+import pytest
+import torch
+from torch.optim import AdamW
 
 
 @pytest.fixture(autouse=True)

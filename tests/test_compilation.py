@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_script, run_script
-
 from guided_diffusion import compilation
 from guided_diffusion.compilation import decide
 from guided_diffusion.errors import UserError
+
+import pytest
+from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_script, run_script
 
 # A machine on which --compile auto is in favour, but rank 1 of which has no compiler.
 AS_ON_A_GPU = """
@@ -103,7 +103,7 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
 
     # Begun compiled. Then auto would not compile.
     assert run_here(*flags, 2, "--output", tmp_path / "out") == 0
-    assert json.loads(record.read_text())["settings"]["--compile"] is True
+    assert json.loads(record.read_text())["settings"]["compile"] is True
     assert len(gpu) == len(compiled) == 1
     monkeypatch.setattr(compilation, "MANY_STEPS", 10**9)
     next((tmp_path / "out").rglob("*.JPEG")).unlink()

@@ -5,12 +5,6 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from conftest import load_script, run_script
-from PIL import Image
-
 from guided_diffusion.checkpoints import load_model
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import noised_image
@@ -20,6 +14,12 @@ from random_hierarchy_model import posterior_mean
 from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
 from random_hierarchy_model.training import images_from_flags
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script, run_script
+from PIL import Image
 
 FLAGS = {**model_and_diffusion_defaults(), **MODEL_FLAGS, "timestep_respacing": "250"}
 IMAGES = images_from_flags(GRAMMAR_FLAGS)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 
-import pytest
-import torch
-from conftest import as_flags, environment, load_script, start_script
-
 from guided_diffusion import device, dist_util
 from guided_diffusion.device import check_device
 from guided_diffusion.errors import UserError
-from guided_diffusion.parts import settings_of
+from guided_diffusion.settings import settings_of
+
+import pytest
+import torch
+from conftest import as_flags, environment, load_script, start_script
 
 TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver."
 

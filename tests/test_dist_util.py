@@ -19,11 +19,11 @@ import time
 import zipfile
 from pathlib import Path
 
-import pytest
-import torch
-
 from guided_diffusion import dist_util, launchers
 from guided_diffusion.errors import UserError
+
+import pytest
+import torch
 
 HERE = Path(__file__).parent
 PYTHON = [sys.executable, str(HERE / "dist_worker.py")]

@@ -9,12 +9,12 @@ abar, and Bayes' rule for what they mean. Four kinds of pixels, one per channel,
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from guided_diffusion.forward_backward import noised_image
+from guided_diffusion.script_util import create_gaussian_diffusion
+
 import numpy as np
 import pytest
 import torch
-
-from guided_diffusion.forward_backward import noised_image
-from guided_diffusion.script_util import create_gaussian_diffusion
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

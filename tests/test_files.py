@@ -8,13 +8,13 @@ import signal
 import threading
 import time
 
-import numpy as np
-import pytest
-from PIL import Image
-
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import read_json, remove_scratch, remove_scratch_of, walk, write_json, write_whole
 from guided_diffusion.pipeline import ImageWriter, encode, read_ahead
+
+import numpy as np
+import pytest
+from PIL import Image
 
 
 def test_write_whole_replaces_and_leaves_nothing_else(tmp_path):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from guided_diffusion.classifier_results import logits_file
+from guided_diffusion.errors import ResultError, UserError
+from guided_diffusion.figures import new_figure, render
+from guided_diffusion.files import write_json
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import SMALL_MODEL, as_flags, load_script, run_script
 from PIL import Image
-
-from guided_diffusion.classifier_results import logits_file
-from guided_diffusion.errors import ResultError, UserError
-from guided_diffusion.figures import new_figure, render
-from guided_diffusion.files import write_json
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

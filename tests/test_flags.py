@@ -6,19 +6,19 @@ import re
 import shutil
 import subprocess
 
-import pytest
-import torch
-from conftest import REPOSITORY, load_script
-
 from guided_diffusion.checkpoints import CLASSIFIER, DIFFUSION_MODEL, UPSAMPLER, build
 from guided_diffusion.errors import UserError
-from guided_diffusion.run_record import differences
 from guided_diffusion.script_util import (
     classifier_and_diffusion_defaults,
     create_classifier_and_diffusion,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
+from guided_diffusion.settings import differences
+
+import pytest
+import torch
+from conftest import REPOSITORY, load_script
 
 SCRIPTS = [  # every script that makes a network of flags, and the network
     ("forward_backward_dataset_sample.py", DIFFUSION_MODEL),

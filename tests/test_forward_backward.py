@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-import pytest
-import torch
-from reference import seeded
-
 from guided_diffusion.dist_util import share_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
@@ -22,6 +17,11 @@ from guided_diffusion.forward_backward import (
 )
 from guided_diffusion.image_datasets import LabelledImage
 from guided_diffusion.script_util import create_gaussian_diffusion
+
+import numpy as np
+import pytest
+import torch
+from reference import seeded
 
 
 def test_noised_image_has_the_signal_of_k_steps():

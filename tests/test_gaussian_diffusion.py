@@ -2,19 +2,19 @@
 
 import math
 
-import numpy as np
-import pytest
-import torch
-from reference import HERE, golden, relative_error, seeded
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.errors import UserError
 from guided_diffusion.losses import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
 from guided_diffusion.sample_grid import SampleGrid
 from guided_diffusion.script_util import create_gaussian_diffusion
+
+import numpy as np
+import pytest
+import torch
+from reference import HERE, golden, relative_error, seeded
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 GOLDEN = sorted(path.stem for path in (HERE / "golden").glob("diffusion_*.npz"))
 SCHEDULES = {

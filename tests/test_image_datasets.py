@@ -10,11 +10,6 @@ import sys
 import zlib
 from pathlib import Path
 
-import numpy as np
-import pytest
-from PIL import Image
-from reference import golden
-
 from guided_diffusion import image_datasets, training_data
 from guided_diffusion.classes import Classes, OtherClasses
 from guided_diffusion.errors import UserError
@@ -36,6 +31,11 @@ from guided_diffusion.image_datasets import (
     to_float,
 )
 from guided_diffusion.imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
+
+import numpy as np
+import pytest
+from PIL import Image
+from reference import golden
 
 ROOT = Path(__file__).parents[1]
 PHOTOGRAPHS = Path(__file__).parent / "photographs"

@@ -13,17 +13,17 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+from guided_diffusion import checkpoints, dist_util
+from guided_diffusion.errors import UserError
+from guided_diffusion.noise import NoiseStreams
+from guided_diffusion.script_util import model_defaults, model_from_flags
+
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL_MODEL, as_flags, load_script, run_script
 from PIL import Image
 from torch import nn
-
-from guided_diffusion import checkpoints, dist_util
-from guided_diffusion.errors import UserError
-from guided_diffusion.noise import NoiseStreams
-from guided_diffusion.script_util import model_defaults, model_from_flags
 
 ABAR = np.cumprod(1 - np.linspace(1e-4, 2e-2, 1000))  # the linear schedule of 1000 steps
 LN2 = math.log(2)

@@ -7,11 +7,11 @@ import io
 import itertools
 import os
 
-import pytest
-
 from guided_diffusion import inputs
 from guided_diffusion.errors import UserError
 from guided_diffusion.inputs import Entry, Inputs, compare_with_record, read_entries, spread, write_entries
+
+import pytest
 
 
 @pytest.fixture

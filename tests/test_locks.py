@@ -11,12 +11,12 @@ import textwrap
 import threading
 import time
 
-import pytest
-
 from guided_diffusion import locks, logger
 from guided_diffusion.errors import UserError
 from guided_diffusion.locks import Locks
 from guided_diffusion.other_scripts import environment
+
+import pytest
 
 HOLDER = """
     import sys, time

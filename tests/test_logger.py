@@ -10,13 +10,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from guided_diffusion import logger
+from guided_diffusion.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
-
-from guided_diffusion import logger
-from guided_diffusion.errors import UserError
 
 
 @pytest.fixture(autouse=True)

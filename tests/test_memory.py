@@ -5,13 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import numpy as np
-import pytest
-import torch
-from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_script, run_script
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from guided_diffusion import memory
 from guided_diffusion.checkpoints import load_model, load_noisy_classifier, load_upsampler
 from guided_diffusion.errors import UserError, is_out_of_memory
@@ -22,6 +15,13 @@ from guided_diffusion.script_util import (
     model_from_flags,
     sr_model_and_diffusion_defaults,
 )
+
+import numpy as np
+import pytest
+import torch
+from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_script, run_script
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU_ERRORS = [
     torch.OutOfMemoryError(),

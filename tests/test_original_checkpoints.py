@@ -6,12 +6,12 @@ ours; in float16 training it has two entries, and in some versions of PyTorch it
 
 import shutil
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.optimizer_state import by_parameter, steps_taken
+
 import pytest
 import torch
 from test_train_util import Images, contents, make_loop, read_csv, same, tiny_model
-
-from guided_diffusion.errors import UserError
-from guided_diffusion.optimizer_state import by_parameter, steps_taken
 
 GROUP = {"lr": 5e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "amsgrad": False}
 MOMENTS = ("exp_avg", "exp_avg_sq")

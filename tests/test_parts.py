@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.parts import Parts, remove_parts
+from guided_diffusion.records import finished_record, record_of
+from guided_diffusion.settings import differences, settings_of
+
 import numpy as np
 import pytest
 
-from guided_diffusion.errors import UserError
-from guided_diffusion.parts import Parts, finished_record, record_of, remove_parts, settings_of
-
-SETTINGS = {"--seed": 0, "--use_ddim": False, "--model_path": "ab" * 32}
+SETTINGS = {"seed": 0, "use_ddim": False, "model_digest": "ab" * 32}
 THREADS = {"threads": 1}
 
 
@@ -47,9 +49,9 @@ def test_a_folder_belongs_to_one_experiment(tmp_path):
     scratch = folder / ".000001.npz.0123456789abcdef.part"
     scratch.write_bytes(b"PK")
     with pytest.raises(UserError, match=r"--seed was 0 and is now 1\.\n.*another --output, or remove the folder"):
-        Parts(str(folder), {**SETTINGS, "--seed": 1}, THREADS)
-    with pytest.raises(UserError, match=r"--model_path was abababababab\.\.\. and is now cdcd"):
-        Parts(str(folder), {**SETTINGS, "--model_path": "cd" * 32}, THREADS)
+        Parts(str(folder), {**SETTINGS, "seed": 1}, THREADS)
+    with pytest.raises(UserError, match=r"--model_path\) was abababababab\.\.\. and is now cdcd"):
+        Parts(str(folder), {**SETTINGS, "model_digest": "cd" * 32}, THREADS)
     assert scratch.exists()  # it may be another run's, which is under way
     (folder / "settings.json").write_text("[]")
     with pytest.raises(UserError, match="damaged"):
@@ -83,7 +85,7 @@ def test_a_result_that_is_there(tmp_path):
     (tmp_path / "samples_1x2x2x3.npz").write_bytes(b"")
     assert finished_record(result, SETTINGS) == record
     with pytest.raises(UserError, match=r"samples_1x2x2x3\.npz is there already.*--use_ddim was False and is now True"):
-        finished_record(result, {**SETTINGS, "--use_ddim": True})
+        finished_record(result, {**SETTINGS, "use_ddim": True})
     (tmp_path / "samples_1x2x2x3.json").write_text(json.dumps({**record, "finished": False}))
     assert finished_record(result, SETTINGS) is None
     (tmp_path / "samples_1x2x2x3.json").unlink()
@@ -95,4 +97,15 @@ def test_settings_are_the_flags_that_decide_and_the_contents_of_files():
     args = argparse.Namespace(
         seed=1, output="a", num_threads=2, num_workers=3, dropout=0.1, use_checkpoint=True, model_path="b", image_size=8
     )
-    assert settings_of(args, model_path="digest") == {"--seed": 1, "--image_size": 8, "--model_path": "digest"}
+    assert settings_of(args, model_digest="digest") == {"seed": 1, "image_size": 8, "model_digest": "digest"}
+
+
+def test_a_record_with_the_names_of_earlier_versions(tmp_path):
+    result = tmp_path / "samples.npz"
+    result.write_bytes(b"")
+    old = {"--seed": 0, "--use_ddim": False, "--model_path": "ab" * 32}
+    (tmp_path / "samples.json").write_text(json.dumps({"finished": True, "settings": old}))
+    assert finished_record(str(result), SETTINGS)["settings"] == SETTINGS
+    old = {"--seed": 0, "--use_ddim": False, "the checkpoint (--model_path)": "ab" * 32}
+    assert not differences(old, SETTINGS)
+    assert differences(old, {**SETTINGS, "seed": 1}) == ["--seed was 0 and is now 1"]

@@ -7,11 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
-import pytest
-import torch.distributed as dist
-
 from guided_diffusion.errors import LostPeer
 from guided_diffusion.peers import CHUNK_SIZE, Peers
+
+import pytest
+import torch.distributed as dist
 
 HOSTS = ["gpu-a", "gpu-a", "gpu-b"]
 

@@ -11,19 +11,19 @@ import re
 from functools import partial
 from pathlib import Path
 
-import pytest
-import torch
-from benchmarking.other_networks import exact, plain
-from conftest import SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint
-from reference import golden, reference_inputs, reference_model, relative_error
-from torch import nn
-
 from guided_diffusion import inference
 from guided_diffusion.checkpoints import load_model
 from guided_diffusion.compilation import compile_network
 from guided_diffusion.errors import UserError
 from guided_diffusion.other_scripts import environment
 from guided_diffusion.script_util import create_gaussian_diffusion, model_defaults
+
+import pytest
+import torch
+from benchmarking.other_networks import exact, plain
+from conftest import SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint
+from reference import golden, reference_inputs, reference_model, relative_error
+from torch import nn
 
 UNETS = ["unet_readme_like", "unet_conv_resample_heads", "unet_new_attention_order"]
 

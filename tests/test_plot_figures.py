@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from guided_diffusion.classifier_results import differences_file, logits_file
+from guided_diffusion.errors import UserError
+
 import numpy as np
 import pytest
 from conftest import REPOSITORY, load_script
 from PIL import Image
-
-from guided_diffusion.classifier_results import differences_file, logits_file
-from guided_diffusion.errors import UserError
 
 script = load_script("scripts/plot_figures.py")
 FIGURES = ("similarity_against_time", "class_retention", "distributions", "gallery")

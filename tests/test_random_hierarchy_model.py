@@ -9,10 +9,6 @@ import hashlib
 import itertools
 import math
 
-import numpy as np
-import pytest
-import torch
-
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import from_pixels, noised_image, to_pixels
 from guided_diffusion.image_datasets import read_image
@@ -23,6 +19,10 @@ from random_hierarchy_model.belief_propagation import infer, log_likelihoods
 from random_hierarchy_model.demo import GRAMMAR_FLAGS
 from random_hierarchy_model.grammar import random_words
 from random_hierarchy_model.training import images_from_flags
+
+import numpy as np
+import pytest
+import torch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,10 +1,5 @@
 """Training on images of a grammar: the stream of images, the exact target, and the script as people run it."""
 
-import pytest
-import torch
-from conftest import as_flags, load_script
-from torch import nn
-
 from guided_diffusion import dist_util, logger
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import write_whole
@@ -20,6 +15,11 @@ from random_hierarchy_model.classifier_training import ReadingLoop
 from random_hierarchy_model.demo import CLASSIFIER, GRAMMAR_FLAGS, MODEL_FLAGS
 from random_hierarchy_model.denoiser import posterior_mean
 from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
+
+import pytest
+import torch
+from conftest import as_flags, load_script
+from torch import nn
 
 IMAGES = TreeImages(Grammar(8, 4, 2, 4, seed=1), patch_size=2)  # 8x8 pixels
 SMALL = {

@@ -1,9 +1,5 @@
 """Samplers of time steps: frequencies, weights and what they learn, against numbers worked out by hand."""
 
-import numpy as np
-import pytest
-import torch
-
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.resample import (
@@ -13,6 +9,10 @@ from guided_diffusion.resample import (
     create_named_schedule_sampler,
 )
 from guided_diffusion.script_util import create_gaussian_diffusion
+
+import numpy as np
+import pytest
+import torch
 
 
 def diffusion_of(num_steps):

@@ -6,10 +6,6 @@ import subprocess
 import sys
 from statistics import NormalDist
 
-import numpy as np
-import pytest
-from conftest import REPOSITORY
-
 from guided_diffusion.retention import (
     class_ranks,
     fit_transition,
@@ -20,6 +16,10 @@ from guided_diffusion.retention import (
     same_class,
     wilson_interval,
 )
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
 
 
 @pytest.mark.parametrize(

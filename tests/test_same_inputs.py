@@ -6,15 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.inputs import read_entries
+from guided_diffusion.runs import ResultRun
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import SMALL_MODEL, as_flags, load_script
 from PIL import Image
-
-from guided_diffusion.errors import UserError
-from guided_diffusion.inputs import read_entries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -158,7 +159,7 @@ def test_bits_of_other_images_of_the_same_names(data, sampling, monkeypatch):
     assert call(script, data_dir=data[0], **flags) == 0
     # Parts of a killed run, too.
     main = load_script(script)
-    monkeypatch.setattr(main, "finish", lambda *_: 0)
+    monkeypatch.setattr(ResultRun, "finish", lambda *_: 0)
     flags["output"] = flags["output"] / "killed"
     assert main.main(as_flags({"data_dir": data[0], **flags})) == 0
     monkeypatch.undo()
@@ -213,7 +214,7 @@ def test_samples_that_were_replaced(evaluated, tmp_path, monkeypatch):
     # While it is compared: the parts know the contents.
     sample.write_bytes(whole)
     script = load_script("evaluate_classifier.py")
-    monkeypatch.setattr(script, "finish", lambda *_: 0)
+    monkeypatch.setattr(ResultRun, "finish", lambda *_: 0)
     flags = {**evaluated, "output": tmp_path / "killed", "batch_size": 3}
     assert script.main(as_flags(flags)) == 0
     replace(sample)

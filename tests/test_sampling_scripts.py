@@ -13,15 +13,6 @@ import signal
 import time
 from types import SimpleNamespace
 
-import numpy as np
-import pytest
-import torch
-from conftest import SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint, start_script
-from PIL import Image
-from reference import fill_weights
-from torch import nn
-from tqdm import tqdm
-
 from guided_diffusion import checkpoints, dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
@@ -32,6 +23,15 @@ from guided_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 from guided_diffusion.unet import EncoderUNetModel
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint, start_script
+from PIL import Image
+from reference import fill_weights
+from torch import nn
+from tqdm import tqdm
 
 SCRIPTS = ("image_sample", "classifier_sample", "super_res_sample")
 
@@ -107,7 +107,7 @@ def test_same_file_from_one_process_from_two_and_after_a_kill(conditional_model,
     assert picture.size == (4 * 66 + 2, 3 * 66 + 2)  # magnified twice
     assert (np.asarray(picture)[2:66:2, 68:132:2] == arrays["arr_0"][1]).all()
     record = json.loads((tmp_path / "one" / f"{name}.json").read_text())
-    assert record["settings"]["--class_cond"] is True
+    assert record["settings"]["class_cond"] is True
     assert record["last_run"]["samples_made"] == record["samples"] == 11
 
     two = run_script(

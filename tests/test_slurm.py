@@ -9,13 +9,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from guided_diffusion.other_scripts import REPOSITORY, find_mpiexec
+
 import numpy as np
 import pytest
 from conftest import as_flags, run_script, save_checkpoint
 from PIL import Image
 from slurm import ADDRESSES, HOSTS, NODES, TIMEOUT, Slurm, until
-
-from guided_diffusion.other_scripts import REPOSITORY, find_mpiexec
 
 # A tiny network, and a run of the main script with it that takes seconds.
 NETWORK = {

@@ -3,6 +3,9 @@
 import os
 import re
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.torch_classifiers import open_classifier
+
 import numpy as np
 import pytest
 import torch
@@ -10,9 +13,6 @@ import torchvision
 from conftest import PHOTOGRAPHS
 from PIL import Image
 from torchvision.transforms import functional
-
-from guided_diffusion.errors import UserError
-from guided_diffusion.torch_classifiers import open_classifier
 
 PAPER = ["features.0"]
 for stage, blocks in ((1, 3), (3, 3), (5, 27), (7, 3)):

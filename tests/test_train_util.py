@@ -9,13 +9,6 @@ import shutil
 import signal
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from conftest import SMALL_MODEL
-from reference import fill_weights, relative_error
-from torch import nn
-
 from guided_diffusion import logger, resample
 from guided_diffusion.command_line import Stopped
 from guided_diffusion.errors import ResultError, UserError
@@ -25,6 +18,13 @@ from guided_diffusion.noise import NoiseStreams
 from guided_diffusion.script_util import create_gaussian_diffusion, model_defaults, model_from_flags
 from guided_diffusion.train_util import LossMeter, TrainLoop, find_resume_checkpoint, parse_rates
 from guided_diffusion.training_start import choose_start, describe_newest
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL_MODEL
+from reference import fill_weights, relative_error
+from torch import nn
 
 TINY = {**model_defaults(), **SMALL_MODEL, "image_size": 8, "channel_mult": "1", "attention_resolutions": ""}
 

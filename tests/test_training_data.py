@@ -11,18 +11,18 @@ import sys
 import time
 from pathlib import Path
 
+from guided_diffusion import dist_util, image_datasets
+from guided_diffusion.command_line import STOP_SIGNALS
+from guided_diffusion.errors import UserError
+from guided_diffusion.image_datasets import ImageDataset
+from guided_diffusion.training_data import training_stream
+
 import numpy as np
 import pytest
 import torch
 from conftest import environment, launcher
 from PIL import Image
 from torch.utils.data import DataLoader
-
-from guided_diffusion import dist_util, image_datasets
-from guided_diffusion.command_line import STOP_SIGNALS
-from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import ImageDataset
-from guided_diffusion.training_data import training_stream
 
 SIZE = 8
 

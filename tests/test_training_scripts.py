@@ -13,14 +13,14 @@ import sys
 import time
 from pathlib import Path
 
+from guided_diffusion import dist_util, logger
+from guided_diffusion.errors import UserError
+
 import numpy as np
 import pytest
 import torch
 from conftest import as_flags, environment, launcher, load_script, run_script, start_script
 from PIL import Image
-
-from guided_diffusion import dist_util, logger
-from guided_diffusion.errors import UserError
 
 MODEL = {
     "image_size": 16,
@@ -396,7 +396,7 @@ def test_classes_are_recorded_and_sampled(pictures, tmp_path, capfd):
     assert both == {0, 1} and record["classes"] == {"0": "cold", "1": "warm"}
     assert "warning" not in said and "2 of 2 classes" in said
     one, record, _ = sample(tmp_path / "out/model000002.pt", "one", "--classes", "warm")
-    assert one == {1} and record["settings"]["the classes (--classes)"] == "1"
+    assert one == {1} and record["settings"]["classes_sampled"] == "1"
     (tmp_path / "out/classes.json").unlink()
     assert sample(tmp_path / "out/model000002.pt", "opt")[0] == {0, 1}
     (tmp_path / "copy").mkdir()

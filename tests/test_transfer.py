@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
+from guided_diffusion.transfer import download
+
 import numpy as np
 import pytest
 import torch
-
-from guided_diffusion.transfer import download
 
 
 class OnGPU:

@@ -11,15 +11,15 @@ import subprocess
 import time
 from pathlib import Path
 
+from guided_diffusion import locks
+from guided_diffusion.errors import ResultError, UserError
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import SMALL_MODEL, as_flags, load_script, run_script, start_script
 from PIL import Image
-
-from guided_diffusion import locks
-from guided_diffusion.errors import ResultError, UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -292,7 +292,7 @@ def test_a_run_that_failed_before_its_first_sample_does_not_block_the_corrected_
         interrupted(MAIN, "forward_backward", "--step_reverse", 2, **flags, output=tmp_path, seed=1)
     assert (tmp_path / "t_2_4_run.json").exists()
     assert call(MAIN, "--step_reverse", 2, **flags, output=tmp_path) == 0
-    assert json.loads((tmp_path / "t_2_4_run.json").read_text())["settings"]["--seed"] == 0
+    assert json.loads((tmp_path / "t_2_4_run.json").read_text())["settings"]["seed"] == 0
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):
         call(MAIN, "--step_reverse", 2, **flags, output=tmp_path, seed=1)
 
@@ -305,7 +305,7 @@ def test_a_folder_that_was_moved_away_does_not_block_the_next_run(flags, whole, 
     (output / "t_2_4_images").rename(tmp_path / "away")
     assert call(MAIN, "--step_reverse", 2, **flags, output=output, seed=1) == 0
     record = json.loads((output / "t_2_4_run.json").read_text())
-    assert record["settings"]["--seed"] == 1 and len(record["runs"]) == 1 and record["finished"]
+    assert record["settings"]["seed"] == 1 and len(record["runs"]) == 1 and record["finished"]
 
 
 def test_failed_runs_of_the_other_scripts_do_not_block_corrected_commands(flags, data, classifying, whole, tmp_path):
@@ -316,7 +316,7 @@ def test_failed_runs_of_the_other_scripts_do_not_block_corrected_commands(flags,
         "scripts/image_nll.py": (
             {"data_dir": data, "num_workers": 0, "timestep_respacing": 2, **sampling},
             {"seed": 1},
-            "measure",
+            "bits_per_dimension",
         ),
         "evaluate_classifier.py": (evaluation, {"batch_size": 3}, "compare"),
     }

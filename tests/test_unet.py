@@ -7,19 +7,6 @@ from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 
-import pytest
-import torch
-from reference import (
-    fill_weights,
-    golden,
-    published_checkpoints,
-    reference_inputs,
-    reference_model,
-    relative_error,
-    seeded,
-)
-from torch import nn
-
 from guided_diffusion import script_util
 from guided_diffusion import unet as unet_module
 from guided_diffusion.errors import UserError
@@ -50,6 +37,19 @@ from guided_diffusion.unet import (
     UNetModel,
     Upsample,
 )
+
+import pytest
+import torch
+from reference import (
+    fill_weights,
+    golden,
+    published_checkpoints,
+    reference_inputs,
+    reference_model,
+    relative_error,
+    seeded,
+)
+from torch import nn
 
 NETWORKS = [
     "unet_readme_like",

@@ -7,14 +7,14 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-
 from guided_diffusion.checkpoints import load_model
 from guided_diffusion.inference import prepare
 from guided_diffusion.script_util import args_to_dict, model_defaults
 from guided_diffusion.unet import UNetModel
+
+import numpy as np
+import torch
+from PIL import Image
 
 FLAGS = {  # the published model's network
     **model_defaults(),

@@ -9,15 +9,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from guided_diffusion.compilation import compile_network
 from guided_diffusion.errors import UserError
 from guided_diffusion.fp16_util import half_precision_dtype
 from guided_diffusion.script_util import args_to_dict, create_gaussian_diffusion, model_defaults
 from guided_diffusion.unet import UNetModel
 from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from .bench import FLAGS, Bench, N, half, load_network, prepared
 from .other_networks import diffusers_unet, exact, plain

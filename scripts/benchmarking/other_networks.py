@@ -6,13 +6,13 @@ import copy
 import importlib.util
 from collections.abc import Callable
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
 from guided_diffusion.errors import UserError
 from guided_diffusion.nn import GroupNorm32, PointwiseConv1d
 from guided_diffusion.unet import AttentionBlock, QKVAttention, ResBlock, UNetModel
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def plain(model: UNetModel) -> UNetModel:

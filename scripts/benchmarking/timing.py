@@ -16,12 +16,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from guided_diffusion.errors import UserError
+from guided_diffusion.other_scripts import REPOSITORY, environment, words
+
 import torch
 from torch.utils.benchmark import Timer
 from torch.utils.benchmark import timer as synchronized_seconds
-
-from guided_diffusion.errors import UserError
-from guided_diffusion.other_scripts import REPOSITORY, environment, words
 
 Row = dict[str, Any]  # value by column
 Key = TypeVar("Key", bound=Hashable)

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from guided_diffusion.dist_util import share_of
 from guided_diffusion.forward_backward import SampleFolder, cut_units
 from guided_diffusion.image_datasets import LabelledImage, read_image
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words
 from guided_diffusion.torch_classifiers import open_classifier
+
+import torch
 
 from .bench import Bench, N
 from .timing import Clock, Row, ratio, run_and_measure, run_quietly

@@ -1,0 +1,120 @@
+"""Settings: what decides the bytes of a result, by short keys. A flag's key is its name.
+
+Records contain settings, so that a later run with other settings stops instead of mixing two experiments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+# Flags that decide nothing, or do so by what they choose, which is among the settings itself.
+NOT_DECISIVE = (
+    *("output", "num_threads", "num_workers", "device", "shard", "num_shards"),
+    *("class_order", "classes", "use_checkpoint", "dropout"),
+)
+# Flags that name files. Their contents are among the settings, as digests.
+NAMING_FILES = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
+# How messages name a setting that is not a flag.
+WORDS = {
+    "base_samples_digest": "the small images (--base_samples)",
+    "classes_sampled": "the classes (--classes)",
+    "classifier_digest": "the classifier's weights (--classifier_path)",
+    "classifier_precision": "the precision (--classifier_use_fp16)",
+    "images_digest": "the list of images (--data_dir, --labels_file)",
+    "layers_digest": "the list of layers (--layers)",
+    "model_digest": "the checkpoint (--model_path)",
+    "num_images": "the number of images (--num_classes, --num_per_class, --num_samples)",
+    "num_layers": "the number of layers (--layers)",
+    "num_starts": "the number of starting images",
+    "precision": "the precision (--use_fp16)",
+    "samples_digest": "the samples (--data_dir)",
+    "starts_digest": "the list of starting images (--starting_data_dir, --labels_file)",
+    "starts_per_batch": "the number of starting images per batch (--batch_size)",
+    "statistics_digest": "the statistics (classifier_statistics.py)",
+    "times": "the times that are computed together (--time_series)",
+}
+# Keys of records that were written before keys were short.
+OLD_KEYS = {
+    "--base_samples": "base_samples_digest",
+    "--classifier_path": "classifier_digest",
+    "--data_dir": "images_digest",
+    "--model_path": "model_digest",
+    "the checkpoint (--model_path)": "model_digest",
+    "the classes (--classes)": "classes_sampled",
+    "the classifier's weights (--classifier_path)": "classifier_digest",
+    "the list of images (--data_dir)": "images_digest",
+    "the list of images (--data_dir, --labels_file)": "images_digest",
+    "the list of layers (--layers)": "layers_digest",
+    "the list of starting images (--starting_data_dir, --labels_file)": "starts_digest",
+    "the number of images (--num_classes, --num_per_class, --num_samples)": "num_images",
+    "the number of images (--num_samples)": "num_images",
+    "the number of layers (--layers)": "num_layers",
+    "the number of starting images": "num_starts",
+    "the number of starting images per batch (--batch_size)": "starts_per_batch",
+    "the precision (--classifier_use_fp16)": "classifier_precision",
+    "the precision (--use_fp16)": "precision",
+    "the samples (--data_dir)": "samples_digest",
+    "the statistics (classifier_statistics.py)": "statistics_digest",
+    "the times that are computed together (--time_series)": "times",
+}
+
+
+def settings_of(args: argparse.Namespace, without: Iterable[str] = (), **others: Any) -> dict[str, Any]:
+    """What decides the bytes that a script writes: its flags, and digests of the files that they name.
+
+    Args:
+        args: all flags of the script.
+        without: flags of this script that decide nothing, besides `NOT_DECISIVE`.
+        others: settings that are not flags, by the keys of `WORDS`.
+    """
+    left_out = {*NOT_DECISIVE, *NAMING_FILES, *without}
+    return {**{name: value for name, value in vars(args).items() if name not in left_out}, **others}
+
+
+def digest_of(lines: Iterable[str]) -> str:
+    """SHA-256 of lines of text."""
+    return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's weights: names, shapes and values, whatever file they came in."""
+    digest = hashlib.sha256()
+    for name, w in sorted(model.state_dict().items()):
+        digest.update(f"{name} {w.dtype} {list(w.shape)}\n".encode())
+        digest.update(w.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One phrase per setting that differs from the record, which may have old keys."""
+    recorded, current = with_short_keys(recorded), with_short_keys(current)
+    return [
+        f"{WORDS.get(key, f'--{key}')} {_change(recorded, current, key)}"
+        for key in dict.fromkeys([*recorded, *current])
+        # A flag that an older version did not have counts as one that is not given.
+        if recorded.get(key, "") != current.get(key, "")
+    ]
+
+
+def machine_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One phrase per difference of hardware or versions that is on record; older versions recorded fewer."""
+    return [f"{k} {_change(recorded, current, k)}" for k in current if k in recorded and recorded[k] != current[k]]
+
+
+def with_short_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {OLD_KEYS.get(key, key.removeprefix("--")): value for key, value in settings.items()}
+
+
+def _change(recorded: Mapping[str, Any], current: Mapping[str, Any], key: str) -> str:
+    return f"was {_short(recorded.get(key, 'not set'))} and is now {_short(current.get(key, 'not set'))}"
+
+
+def _short(value: Any) -> str:
+    """A value for a message; the beginning of a digest is enough."""
+    text = "empty" if value == "" else str(value)
+    return f"{text[:12]}..." if len(text) == 64 else text
