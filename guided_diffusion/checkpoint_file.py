@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+import blobfile
 import torch
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
@@ -32,8 +33,6 @@ def _open(path: str | os.PathLike, flag: str) -> Iterator[BinaryIO]:
     elif re.match(r"https?://(?![^/]*\.blob\.core\.windows\.net/)", str(path)):
         open_it = _open_url
     else:
-        import blobfile
-
         open_it, failures = blobfile.BlobFile, (*failures, blobfile.Error)
     try:
         with open_it(os.fspath(path), "rb") as file:

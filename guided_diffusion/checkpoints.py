@@ -11,9 +11,13 @@ import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from .dist_util import load_weights
 from .errors import UserError
+from .memory import enough_memory_for_network
 from .script_util import (
     CHANNEL_MULT,
     create_classifier,
@@ -22,11 +26,7 @@ from .script_util import (
     numbers,
     sr_create_model,
 )
-
-if TYPE_CHECKING:
-    import torch
-
-    from .unet import EncoderUNetModel, SuperResModel, UNetModel
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -102,10 +102,6 @@ def load_noisy_classifier(classifier_path: str, flags: Mapping[str, Any], seed: 
 def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> Any:
     if not path:
         raise UserError(f"no checkpoint was given: {network.path_flag} FILE")
-    import torch
-
-    from .dist_util import load_weights
-    from .memory import enough_memory_for_network
 
     if path == UNTRAINED:
         with torch.random.fork_rng(devices=[]), enough_memory_for_network():

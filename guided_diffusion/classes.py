@@ -10,23 +10,22 @@ put in order: "text", "number" or "ImageNet".
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import blobfile as bf
 
 from . import logger
+from .checkpoint_file import read_saved
 from .errors import UserError
 from .files import is_remote, read_json, write_json
 from .imagenet_classes import CLASS_INDEX, WNIDS
 from .script_util import NUM_CLASSES
-
-if TYPE_CHECKING:
-    import argparse
 
 ORDERS = ("text", "number")
 IMAGENET = "ImageNet"
@@ -203,7 +202,6 @@ def _read(path: str) -> Any:
 
 
 def _in_optimizer_file(path: str) -> Classes | None:
-    from .checkpoint_file import read_saved
 
     try:
         record = read_saved(path, "", map_location="cpu", weights_only=True)["training"]["classes"]

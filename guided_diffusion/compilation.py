@@ -7,18 +7,15 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import dist_util, logger
 from .errors import UserError, first_line
+from .gaussian_diffusion import GaussianDiffusion
 from .memory import enough_memory
-
-if TYPE_CHECKING:
-    from .gaussian_diffusion import GaussianDiffusion
-    from .unet import UNetModel
+from .unet import UNetModel
 
 # Denoising steps of a whole run, of all its processes, below which nobody shall wait for a compiler.
 MANY_STEPS = 10_000

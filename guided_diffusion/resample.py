@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from . import dist_util
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion
 
 
 def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> ScheduleSampler:

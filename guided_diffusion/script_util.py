@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from . import gaussian_diffusion as gd
 from .command_line import whole_number
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .respace import SpacedDiffusion
-    from .unet import EncoderUNetModel, SuperResModel, UNetModel
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
 
@@ -349,7 +348,6 @@ def create_model(
 
     Raises UserError where the flags describe no network.
     """
-    from .unet import UNetModel
 
     multipliers = channel_multipliers(channel_mult, image_size, num_channels)
     check_dropout(dropout)
@@ -396,7 +394,6 @@ def sr_create_model(
 
     Raises UserError where the flags describe no network.
     """
-    from .unet import SuperResModel
 
     if not 1 <= small_size <= large_size:
         raise UserError(f"--small_size {small_size}: expected a side from 1 to --large_size, {large_size}")
@@ -440,7 +437,6 @@ def create_classifier(
 
     Raises UserError where the flags describe no network.
     """
-    from .unet import EncoderUNetModel
 
     names = {"num_channels": "classifier_width", "channel_mult": "classifier_channel_mult"}
     multipliers = channel_multipliers(classifier_channel_mult, image_size, classifier_width, names)
@@ -482,7 +478,6 @@ def diffusion_from_flags(flags: Mapping[str, Any]) -> SpacedDiffusion:
 
 def number_of_steps(diffusion_steps: int, timestep_respacing: str) -> int:
     """N, the number of steps after respacing. Raises UserError."""
-    from .respace import space_timesteps
 
     return len(space_timesteps(diffusion_steps, timestep_respacing or [diffusion_steps]))
 
@@ -503,8 +498,6 @@ def create_gaussian_diffusion(
 
     Raises UserError for a schedule or a respacing that there is not.
     """
-    from . import gaussian_diffusion as gd
-    from .respace import SpacedDiffusion, space_timesteps
 
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,8 @@ from .locks import Locks, hold
 from .sample_grid import SampleGrid
 from .script_util import diffusion_from_flags
 from .training_checkpoints import newest_model
-from .training_data import training_stream
+from .training_data import DataStream, training_stream
 from .training_start import describe_newest
-
-if TYPE_CHECKING:
-    import argparse
-
-    from .training_data import DataStream
 
 # The flags that decide, with those of the network and the diffusion, the course of a training run. That of --iterations
 # depends on --anneal_lr, and that of --fp16_scale_growth on the precision.
