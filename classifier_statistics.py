@@ -34,7 +34,8 @@ from guided_diffusion.classifier_results import (
 )
 from guided_diffusion.command_line import ArgumentParser, run, whole_number
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import LabelledImage, label_where_known, list_images, read_image
+from guided_diffusion.image_folder import LabelledImage, label_where_known, list_images
+from guided_diffusion.image_io import read_image
 from guided_diffusion.inputs import Entries, Inputs
 from guided_diffusion.memory import enough_memory
 from guided_diffusion.records import Record, check_finite, report_unreadable, write_result

@@ -45,7 +45,8 @@ from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_l
 from guided_diffusion.errors import UserError
 from guided_diffusion.files import whole_file
 from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
-from guided_diffusion.image_datasets import Check, LabelledImage, read_image
+from guided_diffusion.image_folder import LabelledImage
+from guided_diffusion.image_io import Check, read_image
 from guided_diffusion.inputs import Inputs
 from guided_diffusion.memory import enough_memory
 from guided_diffusion.parts import recorded_settings

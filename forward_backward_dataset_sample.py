@@ -34,15 +34,15 @@ from guided_diffusion.forward_backward import (
     noised_image,
 )
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.image_datasets import (
+from guided_diffusion.image_folder import (
     LabelledImage,
     choose_images,
     label_images,
     label_where_known,
     list_images,
-    read_image,
     shortage,
 )
+from guided_diffusion.image_io import read_image
 from guided_diffusion.inference import prepare
 from guided_diffusion.memory import enough_memory
 from guided_diffusion.sample_folders import SampleRun, recorded_compilation

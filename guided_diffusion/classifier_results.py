@@ -18,7 +18,8 @@ from . import dist_util, logger
 from .classes import Classes, number_classes
 from .command_line import whole_number
 from .errors import ResultError, UserError, first_line
-from .image_datasets import LabelledImage, UnreadableImage
+from .image_folder import LabelledImage
+from .image_io import UnreadableImage
 from .imagenet_classes import CLASS_INDEX
 from .inference import compute_reproducibly, keep_memory, shared_half_precision, surroundings
 from .memory import to_device

@@ -16,7 +16,8 @@ import torch
 from .errors import ResultError
 from .files import folder_name
 from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
-from .image_datasets import LabelledImage, to_float
+from .image_folder import LabelledImage
+from .image_io import to_float
 from .noise import NoiseStreams as NoiseStreams
 from .noise import noise_seed as noise_seed
 from .transfer import download

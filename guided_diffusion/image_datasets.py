@@ -1,645 +1,146 @@
-"""Finding, labelling, choosing and reading images.
+"""Images as scripts written for guided-diffusion list and load them, and those of the released experiment.
 
-A path of an image is relative to `data_dir`, with "/" between its parts on every machine. The module imports no
-torch: a mistake in a folder is reported at once.
+Our own scripts use `image_folder`, `image_io` and `training_data`.
 """
 
 from __future__ import annotations
 
-import errno
-import io
-import logging
-import math
+import itertools
 import os
 import random
 import re
-import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-import blobfile as bf
 import numpy as np
-from PIL import Image, UnidentifiedImageError, features
+import torch
+from torch.utils.data import DataLoader
 
-from . import logger
-from .classes import IMAGENET, Classes, number_classes
+from . import dist_util, logger
+from .classes import Classes
 from .errors import UserError
-from .files import LFS_POINTER, is_remote
-from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
-
-if TYPE_CHECKING:
-    from .training_data import ImageDataset as ImageDataset
-    from .training_data import load_data as load_data
-
-T = TypeVar("T")
-
-# Formats that begin with a signature, so that other bytes are not taken for an image, and their usual extensions.
-_FORMATS = {
-    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
-    "PNG": (".png", ".apng"),
-    "GIF": (".gif",),
-    "WEBP": (".webp",),
-    "BMP": (".bmp",),
-    "TIFF": (".tif", ".tiff"),
-    "JPEG2000": (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx"),
-    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
-    "AVIF": (".avif",),
-}
-_NEEDS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts of Pillow that a build may lack
-_BUILT = features.get_supported()
-FORMATS = tuple(name for name in _FORMATS if name not in _NEEDS or _NEEDS[name] in _BUILT)  # whatever the extension
-EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])
-
-# What Pillow finds odd in a file that it can read is nothing that its owner must act on. A filter for the process,
-# because `warnings.catch_warnings` is not safe where several threads read.
-warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a file is in the exception
+from .image_folder import choose_images, find_entry, label_where_known, list_images, without_extension
+from .image_io import center_crop_arr as center_crop_arr
+from .image_io import random_crop_arr as random_crop_arr
+from .image_io import to_float
+from .script_util import NUM_CLASSES
+from .training_data import DataStream, _Batches, read_augmented
 
 
-class UnreadableImage(UserError):
-    """An image file that is missing, truncated, or no image. The message gives its path and the reason."""
+class ImageDataset:
+    """A map-style dataset for torch: item i is (image, extra), the image float32 (3, resolution, resolution) in
+    [-1, 1], and extra {"y": class index} where there are `classes`, else {}.
 
-
-@dataclass(frozen=True)
-class LabelledImage:
-    """An image and its class.
-
-    `path` is relative to `data_dir`. `label` is the class index: 0..999 for ImageNet, else as `label_images` numbers
-    them; None, with an empty `class_name`, where nothing names a class.
+    Holds every `num_shards`-th of the images, from number `shard` on. Its items raise UnreadableImage. Random crops
+    and flips draw from Python's `random`, which a DataLoader seeds from torch in each of its workers.
     """
 
-    path: str
-    label: int | None
-    class_name: str
+    def __init__(
+        self,
+        resolution: int,
+        image_paths: Sequence[str],
+        classes: Sequence[int] | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        random_crop: bool = False,
+        random_flip: bool = True,
+    ) -> None:
+        self.resolution = resolution
+        self.local_images = image_paths[shard::num_shards]
+        self.local_classes = None if classes is None else classes[shard::num_shards]
+        self.random_crop = random_crop
+        self.random_flip = random_flip
+
+    def __len__(self) -> int:
+        return len(self.local_images)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        image = read_augmented(self.local_images[index], self.resolution, self.random_crop, self.random_flip, random)
+        extra = {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
+        return to_float(image).transpose(2, 0, 1), extra
 
 
-# Finding
-
-
-def list_images(data_dir: str) -> list[str]:
-    """The images below a folder, local or remote: paths relative to it, sorted by code point.
-
-    Links are followed, except one to a folder that contains it. Files and folders whose names begin with a dot are left
-    out. Files with other extensions are left out too, and reported once.
-
-    Raises UserError where there is no such folder, or no image in it.
-    """
-    if not data_dir:
-        raise UserError("no folder of images was given: --data_dir")
-    try:
-        if not bf.isdir(data_dir):
-            found = "is a file, not a folder" if bf.exists(data_dir) else "does not exist"
-            raise UserError(f"the folder of images {data_dir!r} {found} (--data_dir)")
-        files = list(_list_files(data_dir))
-    except (OSError, bf.Error) as error:
-        raise UserError(f"the folder of images cannot be listed (--data_dir): {error}") from error
-    images = sorted(path for path in files if path.lower().endswith(EXTENSIONS))
-    if not images:
-        raise UserError(
-            f"no images in {data_dir!r} (--data_dir): found {_describe_files(files)}; "
-            f"expected files that end in {', '.join(EXTENSIONS)}"
-        )
-    if len(images) < len(files) and data_dir not in _reported:
-        _reported.add(data_dir)
-        skipped = sorted({*files} - {*images})
-        logger.warn(f"{_count(len(skipped), 'file')} skipped: {_extensions(skipped)} (in {data_dir!r})")
-    return images
-
-
-_reported: set[str] = set()  # folders whose skipped files have been reported
-
-
-def _list_files(folder: str, prefix: str = "", above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-    """The files below `folder`, in any order, each with `prefix` before it."""
-    if not is_remote(folder):
-        # A link to a folder above would be followed for ever. Two folders that link to each other are each listed once
-        # below the other.
-        stat = os.stat(folder)
-        this = (stat.st_dev, stat.st_ino)
-        if this in above:
-            return
-        above = above | {this}
-    for name, is_folder in _scan(folder):
-        if name.startswith("."):
-            continue
-        if is_folder:
-            yield from _list_files(os.path.join(folder, name), f"{prefix}{name}/", above)
-        else:
-            yield prefix + name
-
-
-def _scan(folder: str) -> list[tuple[str, bool]]:
-    """Name and whether it is a folder, of each file and folder directly in `folder`."""
-    if is_remote(folder):
-        return [(entry.name, entry.is_dir) for entry in bf.scandir(folder)]
-    with os.scandir(folder) as entries:
-        # A link that leads nowhere counts as a file, which is named when it cannot be read; a pipe, say, is left out.
-        return [(e.name, _is(e.is_dir)) for e in entries if _is(e.is_dir) or _is(e.is_file) or e.is_symlink()]
-
-
-def _is(kind: Callable[[], bool]) -> bool:
-    """Whether an entry is a file or a folder; links that lead to each other are neither."""
-    try:
-        return kind()
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            return False
-        raise
-
-
-def _describe_files(files: Sequence[str]) -> str:
-    if not files:
-        return "no files at all"
-    return f"{_count(len(files), 'file')}, none of them an image: {_extensions(files)}"
-
-
-def _extensions(files: Sequence[str]) -> str:
-    """The commonest extensions of files, for a message."""
-    kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in files)
-    commonest = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
-    return ", ".join(commonest[:5]) + (", ..." if len(commonest) > 5 else "")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}{'es' if thing.endswith('s') else 's'}"
-
-
-# Labelling
-
-
-class UnknownClasses(UserError):
-    """Some images have a class and others have none, or no name gives a class. `why` says so without advice."""
-
-    why: str
-
-    @classmethod
-    def because(cls, why: str, advice: str) -> UnknownClasses:
-        error = cls(f"{why}.\n{advice}")
-        error.why = why
-        return error
-
-
-def label_images(
+def load_data(
+    *,
     data_dir: str,
-    paths: Sequence[str],
-    labels_file: str | None = None,
-    class_order: str = "",
-    recorded: Classes | None = None,
-) -> list[LabelledImage]:
-    """Give each of `paths` its class.
-
-    Where there is a `labels_file` it decides; see `read_labels_file`. Else the ImageNet class that a folder (the
-    innermost first) or a part of the file name between "_" names by its wnid. Else, for a folder that is not ImageNet,
-    the name of its top-level folder; for a flat one, what stands before the first "_" of each file name, and no class
-    where some name has no "_".
-
-    The indices are those of ImageNet, or the places of the names in the order `class_order` (see `number_classes`).
-    Where the classes of a model are `recorded`, the same names have the indices that they have there.
-
-    Raises UnknownClasses where some images have a class and others have none, and for the official ILSVRC2012_val_
-    files without a `labels_file`; UserError for a class that `recorded` lacks, or a `class_order` that contradicts it.
-    `data_dir` serves the messages alone.
-    """
-    images = _label(data_dir, paths, labels_file, "text" if recorded else class_order)
-    if recorded is None:
-        return images
-    index = recorded.indices({image.class_name for image in images if image.class_name}, f"{data_dir!r} (--data_dir)")
-    recorded.check_order(class_order)
-    return [replace(image, label=index.get(image.class_name)) for image in images]
-
-
-def label_where_known(
-    data_dir: str, paths: Sequence[str], labels_file: str | None = None, class_order: str = ""
-) -> tuple[list[LabelledImage], str | None]:
-    """As `label_images`, for callers that can do without labels: either every image has a class, or none has.
-
-    Returns the images, and, if none has a class, why.
-    """
-    try:
-        images = label_images(data_dir, paths, labels_file, class_order)
-    except UnknownClasses as error:
-        return [LabelledImage(path, None, "") for path in paths], error.why
-    known = all(image.label is not None for image in images)
-    return images, None if known else f"the names in {data_dir!r} (--data_dir) do not give the classes of the images"
-
-
-def classes_of(images: Sequence[LabelledImage], class_order: str = "", source: str = "") -> Classes | None:
-    """The classes of images that `label_images` labelled in this order; None where they have none."""
-    names = {image.label: image.class_name for image in images if image.label is not None}
-    of_imagenet = all(CLASS_INDEX.get(name) == label for label, name in names.items())
-    return Classes(names, IMAGENET if of_imagenet else class_order or "text", source) if names else None
-
-
-def _label(data_dir: str, paths: Sequence[str], labels_file: str | None, class_order: str) -> list[LabelledImage]:
-    if labels_file:
-        return _label_from_file(data_dir, paths, labels_file)
-    wnids = [_wnid_in(path) for path in paths]
-    if any(wnids):
-        without = [path for path, wnid in zip(paths, wnids, strict=True) if wnid is None]
-        if without:
-            raise UnknownClasses.because(
-                f"{len(without)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) name no ImageNet class: "
-                f"{_some(without)}",
-                "The others do, by a wnid. Move these away, or give --labels_file.",
-            )
-        return [LabelledImage(path, CLASS_INDEX[w], w) for path, w in zip(paths, wnids, strict=True) if w]
-    official = [path for path in paths if re.search(r"ILSVRC2012_(val|test)_\d{8}", path)]
-    if official:
-        raise UnknownClasses.because(
-            f"the names of ImageNet's validation files carry no class: {_some(official)} in {data_dir!r}",
-            f"Give --labels_file: {LABELS_FILE_FORMS}.",
-        )
-    return _label_by_name(data_dir, paths, class_order)
-
-
-def _wnid_in(path: str) -> str | None:
-    *folders, name = _without_extension(path).split("/")
-    return next((part for part in [*reversed(folders), *name.split("_")] if part in CLASS_INDEX), None)
-
-
-def _label_by_name(data_dir: str, paths: Sequence[str], class_order: str) -> list[LabelledImage]:
-    flat = [path for path in paths if "/" not in path]
-    if flat and len(flat) < len(paths):
-        raise UnknownClasses.because(
-            f"{len(flat)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) lie outside of its class "
-            f"folders: {_some(flat)}",
-            "Move them into one of the folders, or away.",
-        )
-    if flat and not all("_" in path for path in flat):
-        return [LabelledImage(path, None, "") for path in paths]
-    names = [path.split("_" if flat else "/", 1)[0] for path in paths]
-    label = number_classes({*names}, class_order, f"{data_dir!r} (--data_dir)")
-    return [LabelledImage(path, label[name], name) for path, name in zip(paths, names, strict=True)]
-
-
-def _label_from_file(data_dir: str, paths: Sequence[str], labels_file: str) -> list[LabelledImage]:
-    classes = read_labels_file(labels_file)
-    labels = [_find_entry(classes, path) for path in paths]
-    without = [path for path, label in zip(paths, labels, strict=True) if label is None]
-    if without:
-        raise UserError(
-            f"--labels_file {labels_file!r} has no entry for {len(without)} of {_count(len(paths), 'image')} in "
-            f"{data_dir!r}: {_some(without)}.\nIt has {len(classes)}, the first for {next(iter(classes))!r}."
-        )
-    return [LabelledImage(p, label, WNIDS[label]) for p, label in zip(paths, labels, strict=True) if label is not None]
-
-
-def _find_entry(entries: Mapping[str, T], path: str) -> T | None:
-    """The entry of `path`, or of the same path with fewer folders before it."""
-    parts = _without_extension(path).split("/")
-    names = ("/".join(parts[i:]) for i in range(len(parts)))
-    return next((entries[name] for name in names if name in entries), None)
-
-
-def _without_extension(path: str) -> str:
-    stem, extension = os.path.splitext(path)
-    return stem if extension.lower() in EXTENSIONS else path
-
-
-def _some(paths: Sequence[str]) -> str:
-    return ", ".join(map(repr, paths[:3])) + (", ..." if len(paths) > 3 else "")
-
-
-LABELS_FILE_FORMS = (
-    'Kaggle\'s LOC_val_solution.csv, or lines "filename wnid" or "filename,wnid", or lines "filename index" (0..999), '
-    "or for each validation image in order a line with its wnid, or with its ILSVRC2012_ID (1..1000)"
-)
-
-_WNID_LINE = re.compile(r"(?P<wnid>n\d{8})")
-_ID_LINE = re.compile(r"(?P<id>\d+)")
-# Kaggle's lines go on with boxes: wnid, four numbers, wnid, ...
-_NAMED_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<wnid>n\d{8})(?:\s+(?:n\d{8}|-?\d+))*")
-_INDEX_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<index>\d+)")
-_NAMING = (_NAMED_LINE, _INDEX_LINE)
-
-
-def read_labels_file(path: str) -> dict[str, int]:
-    """The class index of each image that a file of ImageNet labels names: file name without extension -> 0..999.
-
-    The form is known by the first line: `LABELS_FILE_FORMS`, with a header or not where lines name files. Line i of a
-    form that names none is image ILSVRC2012_val_i.
-
-    Raises UserError for any other form, and for a line that is not of the file's form, with its number.
-    """
-    lines = _read_lines(path)
-    header = len(lines) > 1 and not re.search(r"\d", lines[0]) and any(form.fullmatch(lines[1]) for form in _NAMING)
-    start = 1 if header else 0
-    form = next((f for f in (_WNID_LINE, _ID_LINE, *_NAMING) if f.fullmatch(lines[start])), None)
-    if form not in _NAMING and len(lines) == len(set(lines)) == len(WNIDS):
-        raise UserError(f"--labels_file {path!r} lists the 1000 classes, not images; expected {LABELS_FILE_FORMS}")
-
-    classes: dict[str, int] = {}
-    for number, line in enumerate(lines[start:], start + 1):
-        if not line and form in _NAMING:
-            continue
-        match = form.fullmatch(line) if form else None
-        if match is None:
-            raise UserError(f"--labels_file {path!r}, line {number}: found {line[:80]!r}; expected {LABELS_FILE_FORMS}")
-        found = match.groupdict()
-        label, given = _class_in(found)
-        if label is None:
-            raise UserError(f"--labels_file {path!r}, line {number}: {given}; expected a class of ImageNet-1k")
-        name = _without_extension(found["name"].removeprefix("./")) if "name" in found else _VALIDATION_NAME % number
-        if classes.setdefault(name, label) != label:
-            raise UserError(f"--labels_file {path!r}, line {number}: {name!r} had another class further up")
-    return classes
-
-
-def _class_in(found: dict[str, str]) -> tuple[int | None, str]:
-    """The class index on a line, None where it is no class, and what to say then."""
-    if "id" in found:
-        return _DEVKIT_INDEX.get(int(found["id"])), f"{found['id']} is not an ILSVRC2012_ID (1..1000)"
-    if "index" in found:
-        index = int(found["index"])
-        return index if index < len(WNIDS) else None, f"{index} is not a class index (0..999)"
-    return CLASS_INDEX.get(found["wnid"]), f"unknown {found['wnid']}"
-
-
-_DEVKIT_INDEX = {devkit_id: index for index, devkit_id in enumerate(DEVKIT_IDS)}
-_VALIDATION_NAME = "ILSVRC2012_val_%08d"
-
-
-def _read_lines(path: str) -> list[str]:
-    try:
-        # Decoded as the names of files are, so that any name can be an entry.
-        text = _read_bytes(path).decode("utf-8-sig", errors="surrogateescape")
-    except (OSError, bf.Error) as error:
-        raise UserError(f"--labels_file {path!r} cannot be read: {_reason(error)}") from error
-    if not text.strip():
-        raise UserError(f"--labels_file {path!r} is empty; expected {LABELS_FILE_FORMS}")
-    return [line.strip().replace('"', "") for line in text.rstrip().split("\n")]
-
-
-# Choosing
-
-
-def choose_images(
-    images: Sequence[LabelledImage], num_classes: int, num_per_class: int, num_samples: int | None = None
-) -> list[LabelledImage]:
-    """Of the first `num_classes` classes found, in the order of their labels, the first `num_per_class` images by path.
-
-    The result goes class by class, and ends after `num_samples` images. Images without labels are all taken, by path.
-
-    Raises UserError where a number is less than 1.
-    """
-    for flag, number in {
-        "num_classes": num_classes,
-        "num_per_class": num_per_class,
-        "num_samples": num_samples,
-    }.items():
-        if number is not None and number < 1:
-            raise UserError(f"--{flag} is {number}; expected 1 or more")
-    if not _have_classes(images):
-        return sorted(images, key=lambda image: image.path)[:num_samples]
-    by_label: dict[int, list[LabelledImage]] = defaultdict(list)
-    for image in images:
-        by_label[image.label].append(image)
-    chosen = []
-    for label in sorted(by_label)[:num_classes]:
-        chosen += sorted(by_label[label], key=lambda image: image.path)[:num_per_class]
-    return chosen[:num_samples]
-
-
-def _have_classes(images: Sequence[LabelledImage]) -> bool:
-    return all(image.label is not None for image in images)
-
-
-def shortage(
-    chosen: Sequence[LabelledImage], num_classes: int, num_per_class: int, num_samples: int | None = None
-) -> str | None:
-    """What to warn of where `choose_images` found fewer images than it was asked for; None where it found all."""
-    if not _have_classes(chosen):
-        missing = num_samples is not None and len(chosen) < num_samples
-        return f"{_count(num_samples, 'image')} asked for (--num_samples), {len(chosen)} found" if missing else None
-    asked = num_classes * num_per_class
-    if num_samples is not None:
-        asked = min(asked, num_samples)
-    if len(chosen) >= asked:
-        return None
-    sizes = Counter(image.label for image in chosen)
-    text = (
-        f"{_count(asked, 'image')} asked for, {len(chosen)} found: "
-        f"{_count(len(sizes), 'class')} of {num_classes} (--num_classes)"
-    )
-    few = sum(size < num_per_class for size in sizes.values())
-    return f"{text}, {few} of them with fewer than {_count(num_per_class, 'image')} (--num_per_class)" if few else text
-
-
-# Reading
-
-
-Check = Callable[[BinaryIO], None]  # looks at an open file, such as by `inputs.Inputs.note`
-
-
-def read_image(path: str, image_size: int, check: Check | None = None) -> np.ndarray:
-    """Read an image file, local or remote, as its middle square: uint8 of shape (image_size, image_size, 3), RGB.
-
-    `check` is called with the open file, before it is decoded. Raises UnreadableImage, and what `check` raises.
-    """
-    return center_crop_arr(open_for_crop(path, image_size, check), image_size)
-
-
-def open_image(path: str, check: Check | None = None) -> Image.Image:
-    """Read an image file, local or remote, as an upright RGB image; what is transparent becomes white.
-
-    `check` is called with the open file, before it is decoded. Raises UnreadableImage, and what `check` raises.
-    """
-    return _open(path, None, check)
-
-
-def open_for_crop(path: str, short_side: int, check: Check | None = None) -> Image.Image:
-    """As `open_image`, for a crop that first reduces the image to at most this short side.
-
-    A very large image may come reduced to half its size, by the first of the crop's own steps. Cropping it gives the
-    same pixels as cropping the whole image, in less memory.
-    """
-    return _open(path, short_side, check)
-
-
-def _open(path: str, short_side: int | None, check: Check | None) -> Image.Image:
-    try:
-        file = _open_file(path)
-    except Exception as error:  # remote storage raises kinds of its own
-        raise UnreadableImage(f"image {path!r} cannot be read: {_reason(error)}") from error
-    with file:
-        if check is not None:
-            check(file)
-            file.seek(0)
-        return _decode(path, file, short_side)
-
-
-def _decode(path: str, file: BinaryIO, short_side: int | None) -> Image.Image:
-    try:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError("it is a Git LFS pointer, not the image itself: fetch that by git lfs pull")
-        file.seek(0)
-        with Image.open(file, formats=FORMATS) as image:
-            raw_mode = str(image.tile[0][3]) if image.tile else ""
-            image.load()
-            file.close()  # the memory is needed for what follows
-            if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-                raise ValueError("it has 32 bits per value, of unknown range; expected 8 or 16")
-            _match_transparency(image, raw_mode)
-            turn = _turn_of(image)
-            if short_side and math.prod(image.size) > LARGE and min(image.size) >= 2 * short_side:
-                return _halved_rgb(image, turn)
-            return _to_rgb(image if turn is None else image.transpose(turn))
-    except Exception as error:  # Pillow's decoders raise nearly any kind
-        raise UnreadableImage(f"image {path!r} cannot be read: {_reason(error)}") from error
-
-
-LARGE = 2**25  # pixels: beyond, copies of an image take too much memory
-LARGE_FILE = 2**24  # bytes: likewise for its file
-STRIP = 2**22  # pixels of it that are converted together
-
-
-def _open_file(path: str) -> BinaryIO:
-    """The bytes of an image: read into memory, or left on the disk if there are many."""
-    if not is_remote(path) and os.path.getsize(path) > LARGE_FILE:
-        return open(path, "rb")
-    return io.BytesIO(_read_bytes(path))
-
-
-def _read_bytes(path: str) -> bytes:
-    if is_remote(path):
-        return bf.read_bytes(path)
-    with open(path, "rb") as f:
-        return f.read()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return f"it is not one of {', '.join(FORMATS)}"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"it has too many pixels, more than {2 * Image.MAX_IMAGE_PIXELS:,}; make it smaller"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return str(error) or type(error).__name__
-
-
-_TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
-
-def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright, by its EXIF orientation; None where it is upright, or the EXIF cannot be read."""
-    try:
-        return _TURNS.get(image.getexif().get(0x0112))
-    except Exception:
-        return None
-
-
-def _match_transparency(image: Image.Image, raw_mode: str) -> None:
-    """Give a PNG's transparent colour in the units of the pixels: Pillow leaves it in those of the file.
-
-    Colours of 16 bits are 8 bits here, so that one that differs in the last bits alone counts as transparent too.
-    """
-    transparent = image.info.get("transparency")
-    if raw_mode in ("L;2", "L;4") and isinstance(transparent, int):
-        most = 2 ** int(raw_mode[2:]) - 1
-        if transparent <= most:
-            image.info["transparency"] = transparent * 255 // most
-    elif raw_mode == "RGB;16B" and isinstance(transparent, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in transparent)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """In RGB, with what is transparent on white."""
-    if image.mode.startswith("I"):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip, scaled to 8 bits; a transparent value is white."""
-    values = np.asarray(image)
-    grey = ((values.astype(np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)  # value / 257, rounded
-    if "transparency" in image.info:
-        grey[values == image.info["transparency"]] = 255
-    return Image.fromarray(grey)
-
-
-def _halved_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    """An image upright, in RGB and reduced as by the first step of `_resize_short_side`.
-
-    It goes channel by channel, which Pillow treats alike and apart: a copy of all channels would need too much memory.
-    """
-    if image.getbands()[0] in ("1", "L", "I"):  # grey
-        return Image.merge("RGB", [_half(_channel(image, 0, turn))] * 3)
-    return Image.merge("RGB", [_half(_channel(image, number, turn)) for number in range(3)])
-
-
-def _channel(image: Image.Image, number: int, turn: Image.Transpose | None) -> Image.Image:
-    """Red, green or blue (0, 1, 2) of an image, upright."""
-    width, height = image.size
-    channel = Image.new("L", image.size)
-    rows = max(1, STRIP // width)
-    for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height)))
-        channel.paste(_to_rgb(strip).getchannel(number), (0, top))
-    return channel if turn is None else channel.transpose(turn)
-
-
-MIN_CROP_FRAC = 0.8  # of random crops, by default
-
-
-def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
-    """The middle square of an image, resized to (image_size, image_size, channels), as ADM was trained on
-    (Dhariwal and Nichol, arXiv:2105.05233).
-    """
-    pil_image = _resize_short_side(pil_image, image_size)
-    left, top = ((side - image_size) // 2 for side in pil_image.size)
-    return np.array(pil_image.crop((left, top, left + image_size, top + image_size)))
-
-
-def random_crop_arr(
-    pil_image: Image.Image,
+    batch_size: int,
     image_size: int,
-    min_crop_frac: float = MIN_CROP_FRAC,
-    max_crop_frac: float = 1.0,
-    rng: random.Random | ModuleType = random,
-) -> np.ndarray:
-    """A random square of an image, resized to (image_size, image_size, channels).
+    class_cond: bool = False,
+    deterministic: bool = False,
+    random_crop: bool = False,
+    random_flip: bool = True,
+    list_images: Sequence[str] | None = None,
+    drop_last: bool = True,
+    preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    seed: int = 0,
+    num_workers: int = 2,
+) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Endless batches (images, extra) of the images below a folder; our own scripts use `training_stream`.
 
-    The side of the square is between `min_crop_frac` and `max_crop_frac` of the image's short side.
+    By default it is such a stream, except that `extra["y"]` numbers what stands before the first "_" of the file names,
+    whatever the folders. With any of `list_images`, `drop_last=False` and `preprocess_fn` it is as the released
+    experiment has it: batches end with the epoch, and `extra["img_name"]` has the file names of the images.
+
+    Args:
+        data_dir, batch_size, image_size, deterministic, random_crop, random_flip, num_workers: see `training_stream`.
+        class_cond: give each image its class.
+        list_images: paths of the images to take, instead of those below `data_dir`.
+        drop_last: leave out the last images of an epoch if they do not fill a batch.
+        preprocess_fn: applied to every image, (3, image_size, image_size) in [-1, 1].
+        seed: of a stream; what is not one draws from the global generators of torch and `random`.
+
+    Raises UserError if there are no images, or too few to fill a batch.
     """
-    short_side = rng.randint(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac))
-    pil_image = _resize_short_side(pil_image, short_side)
-    left, top = (rng.randint(0, side - image_size) for side in pil_image.size)
-    return np.array(pil_image.crop((left, top, left + image_size, top + image_size)))
+    paths = _list_image_files_recursively(data_dir) if list_images is None else list(list_images)
+    names, labels = _classes_by_prefix(paths) if class_cond else (None, None)
+    if names and len(names) > NUM_CLASSES:
+        logger.warn(
+            f"found {len(names)} classes in {data_dir!r}, more than the {NUM_CLASSES} of create_model: load_data takes "
+            'what stands before the first "_" of a file name for its class'
+        )
+    if list_images is None and drop_last and preprocess_fn is None:
+        if seed < 0:
+            raise UserError(f"--seed is {seed}; expected 0 or more")
+        below = [path[len(os.path.join(data_dir, "")) :] for path in paths]
+        images = _Batches(data_dir, below, labels, image_size, seed, deterministic, random_crop, random_flip)
+        return DataStream(images, batch_size, num_workers, "--data_dir", names and Classes(names, "text", data_dir))
+    shard = dist_util.get_rank(), dist_util.get_world_size()
+    images = _NamedImages(image_size, paths, labels, *shard, random_crop, random_flip, preprocess_fn=preprocess_fn)
+    if len(images) < (batch_size if drop_last else 1):
+        raise UserError(
+            f"load_data: found {len(images)} images for this process, expected a batch of {batch_size} or more "
+            "(batch_size, drop_last=False)"
+        )
+    loader = DataLoader(images, batch_size, shuffle=not deterministic, drop_last=drop_last, num_workers=num_workers)
+    return itertools.chain.from_iterable(itertools.repeat(loader))
 
 
-def _resize_short_side(pil_image: Image.Image, short_side: int) -> Image.Image:
-    # Halving with a box filter first is quick, and averages over every pixel.
-    while min(pil_image.size) >= 2 * short_side:
-        pil_image = _half(pil_image)
-    scale = short_side / min(pil_image.size)
-    return pil_image.resize(tuple(round(side * scale) for side in pil_image.size), Image.Resampling.BICUBIC)
+def _classes_by_prefix(paths: Sequence[str]) -> tuple[dict[int, str], list[int]]:
+    """Names of the classes by their numbers, and the number of each image: what precedes the first "_" of its name."""
+    prefixes = [os.path.basename(path).split("_")[0] for path in paths]
+    numbers = {name: number for number, name in enumerate(sorted(set(prefixes)))}
+    return {number: name for name, number in numbers.items()}, [numbers[name] for name in prefixes]
 
 
-def _half(image: Image.Image) -> Image.Image:
-    return image.resize(tuple(side // 2 for side in image.size), Image.Resampling.BOX)
+class _NamedImages(ImageDataset):
+    """An `ImageDataset` whose `extra` has the file name of the image, as "img_name".
 
+    Args:
+        args: those of `ImageDataset`.
+        preprocess_fn: applied to every image, (3, resolution, resolution) in [-1, 1].
+    """
 
-def to_float(image: np.ndarray) -> np.ndarray:
-    """uint8 in 0..255 to float32 in [-1, 1]."""
-    return image.astype(np.float32) / 127.5 - 1
+    def __init__(self, *args: Any, preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
+        super().__init__(*args)
+        self.preprocess_fn = preprocess_fn
 
-
-# As other people's scripts list images: those written for guided-diffusion, and those of the released experiment
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
+        pixels, extra = super().__getitem__(index)
+        image = torch.from_numpy(np.ascontiguousarray(pixels))
+        if self.preprocess_fn is not None:
+            image = self.preprocess_fn(image)
+        return image, {**extra, "img_name": os.path.basename(self.local_images[index])}
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
@@ -675,12 +176,12 @@ def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> lis
     """
     starts: dict[str, set[str]] = defaultdict(set)
     for path in list_images(starting_data_dir):
-        stem = _without_extension(path)
+        stem = without_extension(path)
         for name in (stem, os.path.basename(stem)):
             starts[name].add(os.path.join(starting_data_dir, path))
     found: list[str] = []
     for path in samples:
-        those = _find_entry(starts, re.sub(r"_t\d+$", "", _without_extension(path))) or set()
+        those = find_entry(starts, re.sub(r"_t\d+$", "", without_extension(path))) or set()
         if len(those) != 1:
             raise UserError(
                 f"{path!r} has {len(those) or 'no'} starting images in {starting_data_dir!r}; expected one, of the "
@@ -688,15 +189,3 @@ def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> lis
             )
         found += those
     return found
-
-
-# Training
-
-
-def __getattr__(name: str) -> Any:
-    """`ImageDataset` and `load_data`, by which name people know them; their module imports torch."""
-    if name in ("ImageDataset", "load_data"):
-        from . import training_data
-
-        return getattr(training_data, name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from . import dist_util, logger
 from .files import remove_scratch_of
-from .image_datasets import Check, LabelledImage, UnreadableImage
+from .image_folder import LabelledImage
+from .image_io import Check, UnreadableImage
 from .inputs import Entries, Inputs, compare_with_list, inputs_of, read_entries, write_list
 from .locks import Locks, hold
 from .parts import Parts, remove_parts

@@ -24,7 +24,8 @@ from . import dist_util, logger
 from .errors import ResultError, UserError
 from .files import SCRATCH, remove_scratch, remove_scratch_of, walk, write_json
 from .forward_backward import Pixels, SampleFolder, Unit, cut_units
-from .image_datasets import Check, LabelledImage
+from .image_folder import LabelledImage
+from .image_io import Check
 from .inputs import Entries, Inputs, read_entries, write_entries
 from .locks import Locks
 from .pipeline import ImageWriter

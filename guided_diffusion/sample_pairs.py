@@ -15,7 +15,8 @@ from .classifier_results import class_names_of, readable_or_error
 from .errors import UserError
 from .files import is_remote, walk
 from .forward_backward import SampleFolder
-from .image_datasets import Check, LabelledImage, label_where_known, list_images, open_image
+from .image_folder import LabelledImage, label_where_known, list_images
+from .image_io import Check, open_image
 from .settings import digest_of
 
 

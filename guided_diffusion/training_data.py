@@ -16,13 +16,12 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from multiprocessing.connection import wait
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,19 +31,8 @@ from . import dist_util, logger
 from .classes import Classes
 from .command_line import STOP_SIGNALS
 from .errors import UserError
-from .image_datasets import (
-    MIN_CROP_FRAC,
-    LabelledImage,
-    UnreadableImage,
-    _list_image_files_recursively,
-    center_crop_arr,
-    classes_of,
-    label_images,
-    list_images,
-    open_for_crop,
-    random_crop_arr,
-    to_float,
-)
+from .image_folder import LabelledImage, classes_of, label_images, list_images
+from .image_io import MIN_CROP_FRAC, UnreadableImage, center_crop_arr, open_for_crop, random_crop_arr, to_float
 from .inputs import compare_with_record
 from .script_util import NUM_CLASSES
 
@@ -291,39 +279,6 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_images)
 
 
-class ImageDataset:
-    """A map-style dataset for torch: item i is (image, extra), the image float32 (3, resolution, resolution) in
-    [-1, 1], and extra {"y": class index} where there are `classes`, else {}.
-
-    Holds every `num_shards`-th of the images, from number `shard` on. Its items raise UnreadableImage. Random crops
-    and flips draw from Python's `random`, which a DataLoader seeds from torch in each of its workers.
-    """
-
-    def __init__(
-        self,
-        resolution: int,
-        image_paths: Sequence[str],
-        classes: Sequence[int] | None = None,
-        shard: int = 0,
-        num_shards: int = 1,
-        random_crop: bool = False,
-        random_flip: bool = True,
-    ) -> None:
-        self.resolution = resolution
-        self.local_images = image_paths[shard::num_shards]
-        self.local_classes = None if classes is None else classes[shard::num_shards]
-        self.random_crop = random_crop
-        self.random_flip = random_flip
-
-    def __len__(self) -> int:
-        return len(self.local_images)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        image = read_augmented(self.local_images[index], self.resolution, self.random_crop, self.random_flip, random)
-        extra = {} if self.local_classes is None else {"y": np.array(self.local_classes[index], dtype=np.int64)}
-        return to_float(image).transpose(2, 0, 1), extra
-
-
 def read_augmented(
     path: str, resolution: int, random_crop: bool, random_flip: bool, rng: random.Random | ModuleType
 ) -> np.ndarray:
@@ -334,88 +289,3 @@ def read_augmented(
     image = open_for_crop(path, math.ceil(resolution / MIN_CROP_FRAC))
     pixels = random_crop_arr(image, resolution, rng=rng) if random_crop else center_crop_arr(image, resolution)
     return pixels[:, ::-1] if random_flip and rng.random() < 0.5 else pixels
-
-
-# As other people's scripts load images: those written for guided-diffusion, and those of the released experiment
-
-
-def load_data(
-    *,
-    data_dir: str,
-    batch_size: int,
-    image_size: int,
-    class_cond: bool = False,
-    deterministic: bool = False,
-    random_crop: bool = False,
-    random_flip: bool = True,
-    list_images: Sequence[str] | None = None,
-    drop_last: bool = True,
-    preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    seed: int = 0,
-    num_workers: int = 2,
-) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Endless batches (images, extra) of the images below a folder; our own scripts use `training_stream`.
-
-    By default it is such a stream, except that `extra["y"]` numbers what stands before the first "_" of the file names,
-    whatever the folders. With any of `list_images`, `drop_last=False` and `preprocess_fn` it is as the released
-    experiment has it: batches end with the epoch, and `extra["img_name"]` has the file names of the images.
-
-    Args:
-        data_dir, batch_size, image_size, deterministic, random_crop, random_flip, num_workers: see `training_stream`.
-        class_cond: give each image its class.
-        list_images: paths of the images to take, instead of those below `data_dir`.
-        drop_last: leave out the last images of an epoch if they do not fill a batch.
-        preprocess_fn: applied to every image, (3, image_size, image_size) in [-1, 1].
-        seed: of a stream; what is not one draws from the global generators of torch and `random`.
-
-    Raises UserError if there are no images, or too few to fill a batch.
-    """
-    paths = _list_image_files_recursively(data_dir) if list_images is None else list(list_images)
-    names, labels = _classes_by_prefix(paths) if class_cond else (None, None)
-    if names and len(names) > NUM_CLASSES:
-        logger.warn(
-            f"found {len(names)} classes in {data_dir!r}, more than the {NUM_CLASSES} of create_model: load_data takes "
-            'what stands before the first "_" of a file name for its class'
-        )
-    if list_images is None and drop_last and preprocess_fn is None:
-        if seed < 0:
-            raise UserError(f"--seed is {seed}; expected 0 or more")
-        below = [path[len(os.path.join(data_dir, "")) :] for path in paths]
-        images = _Batches(data_dir, below, labels, image_size, seed, deterministic, random_crop, random_flip)
-        return DataStream(images, batch_size, num_workers, "--data_dir", names and Classes(names, "text", data_dir))
-    shard = dist_util.get_rank(), dist_util.get_world_size()
-    images = _NamedImages(image_size, paths, labels, *shard, random_crop, random_flip, preprocess_fn=preprocess_fn)
-    if len(images) < (batch_size if drop_last else 1):
-        raise UserError(
-            f"load_data: found {len(images)} images for this process, expected a batch of {batch_size} or more "
-            "(batch_size, drop_last=False)"
-        )
-    loader = DataLoader(images, batch_size, shuffle=not deterministic, drop_last=drop_last, num_workers=num_workers)
-    return itertools.chain.from_iterable(itertools.repeat(loader))
-
-
-def _classes_by_prefix(paths: Sequence[str]) -> tuple[dict[int, str], list[int]]:
-    """Names of the classes by their numbers, and the number of each image: what precedes the first "_" of its name."""
-    prefixes = [os.path.basename(path).split("_")[0] for path in paths]
-    numbers = {name: number for number, name in enumerate(sorted(set(prefixes)))}
-    return {number: name for name, number in numbers.items()}, [numbers[name] for name in prefixes]
-
-
-class _NamedImages(ImageDataset):
-    """An `ImageDataset` whose `extra` has the file name of the image, as "img_name".
-
-    Args:
-        args: those of `ImageDataset`.
-        preprocess_fn: applied to every image, (3, resolution, resolution) in [-1, 1].
-    """
-
-    def __init__(self, *args: Any, preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
-        super().__init__(*args)
-        self.preprocess_fn = preprocess_fn
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
-        pixels, extra = super().__getitem__(index)
-        image = torch.from_numpy(np.ascontiguousarray(pixels))
-        if self.preprocess_fn is not None:
-            image = self.preprocess_fn(image)
-        return image, {**extra, "img_name": os.path.basename(self.local_images[index])}

@@ -22,7 +22,8 @@ from .command_line import when_stopped
 from .errors import UserError, first_line
 from .files import remove_file
 from .forward_backward import from_pixels
-from .image_datasets import list_images, read_image
+from .image_folder import list_images
+from .image_io import read_image
 from .inference import compute_exactly
 from .locks import Locks, hold
 from .sample_grid import SampleGrid

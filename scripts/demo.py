@@ -49,7 +49,7 @@ from guided_diffusion.forward_backward import (
     noised_image,
     to_pixels,
 )
-from guided_diffusion.image_datasets import choose_images, label_images, list_images
+from guided_diffusion.image_folder import choose_images, label_images, list_images
 from guided_diffusion.other_scripts import REPOSITORY, find_mpiexec, load_script, words
 from guided_diffusion.pipeline import encode
 from guided_diffusion.respace import SpacedDiffusion

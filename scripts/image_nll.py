@@ -30,7 +30,8 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import folder_name, whole_file
 from guided_diffusion.forward_backward import from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.image_datasets import LabelledImage, label_images, list_images, read_image
+from guided_diffusion.image_folder import LabelledImage, label_images, list_images
+from guided_diffusion.image_io import read_image
 from guided_diffusion.inference import prepare
 from guided_diffusion.inputs import Inputs
 from guided_diffusion.memory import enough_memory

@@ -54,7 +54,8 @@ from guided_diffusion.figures import (
     style,
 )
 from guided_diffusion.files import write_json, write_whole
-from guided_diffusion.image_datasets import list_images, open_image, read_image
+from guided_diffusion.image_folder import list_images
+from guided_diffusion.image_io import open_image, read_image
 from guided_diffusion.inputs import Inputs, inputs_of, read_entries
 from guided_diffusion.retention import (
     FEWEST_TIMES,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from guided_diffusion.checkpoints import build
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import UnreadableImage, read_image
+from guided_diffusion.image_io import UnreadableImage, read_image
 from guided_diffusion.torch_classifiers import open_classifier
 
 import pytest

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from guided_diffusion.classifier_results import read_series
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import read_image
+from guided_diffusion.image_io import read_image
 from guided_diffusion.imagenet_classes import CLASS_INDEX
 from guided_diffusion.torch_classifiers import open_classifier
 

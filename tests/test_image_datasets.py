@@ -10,24 +10,26 @@ import sys
 import zlib
 from pathlib import Path
 
-from guided_diffusion import image_datasets, training_data
+from guided_diffusion import image_folder, image_io, training_data
 from guided_diffusion.classes import Classes, OtherClasses
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_datasets import (
-    EXTENSIONS,
+from guided_diffusion.image_folder import (
     LabelledImage,
     UnknownClasses,
-    UnreadableImage,
-    center_crop_arr,
     choose_images,
     label_images,
     label_where_known,
     list_images,
+    read_labels_file,
+    shortage,
+)
+from guided_diffusion.image_io import (
+    EXTENSIONS,
+    UnreadableImage,
+    center_crop_arr,
     open_image,
     random_crop_arr,
     read_image,
-    read_labels_file,
-    shortage,
     to_float,
 )
 from guided_diffusion.imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
@@ -174,7 +176,7 @@ def test_remote_storage_is_listed_and_read_through_blobfile(monkeypatch):
     """blobfile's calls on local files, which stand in for a bucket."""
     before = list_images(str(PHOTOGRAPHS))
     image = read_image(str(CAT), 64)
-    monkeypatch.setattr(image_datasets, "is_remote", lambda path: True)
+    monkeypatch.setattr(image_folder, "is_remote", lambda path: True)
     assert list_images(str(PHOTOGRAPHS)) == before
     np.testing.assert_array_equal(read_image(str(CAT), 64), image)
 
@@ -678,11 +680,11 @@ def test_a_large_image_has_the_pixels_of_any_other(tmp_path, monkeypatch, kind, 
 
     expected = read()
     halved = []
-    real = image_datasets._halved_rgb
-    monkeypatch.setattr(image_datasets, "_halved_rgb", lambda *args: halved.append(1) or real(*args))
-    monkeypatch.setattr(image_datasets, "LARGE", 0)
-    monkeypatch.setattr(image_datasets, "LARGE_FILE", 0)
-    monkeypatch.setattr(image_datasets, "STRIP", 1)
+    real = image_io._halved_rgb
+    monkeypatch.setattr(image_io, "_halved_rgb", lambda *args: halved.append(1) or real(*args))
+    monkeypatch.setattr(image_io, "LARGE", 0)
+    monkeypatch.setattr(image_io, "LARGE_FILE", 0)
+    monkeypatch.setattr(image_io, "STRIP", 1)
     for found, same in zip(read(), expected, strict=True):
         np.testing.assert_array_equal(found, same)
     assert len(halved) == 3 + 4
@@ -702,7 +704,7 @@ def test_a_picture_of_169_million_pixels_takes_less_than_1_2_gb(tmp_path, name):
     subprocess.run([sys.executable, "-c", code, path], check=True)
     code = (
         "import resource, sys\n"
-        "from guided_diffusion.image_datasets import read_image\n"
+        "from guided_diffusion.image_io import read_image\n"
         "pixels = read_image(sys.argv[1], 256)\n"
         "print(pixels.shape, pixels[0, 0].tolist(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)\n"
     )
@@ -781,7 +783,7 @@ def test_reading_damaged_files_prints_nothing(tmp_path):
         (tmp_path / name).write_bytes(data)
     code = (
         "import os, sys\n"
-        "from guided_diffusion.image_datasets import open_image, UnreadableImage\n"
+        "from guided_diffusion.image_io import open_image, UnreadableImage\n"
         "for name in sorted(os.listdir(sys.argv[1])):\n"
         "    try: open_image(os.path.join(sys.argv[1], name))\n"
         "    except UnreadableImage: pass\n"
@@ -827,11 +829,7 @@ def test_random_crop_stays_within_its_bounds():
 # Training: see test_training_data.py
 
 
-def test_the_data_of_training_are_offered_here_too():
-    assert image_datasets.load_data is training_data.load_data
-    assert image_datasets.ImageDataset is training_data.ImageDataset
-    with pytest.raises(AttributeError, match="no attribute 'load_daat'"):
-        _ = image_datasets.load_daat
+def test_a_folder_is_needed():
     code = "from guided_diffusion.image_datasets import load_data; load_data(data_dir='', batch_size=1, image_size=8)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stderr.endswith("UserError: no folder of images was given: --data_dir\n")

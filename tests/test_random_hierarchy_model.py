@@ -11,7 +11,7 @@ import math
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import from_pixels, noised_image, to_pixels
-from guided_diffusion.image_datasets import read_image
+from guided_diffusion.image_io import read_image
 from guided_diffusion.pipeline import encode
 from guided_diffusion.script_util import create_gaussian_diffusion
 from random_hierarchy_model import ExactDenoiser, Grammar, TreeImages, image_posterior, posterior_mean, read_symbols

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion import dist_util, image_datasets
+from guided_diffusion import dist_util, image_io
 from guided_diffusion.command_line import STOP_SIGNALS
 from guided_diffusion.errors import UserError
 from guided_diffusion.image_datasets import ImageDataset
@@ -98,9 +98,9 @@ def test_stream_is_its_definition(pictures, crop):
         rng = random.Random(f"5 {p}")
         picture = Image.open(paths[index])
         if crop:
-            expected = image_datasets.random_crop_arr(picture, SIZE, rng=rng)
+            expected = image_io.random_crop_arr(picture, SIZE, rng=rng)
         else:
-            expected = image_datasets.center_crop_arr(picture, SIZE)
+            expected = image_io.center_crop_arr(picture, SIZE)
         flip = rng.random() < 0.5
         flips += flip
         expected = (expected[:, ::-1] if flip else expected).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
@@ -310,7 +310,7 @@ def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(greys, capsys
     assert sorted(stream.unreadable) == sorted(f"{i:02}.png" for i in bad)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and sorted(lines) == [
-        f"warning: image '{folder}/{i:02}.png' cannot be read: it is not one of {', '.join(image_datasets.FORMATS)}; "
+        f"warning: image '{folder}/{i:02}.png' cannot be read: it is not one of {', '.join(image_io.FORMATS)}; "
         "the next one takes its place"
         for i in sorted(bad)
     ]
@@ -326,8 +326,8 @@ def test_a_replacement_brings_its_own_class_and_is_cropped_as_the_one_that_is_no
     stream.seek(6)
     images, extra = next(stream)
     rng = random.Random("0 6")
-    expected = image_datasets.random_crop_arr(good, SIZE, rng=rng)
-    expected = image_datasets.to_float(expected[:, ::-1] if rng.random() < 0.5 else expected)
+    expected = image_io.random_crop_arr(good, SIZE, rng=rng)
+    expected = image_io.to_float(expected[:, ::-1] if rng.random() < 0.5 else expected)
     assert extra["y"].tolist() == [1]
     np.testing.assert_array_equal(images[0], expected.transpose(2, 0, 1))
 
@@ -341,7 +341,7 @@ def test_no_image_can_be_read(tmp_path, capsys, num_workers):
         next(stream)
     assert str(error.value) == (
         f"none of the images in {str(tmp_path)!r} (--val_data_dir) can be read; "
-        f"the first: image '{tmp_path}/a.png' cannot be read: it is not one of {', '.join(image_datasets.FORMATS)}"
+        f"the first: image '{tmp_path}/a.png' cannot be read: it is not one of {', '.join(image_io.FORMATS)}"
     )
     del error  # its traceback would keep the stream's workers
     assert list(stream.unreadable) == ["a.png", "b.png"] and capsys.readouterr().err == ""

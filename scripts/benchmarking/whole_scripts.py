@@ -11,7 +11,8 @@ from typing import Any
 
 from guided_diffusion.dist_util import share_of
 from guided_diffusion.forward_backward import SampleFolder, cut_units
-from guided_diffusion.image_datasets import LabelledImage, read_image
+from guided_diffusion.image_folder import LabelledImage
+from guided_diffusion.image_io import read_image
 from guided_diffusion.other_scripts import find_mpiexec, load_script, words
 from guided_diffusion.torch_classifiers import open_classifier
 
