@@ -94,7 +94,7 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
     """One phrase per setting that differs from the record, which may have old keys."""
     recorded, current = with_short_keys(recorded), with_short_keys(current)
     return [
-        f"{WORDS.get(key, f'--{key}')} {_change(recorded, current, key)}"
+        f"{_words(key)} {_change(recorded, current, key)}"
         for key in dict.fromkeys([*recorded, *current])
         # A flag that an older version did not have counts as one that is not given.
         if recorded.get(key, "") != current.get(key, "")
@@ -104,6 +104,11 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
 def machine_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """One phrase per difference of hardware or versions that is on record; older versions recorded fewer."""
     return [f"{k} {_change(recorded, current, k)}" for k in current if k in recorded and recorded[k] != current[k]]
+
+
+def _words(key: str) -> str:
+    """How a message names a setting; the keys of training are words themselves if they are not flags."""
+    return WORDS.get(key) or (key if " " in key else f"--{key}")
 
 
 def with_short_keys(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -185,4 +185,4 @@ def test_model_and_classifier_of_different_classes(tmp_path, capsys):
 
 def test_older_records_of_runs_are_of_all_classes():
     assert sampled_classes_setting(list(range(1000))) == sampled_classes_setting([]) == {}
-    assert sampled_classes_setting([0, 2]) == {"the classes (--classes)": "0,2"}
+    assert sampled_classes_setting([0, 2]) == {"classes_sampled": "0,2"}
