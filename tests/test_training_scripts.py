@@ -474,7 +474,7 @@ def test_a_part_of_the_classes_is_validated_by_name(pictures, tmp_path):
             super().evaluate(batch, cond)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("guided_diffusion.classifier_training.ClassifierTrainLoop", Loop)
+        patch.setattr(module, "ClassifierTrainLoop", Loop)
         assert module.main([str(f) for f in as_flags({**flags, "iterations": 1, "eval_interval": 1})]) == 0
     assert seen == [1] * 4
 
