@@ -1,7 +1,4 @@
-"""Command-line flags, and the factories that turn them into models and diffusions.
-
-The module imports no torch: a script answers `--help` or a misspelt flag at once. The factories import what they build.
-"""
+"""Command-line flags, and the factories that turn them into models and diffusions."""
 
 from __future__ import annotations
 
