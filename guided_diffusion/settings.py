@@ -21,7 +21,7 @@ NOT_DECISIVE = (
 NAMING_FILES = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
 # How messages name a setting that is not a flag.
 WORDS = {
-    "base_samples_digest": "the small images (--base_samples)",
+    "base_samples_digest": "the file of small images (--base_samples)",
     "classes_sampled": "the classes (--classes)",
     "classifier_digest": "the classifier's weights (--classifier_path)",
     "classifier_precision": "the precision (--classifier_use_fp16)",

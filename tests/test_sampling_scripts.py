@@ -488,7 +488,7 @@ def test_an_upsampler_end_to_end(small_images, tmp_path):
         seen.append(load(tmp_path / f"out{i}" / "samples_2x64x64x3.npz"))
     assert seen[0].keys() == {"arr_0"} and seen[0]["arr_0"].shape == (2, 64, 64, 3)
     assert (seen[0]["arr_0"] != seen[1]["arr_0"]).mean() > 0.1  # the small images matter
-    with pytest.raises(UserError, match="--base_samples was"):
+    with pytest.raises(UserError, match=r"--base_samples\) was"):
         run_main("super_res_sample", *flags, "--base_samples", tmp_path / "1.npz", "--output", tmp_path / "out0")
 
 
