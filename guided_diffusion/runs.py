@@ -298,7 +298,8 @@ class ResultRun(Run):
         with self.parts.update():
             path = f"{self.parts.folder}/inputs.json"
             compare_with_list(self.inputs, files, self.parts.known_files(path), self.parts.folder, path)
-            write_list(path, self.inputs, files)
+            if self.inputs:
+                write_list(path, self.inputs, files)
 
     def _left(self, count: int) -> list[int]:
         done = self.parts.present()
