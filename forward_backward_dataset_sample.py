@@ -108,11 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         network = model
         if compiled and experiment.units:
             network = dist_util.on_every_rank(compile_network, model, diffusion, batch_size, args.image_size)
-        blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)
-        for unit, pictures in experiment.read(lambda path, check: read_image(path, args.image_size, check), blank):
-            pixels = np.stack(pictures.values)
-            samples = forward_backward(network, diffusion, unit, pixels, args, experiment.bar)
-            experiment.write(unit, pictures, samples)
+        sample(network, diffusion, experiment, args)
         return experiment.finish()
 
 
@@ -166,6 +162,14 @@ def describe_work(units: list[Unit], total: int, shard: Shard) -> str:
     if shard.count > 1:
         return f"{to_do} samples to make for {shard}"
     return f"{to_do} samples to make, {total - to_do} are there"
+
+
+def sample(network: Model, diffusion: GaussianDiffusion, experiment: SampleRun, args: argparse.Namespace) -> None:
+    """Take this process's units forward and back, and write their samples."""
+    blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)  # stands for an image that cannot be read
+    for unit, pictures in experiment.read(lambda path, check: read_image(path, args.image_size, check), blank):
+        pixels = np.stack(pictures.values)
+        experiment.write(unit, pictures, forward_backward(network, diffusion, unit, pixels, args, experiment.bar))
 
 
 def forward_backward(
