@@ -1,8 +1,8 @@
-"""Measure the mean and the variance of a classifier's activations over images, layer by layer, and its accuracy.
+"""Measure mean and variance of a classifier's activations, layer by layer, and its accuracy.
 
-They are what evaluate_classifier.py standardises activations with: per channel for feature maps and tokens, one number
-for the logits. The images are spread evenly over the sorted list of the folder. The result does not depend on
---batch_size nor on the number of processes, which share the images out under mpiexec, torchrun or srun.
+evaluate_classifier.py standardises activations with them: per channel for feature maps and tokens, one number for the
+logits. The images are spread evenly over the sorted list of the folder. The result does not depend on --batch_size or
+the number of processes; under mpiexec, torchrun or srun, images are split across processes.
 
   python classifier_statistics.py --data_dir datasets/ILSVRC2012/validation --classifier_name convnext_base
 

@@ -1,9 +1,9 @@
 """Compare samples with their starting images by a classifier's activations, layer by layer, and by its classes.
 
-For every starting image, time and layer: the cosine similarity and the distance of standardised activations; and the
-logits of both. A whole series of times is done in one pass: each starting image goes through the classifier once, with
-its samples of all times. A run that was ended goes on where it was when it is started again with the same flags, and a
-time that is done is not done again. Under mpiexec, torchrun or srun, the processes share the images out.
+For every starting image, time and layer: cosine similarity and distance of standardised activations; and the logits of
+both images. A whole series of times takes one pass: each starting image goes through the classifier once, together with
+its samples of all times. Rerun the same command to resume a run that was stopped; finished times are kept. Under
+mpiexec, torchrun or srun, images are split across processes.
 
   python evaluate_classifier.py --starting_data_dir datasets/ILSVRC2012/validation --time_series 25 50 75 100 125 \\
       --timestep_respacing 250 --classifier_name convnext_base

@@ -1,10 +1,10 @@
-"""Noise images up to a chosen time and denoise them back, with a pretrained diffusion model.
+"""Noise images to a chosen step and denoise them back, with a pretrained diffusion model.
 
-Every image is noised by k = step_reverse of N = timestep_respacing steps, and denoised by the k steps that lead back:
-k = 0 gives the image itself, k = N an image made of pure noise. A run that was ended goes on where it was when it is
-started again with the same flags. Under mpiexec, torchrun or srun, the processes share the images out.
+Every image is noised by k = step_reverse of N = timestep_respacing steps, and then denoised by the same k steps: k = 0
+gives the image itself, and k = N an image made from pure noise. Rerun the same command to resume a run that was
+stopped. Under mpiexec, torchrun or srun, images are split across processes.
 
-The published model, with 10 images of each class:
+With the published model and 10 images of each class:
 
   python forward_backward_dataset_sample.py --data_dir datasets/ILSVRC2012/validation \\
       --model_path models/256x256_diffusion_uncond.pt --timestep_respacing 250 --step_reverse 125 \\
@@ -301,7 +301,7 @@ def create_argparser() -> argparse.ArgumentParser:
         default=0,
         type=whole_number(0),
         metavar="INT",
-        help="CPU threads per process that compute; 0: the cores, shared out among the processes (default: 0)",
+        help="CPU threads per process that compute; 0: the cores, divided among the processes (default: 0)",
     )
     add(
         "--compile",

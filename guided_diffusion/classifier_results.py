@@ -197,7 +197,7 @@ def add_flags(parser: argparse.ArgumentParser, output: str, batch_size: str) -> 
         default=0,
         type=whole_number(0),
         metavar="INT",
-        help="CPU threads per process that compute; 0: the cores, shared out among the processes (default: 0)",
+        help="CPU threads per process that compute; 0: the cores, divided among the processes (default: 0)",
     )
     return add
 

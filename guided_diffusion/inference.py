@@ -39,7 +39,7 @@ def prepare(
     Args:
         model: the network, in float32.
         use_fp16: compute its torso in half precision.
-        num_threads: CPU threads of this process; 0: the cores, shared out among the processes.
+        num_threads: CPU threads of this process; 0: the cores, divided among the processes.
         compiled: the network will be compiled, see `compilation`.
         batch_size: images per forward pass, for a warning if they are too many; 0: not known.
 

@@ -64,7 +64,7 @@ HELP = {
     "output": "folder of results; empty: the one that OPENAI_LOGDIR names, else a folder in results/",
     "seed": "seed of all random numbers",
     "num_workers": "worker processes, for each process, that read images ahead; 0: none",
-    "num_threads": "CPU threads per process that compute; 0: the cores, shared out among the processes",
+    "num_threads": "CPU threads per process that compute; 0: the cores, divided among the processes",
     "batch_size": "images per process and step",
     "microbatch": "images per forward and backward pass, to save memory; -1: all of batch_size",
     "schedule_sampler": "how training chooses time steps: uniform or loss-second-moment",

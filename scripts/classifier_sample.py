@@ -1,10 +1,9 @@
-"""Draw images from a diffusion model, each guided towards a class by a classifier of noisy images.
+"""Sample images from a diffusion model, each guided toward a class by a classifier of noisy images.
 
 The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and their classes as arr_1; beside it a picture
-of the first images, and a record of the settings. A run that was ended goes on where it was when it is started again
-with the same flags. Under mpiexec, torchrun or srun, the processes share the images out; the file is the same for any
-number of them (on CPUs, with the same --num_threads). The noise of an image is that of image_sample.py with the same
-seed.
+of the first images and a record of the settings. Rerun the same command to resume a run that was stopped. Under
+mpiexec, torchrun or srun, samples are split across processes; the file is the same for any number of them (on CPUs,
+with the same --num_threads). An image has the same noise as in image_sample.py with the same seed.
 
   python scripts/classifier_sample.py --model_path models/64x64_diffusion.pt \\
       --classifier_path models/64x64_classifier.pt --classifier_scale 1.0 --num_samples 50000 --batch_size 64 \\

@@ -1,9 +1,9 @@
 """Train a classifier of noised images, whose gradient guides classifier_sample.py.
 
-The classes are those of the image folder, as in the main job: a subfolder each, or a labels file. The folder of results
-gets modelNNNNNN.pt and optNNNNNN.pt after every save_interval steps, and progress.csv: cross-entropy and accuracy by
-quartile of t, of training and validation images. A run that was ended goes on from its newest checkpoint when it is
-started again with the same flags.
+The classes are those of the image folder, as for forward_backward_dataset_sample.py: one subfolder each, or a labels
+file. Every save_interval steps the folder of results gets modelNNNNNN.pt and optNNNNNN.pt. progress.csv contains
+cross-entropy and accuracy by quartile of t, of training and validation images. Rerun the same command to resume from
+the newest checkpoint.
 
   python scripts/classifier_train.py --data_dir datasets/flowers/train --val_data_dir datasets/flowers/val \\
       --iterations 300000 --batch_size 256 --lr 3e-4 --anneal_lr True --weight_decay 0.05 --image_size 64

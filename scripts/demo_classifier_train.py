@@ -1,8 +1,7 @@
-"""Train the classifier of the demo, a small ConvNeXt, on images of its grammar, whole ones and spoilt ones.
+"""Train the demo's classifier, a small ConvNeXt, on intact and corrupted images of its grammar.
 
-The images are made as they are needed, a function of the seed and the position in the stream. A run that was ended goes
-on from its newest checkpoint when it is started again with the same flags. The defaults are those that the demo's
-weights were trained with.
+Images are made on the fly, from the seed and the position in the stream. Rerun the same command to resume from the
+newest checkpoint. The defaults are those that the demo's weights were trained with.
 
   python scripts/demo_classifier_train.py --output results/demo_classifier
 """

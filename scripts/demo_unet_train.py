@@ -1,9 +1,9 @@
-"""Train the U-Net of the demo on images of a random hierarchy model, which are made as they are needed.
+"""Train the demo's U-Net on images of a random hierarchy model, which are made on the fly.
 
-A script such as image_train.py, with its flags, files and way of going on; but there is no data_dir: the images are a
-function of the grammar's flags, the seed and the position in the stream. The target is the best prediction,
-known exactly, so that a loss of 0 would be a perfect model; it has the minimum of the usual loss without its noise.
-The defaults are those that the demo's weights were trained with.
+Flags, files and resuming are as in image_train.py, but there is no data_dir: the images depend on the flags of the
+grammar, the seed and the position in the stream. The target is the best prediction, which is known exactly: a perfect
+model has a loss of 0. The minimum is that of the usual loss, without its noise. The defaults are those that the demo's
+weights were trained with.
 
   python scripts/demo_unet_train.py --output results/demo_unet
 """

@@ -1,12 +1,12 @@
-"""Measure how well a diffusion model predicts images: the variational bound of their likelihood, in bits per dimension.
+"""Measure how well a diffusion model predicts images: the variational bound on their likelihood, in bits per dimension.
 
-Writes vb_terms.npz, the terms of the bound, mse_terms.npz and xstart_mse_terms.npz, the squared errors of the predicted
-noise and of the predicted image: each an array arr_0, the means over the images, from the last time step to the first.
-And image_nll.npz, with the names of the images and, for each, total_bpd and its part prior_bpd, which no model changes.
+Writes vb_terms.npz (terms of the bound), mse_terms.npz and xstart_mse_terms.npz (squared errors of the predicted noise
+and of the predicted image). Each contains an array arr_0: means over the images, from the last timestep to the first.
+image_nll.npz contains the names of the images and, for each, total_bpd and its part prior_bpd, which no model changes.
 
-The images are the first of the folder, by name. The noise of an image depends on the seed and its path alone. A run
-that was ended goes on where it was when it is started again with the same flags. Under mpiexec, torchrun or srun, the
-processes share the images out; the result is the same for any number of them (on CPUs, with the same --num_threads).
+The images are the first of the folder, by name. The noise of an image depends only on the seed and its path. Rerun the
+same command to resume a run that was stopped. Under mpiexec, torchrun or srun, images are split across processes; the
+result is the same for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/image_nll.py --data_dir datasets/ILSVRC2012/validation --num_samples 1000 --batch_size 16 \\
       --model_path models/64x64_diffusion.pt "${MODEL_FLAGS[@]}"

@@ -1,9 +1,9 @@
-"""Draw images from a diffusion model.
+"""Sample images from a diffusion model.
 
-The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and, of a class-conditional model, their
-classes as arr_1; beside it a picture of the first images, and a record of the settings. A run that was ended goes on
-where it was when it is started again with the same flags. Under mpiexec, torchrun or srun, the processes share the
-images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
+The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and, if the model is class-conditional, their
+classes as arr_1; beside it a picture of the first images and a record of the settings. Rerun the same command to resume
+a run that was stopped. Under mpiexec, torchrun or srun, samples are split across processes; the file is the same for
+any number of them (on CPUs, with the same --num_threads).
 
   python scripts/image_sample.py --model_path models/64x64_diffusion.pt --num_samples 50000 --batch_size 64 \\
       --timestep_respacing 250 "${MODEL_FLAGS[@]}"

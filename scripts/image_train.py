@@ -1,9 +1,9 @@
 """Train a diffusion model on a folder of images.
 
-After every save_interval steps the folder of results gets modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt and a
-picture of samples; progress.csv has the losses by quartile of t; classes.json records the classes, if there are any. A
-run that was ended goes on from its newest checkpoint when it is started again with the same flags. Under mpiexec,
-torchrun or srun, each process takes batch_size images per step.
+Every save_interval steps the folder of results gets modelNNNNNN.pt, ema_RATE_NNNNNN.pt, optNNNNNN.pt and a picture of
+samples. progress.csv contains the losses by quartile of t, and classes.json the classes, if there are any. Rerun the
+same command to resume from the newest checkpoint. Under mpiexec, torchrun or srun, each process takes batch_size images
+per step.
 
   python scripts/image_train.py --data_dir datasets/flowers --batch_size 32 --lr 1e-4 --save_interval 5000 \\
       --image_size 64 --num_channels 128 --num_res_blocks 3 --learn_sigma True --diffusion_steps 1000

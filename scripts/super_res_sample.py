@@ -1,10 +1,10 @@
-"""Enlarge small images with a diffusion model: an upsampler.
+"""Enlarge small images with a diffusion model, an upsampler.
 
-Sample number i enlarges image number i of --base_samples, from the start again when all have been taken; these may be
-what image_sample.py wrote. The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and, of a
-class-conditional model, their classes as arr_1; beside it a picture of the first images, and a record of the settings.
-A run that was ended goes on where it was when it is started again with the same flags. Under mpiexec, torchrun or srun,
-the processes share the images out; the file is the same for any number of them (on CPUs, with the same --num_threads).
+Sample i enlarges image i of --base_samples, a file such as image_sample.py writes; after the last image comes the first
+again. The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and, if the model is class-conditional,
+their classes as arr_1; beside it a picture of the first images and a record of the settings. Rerun the same command to
+resume a run that was stopped. Under mpiexec, torchrun or srun, samples are split across processes; the file is the same
+for any number of them (on CPUs, with the same --num_threads).
 
   python scripts/super_res_sample.py --base_samples samples_50000x64x64x3.npz --num_samples 50000 \\
       --model_path models/64_256_upsampler.pt --timestep_respacing 250 "${MODEL_FLAGS[@]}"

@@ -1,7 +1,7 @@
-"""Train an upsampler: a diffusion model of large images that is given a small one.
+"""Train an upsampler: a diffusion model of large images, conditioned on small ones.
 
-The small images are the large ones, reduced to small_size. What is written, and how a run goes on after it was ended,
-is as in image_train.py; the picture of samples shows each small image beside what the model makes of it.
+The small images are the large ones, reduced to small_size. Files and resuming are as in image_train.py; the picture of
+samples shows each small image beside the sample made from it.
 
   python scripts/super_res_train.py --data_dir datasets/flowers --batch_size 8 --large_size 256 --small_size 64
 """
