@@ -45,6 +45,7 @@ from guided_diffusion.image_folder import (
 from guided_diffusion.image_io import read_image
 from guided_diffusion.inference import prepare
 from guided_diffusion.memory import enough_memory
+from guided_diffusion.presets import add_preset
 from guided_diffusion.sample_folders import SampleRun, recorded_compilation
 from guided_diffusion.script_util import (
     HELP,
@@ -311,7 +312,9 @@ def create_argparser() -> argparse.ArgumentParser:
         help="compile the network for speed; auto: on a GPU that can, for a run of many steps (default: %(default)s)",
     )
     add_shard_flags(add)
-    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    model = parser.add_argument_group("the model, as it was trained")
+    add_preset(model, "diffusion model")
+    add_flags(model, model_defaults())
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 

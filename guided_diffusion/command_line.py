@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from .errors import UserError, is_out_of_memory
+from .presets import preset_words
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -48,7 +49,9 @@ class ArgumentParser(argparse.ArgumentParser):
                 )
             if word.startswith("--") and word.split("=")[0] not in self._option_string_actions:
                 self.error(self._explain(word))
-        return super().parse_args(args, namespace)
+        if "--preset" in self._option_string_actions:
+            words = [*preset_words(words), *words]  # the last value of a flag counts
+        return super().parse_args(words, namespace)
 
     def _answer_old_launcher(self):
         """`python -m torch.distributed.launch` gives a flag to every process: one answers, the others wait for it."""

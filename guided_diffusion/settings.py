@@ -14,7 +14,7 @@ import torch
 
 # Flags that decide nothing, or do so by what they choose, which is among the settings itself.
 NOT_DECISIVE = (
-    *("output", "num_threads", "num_workers", "device", "shard", "num_shards"),
+    *("preset", "output", "num_threads", "num_workers", "device", "shard", "num_shards"),
     *("class_order", "classes", "use_checkpoint", "dropout"),
 )
 # Flags that name files. Their contents are among the settings, as digests.

@@ -22,6 +22,7 @@ from guided_diffusion.checkpoints import load_model, load_noisy_classifier
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.inference import prepare
+from guided_diffusion.presets import add_preset
 from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
 from guided_diffusion.script_util import (
     add_flags,
@@ -94,7 +95,9 @@ def create_argparser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("sampling")
     add_flags(sampling, {**sampling_defaults(), **guidance})
     add_classes(sampling)
-    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    model = parser.add_argument_group("the model, as it was trained")
+    add_preset(model, "diffusion model", "classifier")
+    add_flags(model, model_defaults())
     add_flags(parser.add_argument_group("the classifier, as it was trained"), classifier)
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser

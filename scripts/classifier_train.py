@@ -23,6 +23,7 @@ from guided_diffusion.classifier_training import ClassifierTrainLoop
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.memory import to_device
+from guided_diffusion.presets import add_preset
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_flags,
@@ -96,6 +97,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add_flags(training, classifier_training_defaults())
     add_class_order(training)
     network = parser.add_argument_group("the classifier and the diffusion")
+    add_preset(network, "classifier")
     add_flags(network, classifier_and_diffusion_defaults())
     network.add_argument(
         "--channel_mult",

@@ -36,6 +36,7 @@ from guided_diffusion.inference import prepare
 from guided_diffusion.inputs import Inputs
 from guided_diffusion.memory import enough_memory
 from guided_diffusion.noise import NoiseStreams
+from guided_diffusion.presets import add_preset
 from guided_diffusion.records import Record, check_finite, plain_write_errors, report_unreadable, write_result
 from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, cut
 from guided_diffusion.script_util import (
@@ -220,7 +221,9 @@ def create_argparser() -> argparse.ArgumentParser:
         metavar="INT",
         help="threads per process that read images ahead (default: %(default)s)",
     )
-    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    model = parser.add_argument_group("the model, as it was trained")
+    add_preset(model, "diffusion model")
+    add_flags(model, model_defaults())
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 

@@ -21,6 +21,7 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.inference import prepare
+from guided_diffusion.presets import add_preset
 from guided_diffusion.sampling import denoise, draw_classes, write_samples
 from guided_diffusion.script_util import (
     add_flags,
@@ -77,7 +78,9 @@ def create_argparser() -> argparse.ArgumentParser:
     sampling = parser.add_argument_group("sampling")
     add_flags(sampling, sampling_defaults())
     add_classes(sampling)
-    add_flags(parser.add_argument_group("the model, as it was trained"), model_defaults())
+    model = parser.add_argument_group("the model, as it was trained")
+    add_preset(model, "diffusion model")
+    add_flags(model, model_defaults())
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 

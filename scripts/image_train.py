@@ -22,6 +22,7 @@ from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.memory import to_device
+from guided_diffusion.presets import add_preset
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_flags,
@@ -86,7 +87,9 @@ def create_argparser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     add_flags(training, training_defaults())
     add_class_order(training)
-    add_flags(parser.add_argument_group("the model and the diffusion"), model_and_diffusion_defaults())
+    model = parser.add_argument_group("the model and the diffusion")
+    add_preset(model, "diffusion model")
+    add_flags(model, model_and_diffusion_defaults())
     return parser
 
 

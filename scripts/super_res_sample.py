@@ -28,6 +28,7 @@ from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.files import LFS_POINTER, read_json
 from guided_diffusion.forward_backward import from_pixels
 from guided_diffusion.inference import prepare
+from guided_diffusion.presets import add_preset
 from guided_diffusion.records import record_of
 from guided_diffusion.sampling import denoise, write_samples
 from guided_diffusion.script_util import (
@@ -214,7 +215,9 @@ def create_argparser() -> argparse.ArgumentParser:
     flags = sr_model_and_diffusion_defaults()
     model = {name: default for name, default in flags.items() if name not in diffusion_defaults()}
     add_flags(parser.add_argument_group("sampling"), {**sampling_defaults(), "base_samples": ""})
-    add_flags(parser.add_argument_group("the upsampler, as it was trained"), model)
+    upsampler = parser.add_argument_group("the upsampler, as it was trained")
+    add_preset(upsampler, "upsampler")
+    add_flags(upsampler, model)
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 

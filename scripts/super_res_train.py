@@ -20,6 +20,7 @@ from guided_diffusion.classes import add_class_order
 from guided_diffusion.command_line import ArgumentParser, run
 from guided_diffusion.files import folder_name
 from guided_diffusion.memory import to_device
+from guided_diffusion.presets import add_preset
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_flags,
@@ -111,7 +112,9 @@ def create_argparser() -> argparse.ArgumentParser:
     training = parser.add_argument_group("training")
     add_flags(training, training_defaults())
     add_class_order(training)
-    add_flags(parser.add_argument_group("the model and the diffusion"), sr_model_and_diffusion_defaults())
+    model = parser.add_argument_group("the model and the diffusion")
+    add_preset(model, "upsampler")
+    add_flags(model, sr_model_and_diffusion_defaults())
     return parser
 
 
