@@ -109,8 +109,9 @@ def _names_of(kinds: Sequence[str]) -> Callable[[str], str]:
                 advice = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(PRESETS)}"
                 raise argparse.ArgumentTypeError(f"there is no preset {name!r}: {advice}")
             if PRESETS[name].kind not in kinds:
+                kind, expected = PRESETS[name].kind, " or ".join(kinds)
                 raise argparse.ArgumentTypeError(
-                    f"{name} is the preset of a kind that is not built here, {PRESETS[name].kind}; expected {' or '.join(kinds)}"
+                    f"{name} is the preset of a kind that is not built here, {kind}; expected {expected}"
                 )
         return text
 
