@@ -110,7 +110,10 @@ def _reason(error: Exception) -> str:
         missing = f"{header} is missing (Debian's package python3-dev has it)"
         return f"{failed[1]} failed, its message is above" if os.path.exists(header) else missing
     errors = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception): ", line)]
-    return errors[-1][:300] if errors else first_line(error)
+    if errors:
+        return errors[-1][:300]
+    # In PyTorch 2.6 the message of a missing compiler (InvalidCxxCompiler: ...) follows this first line.
+    return first_line(RuntimeError(re.sub(r"\Abackend='\w+' raised:\s*", "", str(error)) or type(error).__name__))
 
 
 def compile_network(

@@ -139,6 +139,7 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
             "backend='inductor' raised:\nRuntimeError: Failed to find C compiler.\n\nSet TORCH_LOGS",
             "RuntimeError: F",
         ),
+        ("backend='inductor' raised:\nInvalidCxxCompiler: No working C++ compiler found", "InvalidCxxCompiler: No"),
         ("In a subprocess:\n\nTraceback:\n  File x\nsubprocess.CalledProcessError: gcc\n", "subprocess.CalledProcess"),
     ],
 )
