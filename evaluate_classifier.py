@@ -260,10 +260,11 @@ def put_together(
     facts: Record,
 ) -> int:
     """Write the results, time by time. Returns the exit status."""
+    unreadable = comparison.unreadable()
     for t, (k, result) in enumerate(results.items()):
-        count = write_time(comparison, batches, t, k, result, classifier, facts)
+        count = write_time(comparison, batches, t, k, result, classifier, unreadable, facts)
         logger.info(f"k = {k}: {count} of {len(result.files[STARTS])} pairs are in {result.path}")
-    return report_unreadable(comparison.unreadable(), "the results are without them")
+    return report_unreadable(unreadable, "the results are without them")
 
 
 def write_time(
@@ -273,13 +274,16 @@ def write_time(
     k: int,
     result: Result,
     classifier: Classifier,
+    why: Mapping[str, str],
     facts: Record,
 ) -> int:
-    """Write the files of the t-th time, k. Returns the number of pairs; raises UserError if none could be read."""
+    """Write the files of the t-th time, k. Returns the number of pairs.
+
+    `why` has the reason for each file that could not be read. Raises UserError if no pair could be read.
+    """
     pieces = defaultdict(list)
     images: list[LabelledImage] = []
     unreadable: dict[str, str] = {}  # path of the starting image -> why the pair is missing
-    why = comparison.unreadable()
     for batch in batches:
         part = comparison.parts.read(batch.index)
         readable = part["readable"].reshape(-1, len(batch.images))  # (1 + T, B)

@@ -36,6 +36,7 @@ from guided_diffusion.forward_backward import (
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
 from guided_diffusion.image_folder import (
     LabelledImage,
+    check_labels,
     choose_images,
     label_images,
     label_where_known,
@@ -49,7 +50,6 @@ from guided_diffusion.presets import add_preset
 from guided_diffusion.sample_folders import SampleRun, recorded_compilation
 from guided_diffusion.script_util import (
     HELP,
-    NUM_CLASSES,
     add_flags,
     args_to_dict,
     bool_or_auto,
@@ -122,12 +122,8 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
     else:
         found, why_unknown = label_where_known(args.data_dir, paths, args.labels_file, args.class_order)
     images = choose_images(found, args.num_classes, args.num_per_class, args.num_samples)
-    if args.class_cond and any(image.label is None for image in images):
-        raise UserError(f"--class_cond True needs the classes of the images, and nothing in {args.data_dir} tells them")
-    if args.class_cond and (most := max(image.label for image in images)) >= NUM_CLASSES:
-        raise UserError(
-            f"--class_cond True is for {NUM_CLASSES} classes, and {args.data_dir} has {most + 1} (--data_dir)"
-        )
+    if args.class_cond:
+        check_labels(images, args.data_dir)
     if why_unknown:
         logger.warn(
             f"{why_unknown}: --num_classes and --num_per_class do not apply, "

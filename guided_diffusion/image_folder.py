@@ -21,6 +21,7 @@ from .errors import UserError
 from .files import is_remote
 from .image_io import EXTENSIONS, read_bytes, reason_of
 from .imagenet_classes import CLASS_INDEX, DEVKIT_IDS, WNIDS
+from .script_util import NUM_CLASSES
 
 T = TypeVar("T")
 
@@ -272,7 +273,7 @@ LABELS_FILE_FORMS = (
 
 _WNID_LINE = re.compile(r"(?P<wnid>n\d{8})")
 _ID_LINE = re.compile(r"(?P<id>\d+)")
-# Kaggle's lines go on with boxes: wnid, four numbers, wnid, ...
+# In Kaggle's file, bounding boxes follow on the same line: wnid, four numbers, wnid, ...
 _NAMED_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<wnid>n\d{8})(?:\s+(?:n\d{8}|-?\d+))*")
 _INDEX_LINE = re.compile(r"(?P<name>.+?)(?:\s*,\s*|\s+)(?P<index>\d+)")
 _NAMING = (_NAMED_LINE, _INDEX_LINE)
@@ -363,6 +364,14 @@ def choose_images(
     for label in sorted(by_label)[:num_classes]:
         chosen += sorted(by_label[label], key=lambda image: image.path)[:num_per_class]
     return chosen[:num_samples]
+
+
+def check_labels(images: Sequence[LabelledImage], data_dir: str) -> None:
+    """Raise UserError unless the images of a folder have classes that a class-conditional model can take."""
+    if any(image.label is None for image in images):
+        raise UserError(f"--class_cond True needs the classes of the images, and nothing in {data_dir} tells them")
+    if (most := max(image.label for image in images)) >= NUM_CLASSES:
+        raise UserError(f"--class_cond True is for {NUM_CLASSES} classes, and {data_dir} has {most + 1} (--data_dir)")
 
 
 def _have_classes(images: Sequence[LabelledImage]) -> bool:

@@ -351,7 +351,7 @@ def mpi_weighted_mean(comm: Any, local_name2valcount: Mapping[str, tuple[Any, fl
 
     Args:
         comm: the communicator, as of mpi4py.
-        local_name2valcount: name -> (value, weight) of this rank. What is not a number is left out.
+        local_name2valcount: name -> (value, weight) of this rank. Non-numeric values are skipped.
     """
     gathered = comm.gather(dict(local_name2valcount))
     if comm.rank != 0:

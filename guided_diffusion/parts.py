@@ -118,14 +118,13 @@ class Parts:
     def is_complete(self, index: int) -> bool:
         """Whether all files of a part could be read. Raises ResultError as `read` does."""
         with self._opened(index) as part:
-            if "readable" in part.files and not part["readable"].all():
-                return False
-        return not any(self.notes(index).get("unreadable", {}).values())
+            all_readable = "readable" not in part.files or bool(part["readable"].all())
+            return all_readable and not any(_notes_in(part).get("unreadable", {}).values())
 
     def notes(self, index: int) -> dict[str, Any]:
         """The notes of a part; none in the parts of an earlier version. Raises ResultError as `read` does."""
         with self._opened(index) as part:
-            return json.loads(str(part[NOTES])) if NOTES in part.files else {}
+            return _notes_in(part)
 
     def entries(self, index: int) -> dict[str, Entries]:
         """Sizes and digests of a part's files, by kind; an earlier version recorded none."""
@@ -167,6 +166,10 @@ class Parts:
 
     def _path(self, index: int) -> str:
         return f"{self.folder}/{index:06d}.npz"
+
+
+def _notes_in(part: np.lib.npyio.NpzFile) -> dict[str, Any]:
+    return json.loads(str(part[NOTES])) if NOTES in part.files else {}
 
 
 def recorded_settings(folder: str) -> Record:

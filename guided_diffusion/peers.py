@@ -2,7 +2,7 @@
 
 Everything is polled: a rank may wait for hours for another one that works, signals are handled meanwhile, and a rank
 that died is noticed. Every rank counts up a key of its own, its heartbeat. Rank 0 watches all of them, the others watch
-rank 0; how a rank ended is told to all.
+rank 0. When a rank ends, all others learn the reason.
 """
 
 from __future__ import annotations

@@ -383,7 +383,7 @@ class TrainLoop:
         overridden = type(self)._load_and_sync_parameters is not TrainLoop._load_and_sync_parameters
         if start is not None and start.resumed and overridden:
             self._load_weights()  # a subclass loads what its run begins with, and this one has its own checkpoint
-        # Weights that a subclass has loaded begin a new run, unless it says by `resume_step` that they go on with one.
+        # Weights loaded by a subclass start a new run, unless it sets `resume_step`: then they resume one.
         if start is not None and (self._order is not None or self.resume_step):
             self.step = start.number if start.resumed else self.resume_step or start.number
             self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
@@ -436,7 +436,7 @@ class TrainLoop:
         return _copies(value.to(self.device) for value in self.mp_trainer.state_dict_to_master_params(weights))
 
     def _load_optimizer_state(self) -> None:
-        """Go on with the optimizer's state beside the weights to start from, if there is one, and the rest of it."""
+        """Restore the optimizer and the other state saved beside the initial weights, if there is any."""
         start = self._start
         state = dist_util.on_every_rank(read_optimizer, start.path, start.number)
         if state is None:
@@ -625,12 +625,12 @@ class LossMeter:
             self._count(name, values.double() @ groups, groups.sum(dim=0), taken)
 
     def add_norms(self, taken: Tensor | None = None, **norms: Tensor) -> None:
-        """Count in numbers (0-d) of one step that the processes have in common; `taken` as in `add`."""
+        """Log numbers (0-d) of one step that are the same on all processes; `taken` as in `add`."""
         for name, norm in norms.items():
             self._count(name, self._only(norm), self._only(1.0), taken)
 
     def add_total(self, **numbers: Tensor) -> None:
-        """Count in numbers (0-d) of this process, of which the log has the sum instead of the mean."""
+        """Log numbers (0-d) of this process, summed rather than averaged."""
         for name, number in numbers.items():
             self._count(name, self._only(number), self._only(0.0))
 

@@ -38,7 +38,7 @@ class Start:
 
     Attributes:
         path: the model's file.
-        resumed: whether it is the output folder's own, so that the run there goes on; else a new run begins with it.
+        resumed: whether it belongs to the output folder, whose run is then resumed; otherwise it starts a new run.
         begun_from: identity of the checkpoint elsewhere that the folder's run was begun with; None: from scratch.
     """
 
@@ -62,7 +62,7 @@ def choose_start(named: str, output: str, settings: Settings, ema_rates: Sequenc
         ema_rates: decays of the moving averages.
 
     Raises:
-        UserError: the named file does not exist, or is not the one that the folder's run can go on from; the newest
+        UserError: the named file does not exist, or the folder's run cannot be resumed from it; the newest
             checkpoint of the folder is incomplete; the folder's run has other settings.
     """
     if named and not is_remote(named):

@@ -21,8 +21,8 @@ def in_background(
 ) -> Any:
     """Call `function(*args)` in a thread and wait for its result, or its exception, while signals are handled.
 
-    `check` is called every second meanwhile, and may raise. Raises TimeoutError after `seconds`. The call then goes on
-    in its thread, which does not keep the process alive.
+    Meanwhile `check` is called every second, and may raise. Raises TimeoutError after `seconds`; the call then keeps
+    running in its thread, which does not keep the process alive.
     """
     future: Future = Future()
 

@@ -30,7 +30,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.files import folder_name, whole_file
 from guided_diffusion.forward_backward import from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.image_folder import LabelledImage, label_images, list_images
+from guided_diffusion.image_folder import LabelledImage, check_labels, label_images, list_images
 from guided_diffusion.image_io import read_image
 from guided_diffusion.inference import prepare
 from guided_diffusion.inputs import Inputs
@@ -40,7 +40,6 @@ from guided_diffusion.presets import add_preset
 from guided_diffusion.records import Record, check_finite, plain_write_errors, report_unreadable, write_result
 from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, cut
 from guided_diffusion.script_util import (
-    NUM_CLASSES,
     add_flags,
     args_to_dict,
     diffusion_defaults,
@@ -111,12 +110,7 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
         return [LabelledImage(path, None, "") for path in paths[: args.num_samples]]
     recorded = read_classes(args.model_path)
     images = label_images(args.data_dir, paths, args.labels_file, args.class_order, recorded)
-    if any(image.label is None for image in images):
-        raise UserError(f"--class_cond True needs the classes of the images, and nothing in {args.data_dir} tells them")
-    if (most := max(image.label for image in images)) >= NUM_CLASSES:
-        raise UserError(
-            f"--class_cond True is for {NUM_CLASSES} classes, and {args.data_dir} has {most + 1} (--data_dir)"
-        )
+    check_labels(images, args.data_dir)
     return images[: args.num_samples]
 
 

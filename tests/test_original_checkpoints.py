@@ -1,4 +1,4 @@
-"""Training that begins with, or goes on in, a folder of checkpoints of the original guided-diffusion.
+"""Training resumed from checkpoints of the original guided-diffusion, in their folder or in a new one.
 
 Its files are made here from a run of this project, in the original's layouts: the optimizer's state has no entry of
 ours; in float16 training it has two entries, and in some versions of PyTorch its steps are plain numbers.
