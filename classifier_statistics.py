@@ -24,6 +24,7 @@ from guided_diffusion.classes import add_class_order, read_classes
 from guided_diffusion.classifier_results import (
     add_flags,
     class_names_of,
+    class_ranks,
     classifier_settings,
     default_folder,
     images_digest,
@@ -39,8 +40,7 @@ from guided_diffusion.image_io import read_image
 from guided_diffusion.inputs import Entries, Inputs
 from guided_diffusion.memory import enough_memory
 from guided_diffusion.records import Record, check_finite, report_unreadable, write_result
-from guided_diffusion.retention import class_ranks
-from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, cut
+from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, image_batches
 from guided_diffusion.script_util import HELP
 from guided_diffusion.shards import add_shard_flags, shard_of
 from guided_diffusion.torch_classifiers import Classifier
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(f"{len(images)} images from {args.data_dir}, {len(classifier.layers)} layers of {classifier.name}")
         statistics.log_machine(f"; the result will be {path}")
         if left:
-            batches = shard.units(cut(images, args.batch_size))
+            batches = shard.units(image_batches(images, args.batch_size))
             measured = measure(classifier, autocast, batches, statistics, args)
             reports = dist_util.gather_objects(tuple(measured))
             if shard.count == 1:

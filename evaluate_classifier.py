@@ -56,7 +56,7 @@ from guided_diffusion.sample_folders import recorded_inputs
 from guided_diffusion.sample_pairs import check_sizes, find_pairs, read_sample, samples_digests
 from guided_diffusion.script_util import HELP, number_of_steps
 from guided_diffusion.settings import digest_of
-from guided_diffusion.shards import add_shard_flags, shard_of
+from guided_diffusion.shards import add_shard_flags, cut, shard_of
 from guided_diffusion.torch_classifiers import Classifier
 from guided_diffusion.transfer import upload
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
         to_do = dist_util.on_main(times_together, comparison, results, folder)
         comparison.unfinished = [results[k] for k in to_do]
         starts_per_batch = max(1, args.batch_size // (1 + len(to_do)))
-        batches = cut(starts, [of_samples[k] for k in to_do], starts_per_batch)
+        batches = pair_batches(starts, [of_samples[k] for k in to_do], starts_per_batch)
         left = comparison.begin(
             batches,
             times=to_do,
@@ -204,10 +204,10 @@ class PairBatch(NamedTuple):
         }
 
 
-def cut(starts: Sequence[LabelledImage], samples: Sequence[Sequence[str]], size: int) -> list[PairBatch]:
+def pair_batches(starts: Sequence[LabelledImage], samples: Sequence[Sequence[str]], size: int) -> list[PairBatch]:
     """Cut the list of starting images, in order, every `size`; `samples` has a list of paths for each time."""
-    slices = [slice(first, first + size) for first in range(0, len(starts), size)]
-    return [PairBatch(index, starts[s], [paths[s] for paths in samples]) for index, s in enumerate(slices)]
+    of_times = zip(*(cut(paths, size) for paths in samples), strict=True)
+    return [PairBatch(i, *batch) for i, batch in enumerate(zip(cut(starts, size), of_times, strict=True))]
 
 
 def compare(
@@ -260,11 +260,10 @@ def put_together(
     facts: Record,
 ) -> int:
     """Write the results, time by time. Returns the exit status."""
-    unreadable = comparison.unreadable()
     for t, (k, result) in enumerate(results.items()):
-        count = write_time(comparison, batches, t, k, result, classifier, unreadable, facts)
+        count = write_time(comparison, batches, t, k, result, classifier, facts)
         logger.info(f"k = {k}: {count} of {len(result.files[STARTS])} pairs are in {result.path}")
-    return report_unreadable(unreadable, "the results are without them")
+    return report_unreadable(comparison.unreadable, "the results are without them")
 
 
 def write_time(
@@ -274,16 +273,13 @@ def write_time(
     k: int,
     result: Result,
     classifier: Classifier,
-    why: Mapping[str, str],
     facts: Record,
 ) -> int:
-    """Write the files of the t-th time, k. Returns the number of pairs.
-
-    `why` has the reason for each file that could not be read. Raises UserError if no pair could be read.
-    """
+    """Write the files of the t-th time, k. Returns the number of pairs; raises UserError if none could be read."""
     pieces = defaultdict(list)
     images: list[LabelledImage] = []
     unreadable: dict[str, str] = {}  # path of the starting image -> why the pair is missing
+    why = comparison.unreadable
     for batch in batches:
         part = comparison.parts.read(batch.index)
         readable = part["readable"].reshape(-1, len(batch.images))  # (1 + T, B)

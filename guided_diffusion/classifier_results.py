@@ -295,6 +295,18 @@ def labels_of(images: Iterable[LabelledImage]) -> np.ndarray:
     return np.array([-1 if image.label is None else image.label for image in images], np.int64)
 
 
+def class_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The rank of the true class among the logits, 0 for the largest: (n,). Ties are in the order of the classes.
+
+    Args:
+        logits: (n, classes).
+        labels: (n,), each from 0 to classes - 1.
+    """
+    own = np.take_along_axis(logits, labels[:, None], axis=1)
+    equal_before = (logits == own) & (np.arange(logits.shape[1]) < labels[:, None])  # breaks ties like argmax
+    return ((logits > own) | equal_before).sum(axis=1)
+
+
 def readable_or_error(read: Callable[..., Any], *args: Any) -> Any:
     """What `read(*args)` returns, or the UnreadableImage that it raises."""
     try:

@@ -1,6 +1,8 @@
 """Exceptions that the scripts answer with a line instead of a traceback."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(ValueError):
@@ -31,6 +33,15 @@ class LostPeer(RuntimeError):
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its kind where it has none, for use in another message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+@contextmanager
+def named_write_errors(path: str) -> Iterator[None]:
+    """Within the block, an OSError is a UserError: `path`, in the output folder, cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

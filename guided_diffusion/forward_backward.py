@@ -20,6 +20,7 @@ from .image_folder import LabelledImage
 from .image_io import to_float
 from .noise import NoiseStreams as NoiseStreams
 from .noise import noise_seed as noise_seed
+from .shards import cut
 from .transfer import download
 
 
@@ -128,10 +129,9 @@ def cut_units(
         step_reverse: k.
         done: paths of the images whose sample is there.
     """
-    batches = [tuple(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
     return [
-        Unit(step_reverse, index, batch, frozenset(image.path for image in batch if image.path not in done))
-        for index, batch in enumerate(batches)
+        Unit(step_reverse, index, tuple(batch), frozenset(image.path for image in batch if image.path not in done))
+        for index, batch in enumerate(cut(images, batch_size))
     ]
 
 

@@ -90,8 +90,7 @@ class MixedPrecisionTrainer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        for param in self.master_params:
-            param.grad = None
+        zero_master_grads(self.master_params)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a loss."""
@@ -128,17 +127,16 @@ class MixedPrecisionTrainer:
 
     def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
         """The model's state dict with other values of its parameters, such as their moving averages."""
-        names = [name for name, _ in self.model.named_parameters()]
-        return {**self.model.state_dict(), **dict(zip(names, master_params, strict=True))}
+        return master_params_to_state_dict(self.model, None, master_params, use_fp16=False)
 
     def state_dict_to_master_params(self, state_dict: dict[str, Tensor]) -> list[Tensor]:
         """The parameters in a state dict, in the order of the model's."""
-        return [state_dict[name] for name, _ in self.model.named_parameters()]
+        return state_dict_to_master_params(self.model, state_dict, use_fp16=False)
 
 
 # For scripts of guided-diffusion, which trains in half precision with two flat float32 copies of the weights. Nothing
-# here uses them. A group is a list of (name, parameter) with the shape of its flat copy: vectors and scalars, (-1,),
-# and tensors of two and more dimensions, (1, -1).
+# here makes such copies. A group is a list of (name, parameter) with the shape of its flat copy: vectors and scalars,
+# (-1,), and tensors of two and more dimensions, (1, -1).
 
 NamedParams = Sequence[tuple[str, nn.Parameter]]
 Groups = Sequence[tuple[NamedParams, tuple[int, ...]]]

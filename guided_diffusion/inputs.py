@@ -19,8 +19,9 @@ import blobfile as bf
 import numpy as np
 
 from . import logger
-from .errors import UserError
+from .errors import UserError, named_write_errors
 from .files import is_remote, read_json, write_whole
+from .shards import cut
 
 HASH_ALL = 10**9  # bytes: the total size below which a rerun compares the contents of all files
 SPREAD = 64  # files whose contents a rerun compares if they total more
@@ -185,9 +186,9 @@ def entry_of(file: BinaryIO) -> Entry:
 def _in_threads(function: Callable[[str], T], paths: Sequence[str]) -> list[T]:
     """The results of a function that waits for the file system, in the order of the paths."""
     size = max(1, min(256, len(paths) // THREADS))
-    pieces = [paths[start : start + size] for start in range(0, len(paths), size)]
     with ThreadPoolExecutor(THREADS) as pool:
-        return [result for results in pool.map(lambda piece: list(map(function, piece)), pieces) for result in results]
+        results = pool.map(lambda piece: list(map(function, piece)), cut(paths, size))
+        return [result for of_piece in results for result in of_piece]
 
 
 # The file NAME_inputs.json
@@ -230,10 +231,8 @@ def as_entries(groups: Mapping[str, Mapping[str, Iterable]]) -> dict[str, Entrie
 
 def write_list(path: str, groups: Mapping[str, Inputs], paths: Mapping[str, Sequence[str]]) -> None:
     """List the files that a result was computed from, by kind. Raises UserError if the list cannot be written."""
-    try:
+    with named_write_errors(path):
         write_entries(path, {kind: inputs.entries(paths[kind]) for kind, inputs in groups.items()})
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error
 
 
 def compare_with_list(

@@ -17,12 +17,12 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from datetime import datetime, timezone
 from typing import Any
 
 from . import dist_util, logger
-from .errors import UserError
+from .errors import UserError, named_write_errors
 from .files import SCRATCH, is_remote
+from .records import now
 
 HEARTBEAT = 15.0  # seconds between two renewals
 EXPIRY = 180.0  # seconds without a renewal after which a lock is taken over
@@ -125,10 +125,10 @@ def _acquire(path: str, what: str, about: str, deadline: float | None) -> str:
     folder = folder or "."
     token, prefix = secrets.token_hex(8), f".{name}."
     draft = os.path.join(folder, f"{prefix}{token}{SCRATCH}")
-    try:
+    with named_write_errors(path):
         os.makedirs(folder, exist_ok=True)
         with open(draft, "w") as f:
-            json.dump({"token": token, **_identity(), "about": about, "since": _now()}, f)
+            json.dump({"token": token, **_identity(), "about": about, "since": now()}, f)
         try:
             while not _link(draft, path):
                 try:
@@ -152,8 +152,6 @@ def _acquire(path: str, what: str, about: str, deadline: float | None) -> str:
                         with suppress(FileNotFoundError):
                             os.unlink(other)
         return token
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error
 
 
 def _link(draft: str, path: str) -> bool:
@@ -307,7 +305,3 @@ def _modified(path: str) -> float | None:
             return os.fstat(f.fileno()).st_mtime
     except OSError:
         return None
-
-
-def _now() -> str:
-    return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")

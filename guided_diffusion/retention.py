@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from .classifier_results import class_ranks as class_ranks
+
 try:
     from scipy import optimize, stats
-except ModuleNotFoundError:  # optional (extra "figures"); class_ranks works without it
+except ModuleNotFoundError:  # optional (extra "figures"); the scripts say so
     optimize = stats = None
 
 RESAMPLES = 400  # bootstrap resamples for the transition; half as many for each mode
@@ -123,18 +125,6 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
 def same_class(logits_start: np.ndarray, logits_sample: np.ndarray) -> np.ndarray:
     """Whether each sample is predicted to be of the same class as its starting image: bool (n,) from (n, classes)."""
     return logits_start.argmax(axis=1) == logits_sample.argmax(axis=1)
-
-
-def class_ranks(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The rank of the true class among the logits, 0 for the largest: (n,). Ties are in the order of the classes.
-
-    Args:
-        logits: (n, classes).
-        labels: (n,), each from 0 to classes - 1.
-    """
-    own = np.take_along_axis(logits, labels[:, None], axis=1)
-    equal_before = (logits == own) & (np.arange(logits.shape[1]) < labels[:, None])  # breaks ties like argmax
-    return ((logits > own) | equal_before).sum(axis=1)
 
 
 def in_top(logits: np.ndarray, labels: np.ndarray, top: int) -> np.ndarray:

@@ -27,12 +27,12 @@ from . import dist_util, logger
 from .files import remove_scratch_of
 from .image_folder import LabelledImage
 from .image_io import Check, UnreadableImage
-from .inputs import Entries, Inputs, compare_with_list, inputs_of, read_entries, write_list
+from .inputs import Entries, Inputs, as_entries, compare_with_list, inputs_of, read_entries, write_list
 from .locks import Locks, hold
 from .parts import Parts, remove_parts
 from .pipeline import read_ahead
 from .records import Record, finished_record, now, record_of, report_unreadable
-from .shards import WHOLE, Shard
+from .shards import WHOLE, Shard, cut
 
 IMAGES = "images"  # kind of files
 
@@ -65,10 +65,9 @@ class ImageBatch:
         return {IMAGES: [image.path for image in self.images]}
 
 
-def cut(images: Sequence[LabelledImage], batch_size: int) -> list[ImageBatch]:
+def image_batches(images: Sequence[LabelledImage], batch_size: int) -> list[ImageBatch]:
     """Cut a list of images, in order, every `batch_size`."""
-    starts = range(0, len(images), batch_size)
-    return [ImageBatch(index, images[start : start + batch_size]) for index, start in enumerate(starts)]
+    return [ImageBatch(index, batch) for index, batch in enumerate(cut(images, batch_size))]
 
 
 class Pictures(NamedTuple):
@@ -233,6 +232,10 @@ class ResultRun(Run):
     Args:
         results: what the run makes.
         folder: folder of the parts, and of nothing else.
+
+    Attributes:
+        unfinished: the results that are to be made.
+        unreadable: files that could not be read, path -> why; known on rank 0 when results are put together.
     """
 
     def __init__(
@@ -249,6 +252,7 @@ class ResultRun(Run):
         super().__init__(locks, settings, machine, inputs, args, shard)
         self.results, self._folder = results, folder
         self.unfinished: list[Result] = []
+        self.unreadable: dict[str, str] = {}
         self.parts: Parts
 
     def __enter__(self):
@@ -337,16 +341,19 @@ class ResultRun(Run):
                 if any(index % self.shard.count == self.shard.index for index in missing):
                     self.parts.read(missing[0])  # says that it has disappeared
                 logger.info(f"{self.shard} is done; {len(missing)} of {num_units} parts are for the other shards")
-                return report_unreadable(self.unreadable(), "the results will be without them")
-            for index in range(num_units):
-                for kind, entries in self.parts.entries(index).items():
-                    self.inputs[kind].known |= entries
+            self._read_notes()
+            if missing:
+                return report_unreadable(self.unreadable, "the results will be without them")
             status = put_together(facts)
             if status == 0:
                 self.parts.remove()
             return status
 
-    def unreadable(self) -> dict[str, str]:
-        """The files that could not be read, by the notes of all parts: path -> why. For rank 0."""
-        notes = (self.parts.notes(index) for index in sorted(self.parts.present()))
-        return {p: why for n in notes for group in n.get("unreadable", {}).values() for p, why in group.items()}
+    def _read_notes(self) -> None:
+        """Learn from the parts which files were read, and which could not be."""
+        for index in sorted(self.parts.present()):
+            notes = self.parts.notes(index)
+            for kind, entries in as_entries(notes.get("inputs", {})).items():
+                self.inputs[kind].known |= entries
+            for why in notes.get("unreadable", {}).values():
+                self.unreadable |= why

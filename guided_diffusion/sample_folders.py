@@ -21,7 +21,7 @@ import blobfile as bf
 import numpy as np
 
 from . import dist_util, logger
-from .errors import ResultError, UserError
+from .errors import ResultError, UserError, named_write_errors
 from .files import SCRATCH, remove_scratch, remove_scratch_of, walk, write_json
 from .forward_backward import Pixels, SampleFolder, Unit, cut_units
 from .image_folder import LabelledImage
@@ -383,10 +383,8 @@ def _update(folders: Mapping[int, SampleFolder]) -> Locks:
 
 
 def _write(write, path: str, content: Any) -> None:
-    try:
+    with named_write_errors(path):
         write(path, content)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error
 
 
 def _remove(paths) -> None:

@@ -30,6 +30,7 @@ from .pipeline import encode
 from .records import Record, plain_write_errors, record_of
 from .runs import Result, ResultRun
 from .script_util import NUM_CLASSES
+from .shards import cut
 
 GRID = 64  # the most samples in the picture beside the file
 
@@ -143,8 +144,7 @@ def write_samples(
         if not run.unfinished:
             logger.info(f"{result.path} is there already, made with the same settings: nothing to do")
             return
-        starts = range(0, args.num_samples, args.batch_size)
-        numbers = [range(start, min(start + args.batch_size, args.num_samples)) for start in starts]
+        numbers = cut(range(args.num_samples), args.batch_size)
         batches = [Numbers(index, samples) for index, samples in enumerate(numbers)]
         left = run.begin(batches)
         to_make = sum(len(batch.samples) for batch in left)

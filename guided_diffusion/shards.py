@@ -37,6 +37,11 @@ class Shard:
         return f"shard {self.index} of {self.count} (0..{self.count - 1})"
 
 
+def cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
+    """Cut a list, in order, every `size` items; the last piece has what is left."""
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
 WHOLE = Shard()  # all of the work
 
 

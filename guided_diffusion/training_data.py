@@ -180,7 +180,7 @@ class DataStream:
             generator=torch.Generator(),  # else it draws from torch's own, which may be the training's
         )
         others = set(multiprocessing.active_children())
-        with _signals_held():  # workers begin here, and must not be ended before they ignore signals
+        with _signals_held(), _child_handler_kept():  # workers must not be stopped before they ignore signals
             batches = iter(loader)
         self._workers = set(multiprocessing.active_children()) - others
         for worker in self._workers:
@@ -213,6 +213,19 @@ def _signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _child_handler_kept() -> Iterator[None]:
+    """Undo the block's change to the SIGCHLD handler.
+
+    torch's handler raises an exception wherever the main thread happens to be when a worker dies: in the middle of a
+    training step or of a save. Without it, the next batch reports the dead worker.
+    """
+    before = signal.getsignal(signal.SIGCHLD)
+    yield
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
 
 
 @dataclass(frozen=True)

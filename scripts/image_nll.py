@@ -38,7 +38,7 @@ from guided_diffusion.memory import enough_memory
 from guided_diffusion.noise import NoiseStreams
 from guided_diffusion.presets import add_preset
 from guided_diffusion.records import Record, check_finite, plain_write_errors, report_unreadable, write_result
-from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, cut
+from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, image_batches
 from guided_diffusion.script_util import (
     add_flags,
     args_to_dict,
@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
             logger.info(f"{result.path} is there already, made with the same settings: nothing to do")
             dist_util.on_main(report, result.path)
             return 0
-        batches = cut(images, args.batch_size)
+        batches = image_batches(images, args.batch_size)
         left = nll.begin(batches)
         logger.info(
             f"{len(images)} images from {args.data_dir}: {len(left)} of {len(batches)} batches are to be measured"
@@ -166,14 +166,13 @@ def put_together(nll: ResultRun, result: Result, batches: Sequence[ImageBatch], 
         for name, path in zip(TERMS, result.companions, strict=True):
             with whole_file(path) as f:
                 np.savez(f, sums[name] / len(names))
-    unreadable = nll.unreadable()
     chosen = sum(len(batch.images) for batch in batches)
-    record = {"finished": not unreadable, "settings": result.settings}
-    record |= {"images": {"chosen": chosen, "unreadable": unreadable}, "last_run": facts}
+    record = {"finished": not nll.unreadable, "settings": result.settings}
+    record |= {"images": {"chosen": chosen, "unreadable": nll.unreadable}, "last_run": facts}
     arrays = {name: np.concatenate(pieces) for name, pieces in bits.items()}
     write_result(result.path, {"names": np.array(names), **arrays}, record)
     report(result.path)
-    return report_unreadable(unreadable, "the numbers are without them", chosen)
+    return report_unreadable(nll.unreadable, "the numbers are without them", chosen)
 
 
 def report(result: str) -> None:

@@ -13,7 +13,6 @@ for any number of them (on CPUs, with the same --num_threads).
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import zipfile
 from pathlib import Path
@@ -28,6 +27,7 @@ from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.files import LFS_POINTER, read_json
 from guided_diffusion.forward_backward import from_pixels
 from guided_diffusion.inference import prepare
+from guided_diffusion.inputs import entry_of
 from guided_diffusion.presets import add_preset
 from guided_diffusion.records import record_of
 from guided_diffusion.sampling import denoise, write_samples
@@ -202,11 +202,8 @@ def check_classes(model_path: str, base_samples: str, labels: np.ndarray) -> Cla
 
 def file_digest(path: str) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
     with bf.BlobFile(path, "rb") as f:
-        while piece := f.read(2**24):
-            digest.update(piece)
-    return digest.hexdigest()
+        return entry_of(f).sha256
 
 
 def create_argparser() -> argparse.ArgumentParser:
