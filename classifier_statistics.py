@@ -19,9 +19,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.activations import ActivationMoments, Moments
-from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.classifier_results import (
+from guided_diffusion.classifier.activations import ActivationMoments, Moments
+from guided_diffusion.classifier.networks import Classifier
+from guided_diffusion.classifier.results import (
     add_flags,
     class_names_of,
     class_ranks,
@@ -33,18 +33,19 @@ from guided_diffusion.classifier_results import (
     statistics_file,
     with_labels_of,
 )
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.transfer import download, upload
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_folder import LabelledImage, label_where_known, list_images
-from guided_diffusion.image_io import read_image
-from guided_diffusion.inputs import Entries, Inputs
-from guided_diffusion.memory import enough_memory
-from guided_diffusion.records import Record, check_finite, report_unreadable, write_result
-from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, image_batches
+from guided_diffusion.images.classes import add_class_order, read_classes
+from guided_diffusion.images.folder import LabelledImage, label_where_known, list_images
+from guided_diffusion.images.io import read_image
+from guided_diffusion.runs.inputs import Entries, Inputs
+from guided_diffusion.runs.records import Record, check_finite, report_unreadable, write_result
+from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
+from guided_diffusion.runs.shards import add_shard_flags, shard_of
 from guided_diffusion.script_util import HELP
-from guided_diffusion.shards import add_shard_flags, shard_of
-from guided_diffusion.torch_classifiers import Classifier
-from guided_diffusion.transfer import download, upload
 
 import numpy as np
 import torch

@@ -24,9 +24,10 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.activations import Normalization, Similarities, load_normalization
-from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.classifier_results import (
+from guided_diffusion.classifier.activations import Normalization, Similarities, load_normalization
+from guided_diffusion.classifier.networks import Classifier
+from guided_diffusion.classifier.pairs import check_sizes, find_pairs, read_sample, samples_digests
+from guided_diffusion.classifier.results import (
     SIMILARITIES,
     add_flags,
     classifier_settings,
@@ -41,24 +42,31 @@ from guided_diffusion.classifier_results import (
     statistics_file,
     with_labels_of,
 )
-from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser, Flattened, time_list, whole_number
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.transfer import upload
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import whole_file
 from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
-from guided_diffusion.image_folder import LabelledImage
-from guided_diffusion.image_io import Check, read_image
-from guided_diffusion.inputs import Inputs
-from guided_diffusion.memory import enough_memory
-from guided_diffusion.parts import recorded_settings
-from guided_diffusion.records import Record, plain_write_errors, read_record, record_of, report_unreadable, write_result
-from guided_diffusion.runs import Pictures, Result, ResultRun
+from guided_diffusion.images.classes import add_class_order, read_classes
+from guided_diffusion.images.folder import LabelledImage
+from guided_diffusion.images.io import Check, read_image
+from guided_diffusion.runs.inputs import Inputs
+from guided_diffusion.runs.parts import recorded_settings
+from guided_diffusion.runs.records import (
+    Record,
+    plain_write_errors,
+    read_record,
+    record_of,
+    report_unreadable,
+    write_result,
+)
+from guided_diffusion.runs.resumable import Pictures, Result, ResultRun
+from guided_diffusion.runs.settings import digest_of
+from guided_diffusion.runs.shards import add_shard_flags, cut, shard_of
 from guided_diffusion.sample_folders import recorded_inputs
-from guided_diffusion.sample_pairs import check_sizes, find_pairs, read_sample, samples_digests
 from guided_diffusion.script_util import HELP, number_of_steps
-from guided_diffusion.settings import digest_of
-from guided_diffusion.shards import add_shard_flags, cut, shard_of
-from guided_diffusion.torch_classifiers import Classifier
-from guided_diffusion.transfer import upload
+from guided_diffusion.system.files import whole_file
 
 import blobfile as bf
 import numpy as np

@@ -19,9 +19,13 @@ from collections import Counter
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
-from guided_diffusion.compilation import compile_network, decide
+from guided_diffusion.command_line.parser import ArgumentParser, Flattened, time_list, whole_number
+from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.compilation import compile_network, decide
+from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.transfer import upload
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
     NoiseStreams,
@@ -34,7 +38,8 @@ from guided_diffusion.forward_backward import (
     noised_image,
 )
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.image_folder import (
+from guided_diffusion.images.classes import add_class_order, read_classes
+from guided_diffusion.images.folder import (
     LabelledImage,
     check_labels,
     choose_images,
@@ -43,10 +48,9 @@ from guided_diffusion.image_folder import (
     list_images,
     shortage,
 )
-from guided_diffusion.image_io import read_image
-from guided_diffusion.inference import prepare
-from guided_diffusion.memory import enough_memory
-from guided_diffusion.presets import add_preset
+from guided_diffusion.images.io import read_image
+from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
+from guided_diffusion.runs.shards import Shard, add_shard_flags, shard_of
 from guided_diffusion.sample_folders import SampleRun, recorded_compilation
 from guided_diffusion.script_util import (
     HELP,
@@ -58,9 +62,6 @@ from guided_diffusion.script_util import (
     model_defaults,
     str2bool,
 )
-from guided_diffusion.settings import digest_of, settings_of, weights_digest
-from guided_diffusion.shards import Shard, add_shard_flags, shard_of
-from guided_diffusion.transfer import upload
 
 import numpy as np
 import torch

@@ -6,7 +6,7 @@ setup(
     description="Forward-backward diffusion experiments: noise an image, denoise it back, measure what survived",
     license="MIT",
     python_requires=">=3.10",
-    packages=find_packages(include=["guided_diffusion", "random_hierarchy_model"]),
+    packages=find_packages(include=["guided_diffusion*", "random_hierarchy_model*"]),
     package_data={"random_hierarchy_model": ["*.pt"]},
     install_requires=["torch>=2.6", "torchvision", "numpy", "blobfile", "mpi4py>=4", "pillow>=10.1", "tqdm"],
     extras_require={

@@ -15,17 +15,10 @@ from typing import Any
 
 import torch
 
+from .compute.memory import enough_memory_for_network
 from .dist_util import load_weights
 from .errors import UserError
-from .memory import enough_memory_for_network
-from .script_util import (
-    CHANNEL_MULT,
-    create_classifier,
-    create_model,
-    downsampling_factors,
-    numbers,
-    sr_create_model,
-)
+from .script_util import CHANNEL_MULT, create_classifier, create_model, downsampling_factors, numbers, sr_create_model
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 Shapes = Mapping[str, tuple[int, ...]]

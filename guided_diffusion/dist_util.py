@@ -19,15 +19,14 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from .checkpoint_file import read_checkpoint, read_file, read_remote, read_saved
-from .command_line import say
-from .device import check_device
-from .errors import LostPeer, UserError, first_line
-from .files import is_remote
-from .launchers import World, find_world, is_first
-from .peers import Peers
-from .rendezvous import Meeting, meet
-from .waiting import in_background, seconds_from
+from .errors import LostPeer, UserError, first_line, say
+from .system.checkpoint_files import read_checkpoint, read_file, read_remote, read_saved
+from .system.device import check_device
+from .system.files import is_remote
+from .system.launchers import World, find_world, is_first
+from .system.peers import Peers
+from .system.rendezvous import Meeting, meet
+from .system.waiting import in_background, seconds_from
 
 CHUNK_SIZE = 2**28  # bytes per broadcast
 SPEAKING_TIME = 2  # seconds that the first process has for its words if the ranks have not met

@@ -1,6 +1,7 @@
 """Exceptions that the scripts answer with a line instead of a traceback."""
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -54,3 +55,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     words = r"out of memory|_ALLOC(ATION)?_FAILED|can(no|')t allocate memory|not enough memory|bad_alloc"
     return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+
+
+def say(words: str) -> None:
+    """Print words to stderr, on a line of their own even if a progress bar is there."""
+    sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
+    sys.stderr.flush()

@@ -6,6 +6,7 @@ phase transition in diffusion models reveals the hierarchical nature of data", P
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,15 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from .compute.transfer import download
 from .errors import ResultError
-from .files import folder_name
 from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
-from .image_folder import LabelledImage
-from .image_io import to_float
-from .noise import NoiseStreams as NoiseStreams
-from .noise import noise_seed as noise_seed
-from .shards import cut
-from .transfer import download
+from .images.folder import LabelledImage
+from .images.io import to_float
+from .runs.shards import cut
+from .system.files import folder_name
 
 
 def noised_image(
@@ -47,6 +46,38 @@ def noised_image(
         return noise
     last = torch.full((len(x_start),), step_reverse - 1, device=x_start.device)
     return diffusion.q_sample(x_start, last, noise=noise)
+
+
+class NoiseStreams:
+    """One stream of standard normal numbers per image of a batch.
+
+    A stream depends on the run's seed, the image's name and the step alone, never on the batch that the image is in or
+    on the process that it meets. Handed to a sampling loop as its `generator`.
+
+    Args:
+        seed: the run's seed.
+        names: one per row of the batch: paths of images relative to the data folder, or numbers of samples.
+        step: the time k to which images are noised; the step of a training.
+        device: where the numbers are drawn. Different kinds of device draw different numbers.
+    """
+
+    def __init__(self, seed: int, names: Sequence[str], step: int, device: torch.device | str):
+        self.generators = [torch.Generator(device).manual_seed(noise_seed(seed, name, step)) for name in names]
+
+    def randn(self, shape: Sequence[int], device=None, dtype=None) -> torch.Tensor:
+        """Draw the next numbers of every stream: a tensor of `shape` = (B, ...), row b from stream b."""
+        if shape[0] != len(self.generators):
+            raise ValueError(f"{len(self.generators)} noise streams cannot fill a batch of {shape[0]}")
+        rows = torch.empty(tuple(shape), device=self.generators[0].device, dtype=dtype)
+        for row, generator in zip(rows, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return rows.to(device)
+
+
+def noise_seed(seed: int, name: str, step: int) -> int:
+    """The 64-bit seed of one image's noise at one step: a hash, so that no two of them are related."""
+    words = b"\0".join([str(seed).encode(), os.fsencode(name), str(step).encode()])
+    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
 
 
 def check_times(steps: Sequence[int], num_steps: int, flag: str = "--step_reverse") -> list[int]:

@@ -18,14 +18,14 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import dist_util, logger
-from .classes import Classes
 from .errors import UserError
-from .image_folder import choose_images, find_entry, label_where_known, list_images, without_extension
-from .image_io import center_crop_arr as center_crop_arr
-from .image_io import random_crop_arr as random_crop_arr
-from .image_io import to_float
+from .images.classes import Classes
+from .images.folder import choose_images, find_entry, label_where_known, list_images, without_extension
+from .images.io import center_crop_arr as center_crop_arr
+from .images.io import random_crop_arr as random_crop_arr
+from .images.io import to_float
 from .script_util import NUM_CLASSES
-from .training_data import DataStream, _Batches, read_augmented
+from .training.data import DataStream, _Batches, read_augmented
 
 
 class ImageDataset:

@@ -22,12 +22,12 @@ from typing import Any
 from tqdm import tqdm
 
 from .errors import UserError
-from .files import set_aside, write_whole
-from .log_formats import CSVOutputFormat as CSVOutputFormat
-from .log_formats import HumanOutputFormat as HumanOutputFormat
-from .log_formats import JSONOutputFormat as JSONOutputFormat
-from .log_formats import KVWriter, SeqWriter, as_text, check_formats, make_output_format, plain
-from .log_formats import TensorBoardOutputFormat as TensorBoardOutputFormat
+from .system.files import set_aside, write_whole
+from .system.log_formats import CSVOutputFormat as CSVOutputFormat
+from .system.log_formats import HumanOutputFormat as HumanOutputFormat
+from .system.log_formats import JSONOutputFormat as JSONOutputFormat
+from .system.log_formats import KVWriter, SeqWriter, as_text, check_formats, make_output_format, plain
+from .system.log_formats import TensorBoardOutputFormat as TensorBoardOutputFormat
 
 DEBUG, INFO, WARN, ERROR, DISABLED = logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR, 50
 DEFAULT_FORMATS = ("stdout", "log", "csv", "json")

@@ -22,17 +22,17 @@ import numpy as np
 
 from . import dist_util, logger
 from .errors import ResultError, UserError, named_write_errors
-from .files import SCRATCH, remove_scratch, remove_scratch_of, walk, write_json
 from .forward_backward import Pixels, SampleFolder, Unit, cut_units
-from .image_folder import LabelledImage
-from .image_io import Check
-from .inputs import Entries, Inputs, read_entries, write_entries
-from .locks import Locks
-from .pipeline import ImageWriter
-from .records import Record, read_record, report_unreadable
-from .runs import IMAGES, Pictures, Run
-from .settings import differences, machine_changes
-from .shards import Shard, check_num_shards
+from .images.folder import LabelledImage
+from .images.io import Check
+from .runs.inputs import Entries, Inputs, read_entries, write_entries
+from .runs.locks import Locks
+from .runs.pipeline import ImageWriter
+from .runs.records import Record, read_record, report_unreadable
+from .runs.resumable import IMAGES, Pictures, Run
+from .runs.settings import differences, machine_changes
+from .runs.shards import Shard, check_num_shards
+from .system.files import SCRATCH, remove_scratch, remove_scratch_of, walk, write_json
 
 UPDATE = 600.0  # seconds to wait for other shards to update a record
 

@@ -21,16 +21,15 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from . import dist_util, logger
-from .files import whole_file, write_json, write_whole
-from .forward_backward import to_pixels
+from .compute.memory import enough_memory
+from .forward_backward import NoiseStreams, noise_seed, to_pixels
 from .gaussian_diffusion import GaussianDiffusion, Guide, Model
-from .memory import enough_memory
-from .noise import NoiseStreams, noise_seed
-from .pipeline import encode
-from .records import Record, plain_write_errors, record_of
-from .runs import Result, ResultRun
+from .runs.pipeline import encode
+from .runs.records import Record, plain_write_errors, record_of
+from .runs.resumable import Result, ResultRun
+from .runs.shards import cut
 from .script_util import NUM_CLASSES
-from .shards import cut
+from .system.files import whole_file, write_json, write_whole
 
 GRID = 64  # the most samples in the picture beside the file
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import gaussian_diffusion as gd
-from .command_line import whole_number
+from .command_line.parser import whole_number
 from .errors import UserError
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import EncoderUNetModel, SuperResModel, UNetModel

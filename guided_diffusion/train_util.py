@@ -27,21 +27,21 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import dist_util, logger
-from .command_line import Stopped, StopRequest, when_stopped
+from .command_line.stopping import Stopped, StopRequest, when_stopped
 from .dist_util import get_rank, get_world_size
 from .errors import ResultError, UserError
+from .forward_backward import NoiseStreams
 from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
-from .noise import NoiseStreams
-from .optimizer_state import by_parameter, steps_taken
 from .resample import LossAwareSampler, LossSecondMomentResampler, ScheduleSampler, UniformSampler
-from .training_checkpoints import find_ema_checkpoint as find_ema_checkpoint
-from .training_checkpoints import find_resume_checkpoint as newest_checkpoint
-from .training_checkpoints import opt_path, read_optimizer, remove_unfinished, write_checkpoint
-from .training_checkpoints import parse_rates as parse_rates
-from .training_checkpoints import parse_resume_step_from_filename as parse_resume_step_from_filename
-from .training_start import Start, changes_of, choose_start, describe_newest
+from .training.checkpoints import find_ema_checkpoint as find_ema_checkpoint
+from .training.checkpoints import find_resume_checkpoint as newest_checkpoint
+from .training.checkpoints import opt_path, read_optimizer, remove_unfinished, write_checkpoint
+from .training.checkpoints import parse_rates as parse_rates
+from .training.checkpoints import parse_resume_step_from_filename as parse_resume_step_from_filename
+from .training.optimizer_state import by_parameter, steps_taken
+from .training.start import Start, changes_of, choose_start, describe_newest
 
 Cond = dict[str, Tensor]  # what the model is given besides the images, each (B, ...)
 Shapes = Mapping[str, tuple[int, ...]]

@@ -29,14 +29,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # the packages of this clone, before any other
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.command_line.stopping import run
 
 # isort: split
 from guided_diffusion import dist_util, logger
+from guided_diffusion.compute.inference import compute_reproducibly, surroundings
 from guided_diffusion.errors import ResultError, UserError
-from guided_diffusion.files import write_whole
-from guided_diffusion.inference import compute_reproducibly, surroundings
 from guided_diffusion.script_util import add_flags, bool_or_auto
+from guided_diffusion.system.files import write_whole
 
 import torch
 from benchmarking.bench import FLAGS, Bench

@@ -18,12 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import CLASSIFIER, load_noisy_classifier
-from guided_diffusion.classes import add_class_order
-from guided_diffusion.classifier_training import ClassifierTrainLoop
-from guided_diffusion.command_line import ArgumentParser, run
-from guided_diffusion.files import folder_name
-from guided_diffusion.memory import to_device
-from guided_diffusion.presets import add_preset
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.memory import to_device
+from guided_diffusion.images.classes import add_class_order
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_flags,
@@ -32,7 +31,9 @@ from guided_diffusion.script_util import (
     diffusion_from_flags,
     training_defaults,
 )
-from guided_diffusion.training_setup import (
+from guided_diffusion.system.files import folder_name
+from guided_diffusion.training.classifier import ClassifierTrainLoop
+from guided_diffusion.training.setup import (
     TrainingFolder,
     end,
     fit_to,

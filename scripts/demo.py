@@ -22,13 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
-from guided_diffusion.command_line import ArgumentParser, Flattened, run, time_list, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser, Flattened, time_list, whole_number
+from guided_diffusion.command_line.stopping import run
 
 # isort: split
 from guided_diffusion import dist_util, logger
-from guided_diffusion.classifier_results import logits_file, name_in_files, read_arrays
-from guided_diffusion.errors import UserError
-from guided_diffusion.figures import (
+from guided_diffusion.classifier.figures import (
     BLUE,
     GREEN,
     PAGE,
@@ -40,7 +39,9 @@ from guided_diffusion.figures import (
     render,
     style,
 )
-from guided_diffusion.files import write_whole
+from guided_diffusion.classifier.pairs import read_sample
+from guided_diffusion.classifier.results import logits_file, name_in_files, read_arrays
+from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
     NoiseStreams,
     SampleFolder,
@@ -49,12 +50,12 @@ from guided_diffusion.forward_backward import (
     noised_image,
     to_pixels,
 )
-from guided_diffusion.image_folder import choose_images, label_images, list_images
-from guided_diffusion.other_scripts import REPOSITORY, find_mpiexec, load_script, words
-from guided_diffusion.pipeline import encode
+from guided_diffusion.images.folder import choose_images, label_images, list_images
 from guided_diffusion.respace import SpacedDiffusion
-from guided_diffusion.sample_pairs import read_sample
+from guided_diffusion.runs.pipeline import encode
 from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.system.files import write_whole
+from guided_diffusion.system.other_scripts import REPOSITORY, find_mpiexec, load_script, words
 from random_hierarchy_model import ExactDenoiser, TreeImages
 from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE

@@ -13,10 +13,11 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
-from guided_diffusion.command_line import ArgumentParser, run
-from guided_diffusion.memory import to_device
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.memory import to_device
 from guided_diffusion.script_util import add_flags, create_gaussian_diffusion, training_defaults
-from guided_diffusion.training_setup import TrainingFolder, loop_options, settings_of, training_folder
+from guided_diffusion.training.setup import TrainingFolder, loop_options, settings_of, training_folder
 from random_hierarchy_model.classifier import small_convnext
 from random_hierarchy_model.classifier_training import ReadingLoop
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS

@@ -17,9 +17,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.memory import to_device
 from guided_diffusion.errors import UserError
-from guided_diffusion.memory import to_device
 from guided_diffusion.resample import create_named_schedule_sampler
 from guided_diffusion.script_util import (
     add_flags,
@@ -28,7 +29,7 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
     training_defaults,
 )
-from guided_diffusion.training_setup import (
+from guided_diffusion.training.setup import (
     TrainingFolder,
     fit_to,
     loop_options,

@@ -24,21 +24,21 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.classes import add_class_order, read_classes
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.errors import UserError
-from guided_diffusion.files import folder_name, whole_file
-from guided_diffusion.forward_backward import from_pixels
+from guided_diffusion.forward_backward import NoiseStreams, from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.image_folder import LabelledImage, check_labels, label_images, list_images
-from guided_diffusion.image_io import read_image
-from guided_diffusion.inference import prepare
-from guided_diffusion.inputs import Inputs
-from guided_diffusion.memory import enough_memory
-from guided_diffusion.noise import NoiseStreams
-from guided_diffusion.presets import add_preset
-from guided_diffusion.records import Record, check_finite, plain_write_errors, report_unreadable, write_result
-from guided_diffusion.runs import IMAGES, ImageBatch, Result, ResultRun, image_batches
+from guided_diffusion.images.classes import add_class_order, read_classes
+from guided_diffusion.images.folder import LabelledImage, check_labels, label_images, list_images
+from guided_diffusion.images.io import read_image
+from guided_diffusion.runs.inputs import Inputs
+from guided_diffusion.runs.records import Record, check_finite, plain_write_errors, report_unreadable, write_result
+from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
+from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
 from guided_diffusion.script_util import (
     add_flags,
     args_to_dict,
@@ -47,7 +47,7 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
     model_defaults,
 )
-from guided_diffusion.settings import digest_of, settings_of, weights_digest
+from guided_diffusion.system.files import folder_name, whole_file
 
 import blobfile as bf
 import numpy as np

@@ -18,10 +18,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.classes import add_classes, classes_to_sample, sampled_classes_setting
-from guided_diffusion.command_line import ArgumentParser, run
-from guided_diffusion.inference import prepare
-from guided_diffusion.presets import add_preset
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.inference import prepare
+from guided_diffusion.images.classes import add_classes, classes_to_sample, sampled_classes_setting
+from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import denoise, draw_classes, write_samples
 from guided_diffusion.script_util import (
     add_flags,
@@ -32,7 +34,6 @@ from guided_diffusion.script_util import (
     model_defaults,
     sampling_defaults,
 )
-from guided_diffusion.settings import settings_of, weights_digest
 
 import torch
 from tqdm import tqdm

@@ -26,19 +26,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
-from guided_diffusion.command_line import ArgumentParser, run, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.command_line.stopping import run
 
 # isort: split
 from guided_diffusion import logger
-from guided_diffusion.classifier_results import (
-    TimeResult,
-    default_folder,
-    differences_file,
-    name_in_files,
-    read_series,
-)
-from guided_diffusion.errors import UserError
-from guided_diffusion.figures import (
+from guided_diffusion.classifier.figures import (
     BLUE,
     COLUMN,
     GREEN,
@@ -53,11 +46,8 @@ from guided_diffusion.figures import (
     render,
     style,
 )
-from guided_diffusion.files import write_json, write_whole
-from guided_diffusion.image_folder import list_images
-from guided_diffusion.image_io import open_image, read_image
-from guided_diffusion.inputs import Inputs, inputs_of, read_entries
-from guided_diffusion.retention import (
+from guided_diffusion.classifier.results import TimeResult, default_folder, differences_file, name_in_files, read_series
+from guided_diffusion.classifier.retention import (
     FEWEST_TIMES,
     STATISTICS,
     Estimate,
@@ -67,7 +57,12 @@ from guided_diffusion.retention import (
     same_class,
     wilson_interval,
 )
+from guided_diffusion.errors import UserError
+from guided_diffusion.images.folder import list_images
+from guided_diffusion.images.io import open_image, read_image
+from guided_diffusion.runs.inputs import Inputs, inputs_of, read_entries
 from guided_diffusion.script_util import number_of_steps
+from guided_diffusion.system.files import write_json, write_whole
 
 import numpy as np
 

@@ -21,15 +21,16 @@ from typing import BinaryIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_upsampler
-from guided_diffusion.classes import Classes, read_classes
-from guided_diffusion.command_line import ArgumentParser, run
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.compute.inference import prepare
 from guided_diffusion.errors import UserError, first_line
-from guided_diffusion.files import LFS_POINTER, read_json
 from guided_diffusion.forward_backward import from_pixels
-from guided_diffusion.inference import prepare
-from guided_diffusion.inputs import entry_of
-from guided_diffusion.presets import add_preset
-from guided_diffusion.records import record_of
+from guided_diffusion.images.classes import Classes, read_classes
+from guided_diffusion.runs.inputs import entry_of
+from guided_diffusion.runs.records import record_of
+from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import denoise, write_samples
 from guided_diffusion.script_util import (
     NUM_CLASSES,
@@ -40,7 +41,7 @@ from guided_diffusion.script_util import (
     sampling_defaults,
     sr_model_and_diffusion_defaults,
 )
-from guided_diffusion.settings import settings_of, weights_digest
+from guided_diffusion.system.files import LFS_POINTER, read_json
 
 import blobfile as bf
 import numpy as np

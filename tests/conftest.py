@@ -10,10 +10,10 @@ from pathlib import Path
 # The networks here are so small that threads would only wait for each other. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from guided_diffusion.other_scripts import REPOSITORY, environment
-from guided_diffusion.other_scripts import load_script as load_script
-from guided_diffusion.other_scripts import words as as_flags  # noqa: F401
 from guided_diffusion.script_util import model_defaults, model_from_flags
+from guided_diffusion.system.other_scripts import REPOSITORY, environment
+from guided_diffusion.system.other_scripts import load_script as load_script
+from guided_diffusion.system.other_scripts import words as as_flags  # noqa: F401
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from PIL import Image
 from reference import fill_weights
 from slurm import Slurm, missing
 
-PHOTOGRAPHS = Path(__file__).with_name("photographs")
+TESTS = Path(__file__).parent
+PHOTOGRAPHS = TESTS / "photographs"
 
 # A network of the published architecture, small enough for many forward passes.
 SMALL_MODEL = {

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.command_line import run
+from guided_diffusion.command_line.stopping import run
 from guided_diffusion.errors import UserError
 
 import torch

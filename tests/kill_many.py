@@ -34,7 +34,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from guided_diffusion.other_scripts import REPOSITORY, environment, find_mpiexec, words
+from guided_diffusion.system.other_scripts import REPOSITORY, environment, find_mpiexec, words
 
 import numpy as np
 import torch

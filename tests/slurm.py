@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
-from guided_diffusion.other_scripts import environment
+from guided_diffusion.system.other_scripts import environment
 
 PROGRAMS = ("slurmctld", "slurmd", "srun", "munged", "ip", "nft", "unshare", "nsenter", "setpriv")
 HEAD, NODES = "head", ("gpu-a", "gpu-b")

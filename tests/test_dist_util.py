@@ -19,8 +19,9 @@ import time
 import zipfile
 from pathlib import Path
 
-from guided_diffusion import dist_util, launchers
+from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
+from guided_diffusion.system import launchers
 
 import pytest
 import torch

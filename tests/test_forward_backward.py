@@ -15,7 +15,7 @@ from guided_diffusion.forward_backward import (
     noised_image,
     to_pixels,
 )
-from guided_diffusion.image_folder import LabelledImage
+from guided_diffusion.images.folder import LabelledImage
 from guided_diffusion.script_util import create_gaussian_diffusion
 
 import numpy as np

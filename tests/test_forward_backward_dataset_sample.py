@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion import compilation
+from guided_diffusion.compute import compilation
 from guided_diffusion.errors import UserError
-from guided_diffusion.image_io import read_image
+from guided_diffusion.images.io import read_image
 from guided_diffusion.script_util import model_and_diffusion_defaults, model_from_flags
 
 import numpy as np

@@ -6,8 +6,8 @@ from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.errors import UserError
 from guided_diffusion.losses import approx_standard_normal_cdf, discretized_gaussian_log_likelihood, normal_kl
 from guided_diffusion.respace import SpacedDiffusion, space_timesteps
-from guided_diffusion.sample_grid import SampleGrid
 from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.training.sample_grid import SampleGrid
 
 import numpy as np
 import pytest

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from guided_diffusion import checkpoints, dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.noise import NoiseStreams
+from guided_diffusion.forward_backward import NoiseStreams
 from guided_diffusion.script_util import model_defaults, model_from_flags
 
 import numpy as np

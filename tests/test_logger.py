@@ -12,6 +12,7 @@ from pathlib import Path
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
+from guided_diffusion.system.other_scripts import REPOSITORY
 
 import numpy as np
 import pytest
@@ -250,6 +251,5 @@ def test_mistakes(tmp_path):
 
 def test_logging_needs_no_torch():
     code = "import sys; from guided_diffusion import logger; logger.info('hello'); sys.exit('torch' in sys.modules)"
-    root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert done.stderr == "hello\n"

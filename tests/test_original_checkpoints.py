@@ -7,7 +7,7 @@ ours; in float16 training it has two entries, and in some versions of PyTorch it
 import shutil
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.optimizer_state import by_parameter, steps_taken
+from guided_diffusion.training.optimizer_state import by_parameter, steps_taken
 
 import pytest
 import torch

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.inference import prepare
+from guided_diffusion.compute.inference import prepare
 from guided_diffusion.script_util import args_to_dict, model_defaults
 from guided_diffusion.unet import UNetModel
 

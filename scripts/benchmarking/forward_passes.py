@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from guided_diffusion.compilation import compile_network
+from guided_diffusion.compute.compilation import compile_network
 from guided_diffusion.errors import UserError
 from guided_diffusion.fp16_util import half_precision_dtype
 from guided_diffusion.script_util import args_to_dict, create_gaussian_diffusion, model_defaults

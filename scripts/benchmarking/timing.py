@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.other_scripts import REPOSITORY, environment, words
+from guided_diffusion.system.other_scripts import REPOSITORY, environment, words
 
 import torch
 from torch.utils.benchmark import Timer

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from guided_diffusion.classifier.networks import open_classifier
 from guided_diffusion.dist_util import share_of
 from guided_diffusion.forward_backward import SampleFolder, cut_units
-from guided_diffusion.image_folder import LabelledImage
-from guided_diffusion.image_io import read_image
-from guided_diffusion.other_scripts import find_mpiexec, load_script, words
-from guided_diffusion.torch_classifiers import open_classifier
+from guided_diffusion.images.folder import LabelledImage
+from guided_diffusion.images.io import read_image
+from guided_diffusion.system.other_scripts import find_mpiexec, load_script, words
 
 import torch
 

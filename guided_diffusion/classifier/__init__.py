@@ -1,0 +1,1 @@
+"""What an image classifier sees: activations, similarities, retention of the class."""

@@ -1,0 +1,100 @@
+"""Figures: their style and their files, PNG and PDF with a CSV of the plotted points."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import math
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from ..errors import ResultError, UserError
+
+try:
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Colormap, ListedColormap, Normalize
+    from matplotlib.figure import Figure
+except ModuleNotFoundError:  # optional: see check_packages
+    matplotlib = None
+
+Rows = list[dict[str, Any]]  # rows of a CSV file: value by column
+
+COLUMN, PAGE = 3.4, 7.0  # widths in inches: one column, and a page of two columns
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so figures look the same everywhere
+    "font.size": 7,
+    "axes.labelsize": 8,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "legend.handlelength": 1.8,
+    "legend.columnspacing": 1.2,
+    "axes.linewidth": 0.6,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.0,
+    "lines.markersize": 3.0,
+    "pdf.fonttype": 42,  # keeps text in the PDF as text
+}
+BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # from the colour-blind-safe palette of Okabe and Ito
+TIME_LABEL = "time of reversal k/N"
+
+
+def check_packages() -> None:
+    """Raise UserError if matplotlib or scipy, of the extra "figures", is not installed."""
+    for package in ("matplotlib", "scipy"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f'figures need {package}: pip install -e ".[figures]"')
+
+
+def style() -> AbstractContextManager:
+    """The context to draw in: `STYLE` on top of matplotlib's defaults, regardless of the user's settings."""
+    return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
+
+
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, np.ndarray]:
+    """A figure of this size in inches, and its panels: Axes in an array (rows, columns)."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def early_to_late() -> Colormap:
+    """Colours from dark to light: viridis without its last tenth, which is too pale for lines on white."""
+    return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+
+
+def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str, pad: float) -> Any:
+    """Add a bar with the colours of `early_to_late`, labelled from `low` to `high`, beside one Axes or several."""
+    bar = figure.colorbar(ScalarMappable(Normalize(low, high), early_to_late()), ax=axes, pad=pad, aspect=25)
+    bar.set_label(label)
+    bar.outline.set_linewidth(0.6)
+    return bar
+
+
+def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:
+    """The contents of a figure's files, by name. Equal figures give equal bytes.
+
+    Undefined values in the rows must be "". Raises ResultError if a number is NaN or infinite.
+    """
+    for row in rows:
+        for column, value in row.items():
+            if isinstance(value, float) and not math.isfinite(value):
+                about = ", ".join(f"{key} {row[key]}" for key in list(row)[:4] if key != column)
+                raise ResultError(f"{column} is {value} in the figure {name} ({about}): nothing was drawn")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    files = {f"{name}.csv": table.getvalue().encode(errors="surrogateescape")}
+    for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
+        data = io.BytesIO()
+        figure.savefig(data, format=ending, dpi=300, metadata=metadata)
+        files[f"{name}.{ending}"] = data.getvalue()
+    return files

@@ -1,0 +1,1 @@
+"""Flags, presets, and how a script ends."""

@@ -1,0 +1,1 @@
+"""Finding, reading, labelling and choosing images."""

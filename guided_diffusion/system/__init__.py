@@ -1,0 +1,1 @@
+"""Files, launchers and messages; knows nothing of diffusion."""

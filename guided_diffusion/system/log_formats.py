@@ -1,0 +1,175 @@
+"""The files that metrics and messages are written to: text, CSV, JSON, TensorBoard.
+
+Files that exist are continued. Each is opened only while it is written, so it may be renamed in between.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from ..errors import UserError
+from .files import write_whole
+
+
+class KVWriter:
+    """Writes metrics."""
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        """Write one value for each name."""
+        raise NotImplementedError
+
+
+class SeqWriter:
+    """Writes messages."""
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        """Write a message, given in words."""
+        raise NotImplementedError
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
+    """Messages as lines, metrics as a table, in a file given by its path or as an open text file."""
+
+    def __init__(self, filename_or_file: str | os.PathLike | TextIO):
+        self.target = filename_or_file
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        width = max(map(len, kvs), default=0)
+        self._write("".join(f"{key:<{width}}  {as_text(val)}\n" for key, val in kvs.items()) + "\n")
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        self._write(" ".join(map(str, seq)) + "\n")
+
+    def _write(self, text: str) -> None:
+        if isinstance(self.target, str | os.PathLike):
+            with open(self.target, "a") as file:
+                file.write(text)
+        else:
+            self.target.write(text)
+            self.target.flush()
+
+    def close(self) -> None:
+        """Nothing to do: a file given by its path is closed, an open one belongs to the caller."""
+
+
+class JSONOutputFormat(KVWriter):
+    """One JSON object per line."""
+
+    def __init__(self, filename: str | os.PathLike):
+        self.path = Path(filename)
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps({key: _json_value(plain(val)) for key, val in kvs.items()}) + "\n")
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class CSVOutputFormat(KVWriter):
+    """One row per call. If a row brings new columns, the whole file is written anew, then renamed."""
+
+    def __init__(self, filename: str | os.PathLike):
+        self.path = Path(filename)
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        row = {key: plain(val) for key, val in kvs.items()}
+        header, old_rows = [], []
+        if self.path.exists():
+            with open(self.path, newline="") as file:
+                header = next(csv.reader(file), [])
+        columns = header + [key for key in row if key not in header]
+        if columns == header:
+            with open(self.path, "a", newline="") as file:
+                csv.DictWriter(file, columns).writerow(row)
+            return
+        if header:
+            with open(self.path, newline="") as file:
+                old_rows = list(csv.DictReader(file))
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows([*old_rows, row])
+        write_whole(str(self.path), text.getvalue().encode())
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class TensorBoardOutputFormat(KVWriter):
+    """Metrics that are numbers, for TensorBoard in the folder `dir`, one step per call.
+
+    Raises UserError if the package is missing.
+    """
+
+    def __init__(self, dir: str | os.PathLike):
+        try:
+            from torch.utils.tensorboard import SummaryWriter  # the logger itself does without torch
+        except ImportError as error:
+            raise UserError("log format tensorboard needs another package: pip install tensorboard") from error
+        self.writer = SummaryWriter(str(dir))
+        self.step = 1
+
+    def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        for key, val in kvs.items():
+            if isinstance(val := plain(val), int | float):
+                self.writer.add_scalar(key, val, self.step)
+        self.writer.flush()
+        self.step += 1
+
+    def close(self) -> None:
+        """Close the file."""
+        self.writer.close()
+
+
+FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
+
+
+def check_formats(names: Iterable[str]) -> None:
+    """Raise UserError if one of the names of formats is not known."""
+    unknown = sorted(set(names) - set(FORMATS))
+    if unknown:
+        raise UserError(f"unknown log format {', '.join(unknown)}: expected some of {', '.join(FORMATS)}")
+
+
+def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str = "") -> KVWriter:
+    """The writer of a format: to stdout, or to log.txt, progress.csv, progress.json or tb/ in the folder `ev_dir`.
+
+    The folder is made; `log_suffix` ends the names of the files. Raises UserError for an unknown format.
+    """
+    check_formats([format])
+    os.makedirs(ev_dir, exist_ok=True)
+    if format == "stdout":
+        return HumanOutputFormat(sys.stdout)
+    if format == "log":
+        return HumanOutputFormat(os.path.join(ev_dir, f"log{log_suffix}.txt"))
+    if format == "tensorboard":
+        return TensorBoardOutputFormat(os.path.join(ev_dir, f"tb{log_suffix}"))
+    writer = CSVOutputFormat if format == "csv" else JSONOutputFormat
+    return writer(os.path.join(ev_dir, f"progress{log_suffix}.{format}"))
+
+
+def as_text(value: Any) -> str:
+    """A metric for people: five digits of a fraction, anything else as it is."""
+    value = plain(value)
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
+
+
+def plain(value: Any) -> Any:
+    """A Python number out of a 0-d tensor or a NumPy scalar; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _json_value(value: Any) -> Any:
+    """JSON knows neither NaN nor infinity, nor objects."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -1,0 +1,54 @@
+"""Waiting that a signal can interrupt.
+
+Python runs signal handlers in the main thread, between two of its own instructions. While that thread waits inside
+PyTorch, for another process or a network, SIGTERM and Ctrl-C do nothing. So such calls are made in another thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from typing import Any
+
+from ..errors import UserError
+
+
+def in_background(
+    function: Callable, *args: Any, seconds: float = float("inf"), check: Callable[[], None] | None = None
+) -> Any:
+    """Call `function(*args)` in a thread and wait for its result, or its exception, while signals are handled.
+
+    Meanwhile `check` is called every second, and may raise. Raises TimeoutError after `seconds`; the call then keeps
+    running in its thread, which does not keep the process alive.
+    """
+    future: Future = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    deadline = time.monotonic() + seconds
+    while not wait([future], 1).done:
+        if check is not None:
+            check()
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no result within {seconds:g} s")
+    return future.result()
+
+
+def seconds_from(variable: str, default: float) -> float:
+    """A number of seconds, from the environment variable if it is set. Raises UserError if that is no such number."""
+    text = os.environ.get(variable, "").strip()
+    try:
+        seconds = float(text) if text else default
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise UserError(f"{variable}={text} in the environment: expected a number of seconds above 0")
+    return seconds

@@ -1,0 +1,262 @@
+"""The figures, from synthetic results with a known transition."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from guided_diffusion.classifier.results import differences_file, logits_file
+from guided_diffusion.errors import UserError
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, load_script
+from PIL import Image
+
+script = load_script("scripts/plot_figures.py")
+FIGURES = ("similarity_against_time", "class_retention", "distributions", "gallery")
+
+
+def write_results(folder: Path, times, num_images=400, num_layers=41, labels=True) -> Path:
+    """Results of which the class is lost at k/N = 0.55, in the documented format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = np.array([f"n{i % 10:08d}/image_{i:04d}.JPEG" for i in range(num_images)])
+    layers = np.array([*(f"features.{i}" for i in range(num_layers - 1)), "classifier"])
+    true = np.arange(num_images) % 20
+    depth, start = np.linspace(0, 1, num_layers), 8 * np.eye(20, dtype=np.float32)[true]
+    for k in times:
+        rng, kept_part = np.random.default_rng(k), 1 / (1 + np.exp((k / 250 - 0.55) / 0.05))
+        cosine = (
+            (1 - depth) * (1 - 0.7 * k / 250) + depth * kept_part + 0.03 * rng.normal(size=(num_images, num_layers))
+        )
+        cosine = np.clip(cosine, -1, 1)
+        predicted = np.where(rng.random(num_images) < kept_part, true, (true + 7) % 20)
+        about = {"names": names, "layers": layers, "cosine": cosine, "L2": cosine, "L2_normalized": cosine}
+        np.savez(differences_file(str(folder), "convnext_base", k, 250), **about)
+        logits = 8 * np.eye(20, dtype=np.float32)[predicted]
+        known = true if labels else np.full(num_images, -1)
+        arrays = {"names": names, "labels": known, "logits_start": start, "logits_sample": logits}
+        np.savez(logits_file(str(folder), "convnext_base", k, 250), **arrays)
+    return folder
+
+
+def write_images(folder: Path, times, count=8) -> list[str]:
+    """The first starting images and their samples, as the main script writes them; returns the flags."""
+    for i, k in itertools.product(range(count), [None, *times]):
+        name = f"n{i % 10:08d}/image_{i:04d}"
+        path = folder / ("start" if k is None else f"out/t_{k}_250_images")
+        path = path / (f"{name}.JPEG" if k is None else f"{name}_t{k * 4:04d}.JPEG")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (20 * i, k or 0, 90)).save(path)
+    return ["--starting_data_dir", str(folder / "start"), "--data_dir", str(folder / "out")]
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+TIMES = range(25, 251, 25)
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    """(folder of results, flags, folder of figures)."""
+    folder = tmp_path_factory.mktemp("figures")
+    results = write_results(folder / "results", TIMES)
+    flags = ["--results", str(results), *write_images(folder, TIMES), "--gallery", "image_0003", "image_0001.JPEG"]
+    assert script.main([*flags, "--output", str(folder / "figures")]) == 0
+    return results, flags, folder / "figures"
+
+
+def test_files_and_sizes(drawn):
+    figures = drawn[2]
+    expected = {f"{name}.{ending}" for name in FIGURES for ending in ("png", "pdf", "csv")} | {"transition.json"}
+    assert {path.name for path in figures.iterdir()} == expected
+    for name, width in zip(FIGURES, (3.4, 3.4, 7.0, 7.0), strict=True):
+        with Image.open(figures / f"{name}.png") as image:
+            assert image.width == round(300 * width) and image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+        assert (figures / f"{name}.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_same_again(drawn, tmp_path):
+    script.main([*drawn[1], "--output", str(tmp_path)])
+    for path in drawn[2].iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_the_transition_is_found(drawn):
+    found = json.loads((drawn[2] / "transition.json").read_text())
+    assert found["low"] <= 0.55 <= found["high"] and found["high"] - found["low"] < 0.04
+    assert found["images"] == 400
+
+
+def test_points_are_those_of_the_results(drawn):
+    results, _, figures = drawn
+    rows = read_csv(figures / "similarity_against_time.csv")
+    assert len(rows) == 41 * len(TIMES)
+    for row in rows[::37]:
+        cosine = np.load(differences_file(str(results), "convnext_base", int(row["k"]), 250))["cosine"]
+        values = cosine[:, int(row["depth"])]
+        first, middle, third = np.percentile(values, [25, 50, 75])
+        columns = ("mean", "median", "quartile_1", "quartile_3", "k/N")
+        expected = (values.mean(), middle, first, third, int(row["k"]) / 250)
+        assert [float(row[column]) for column in columns] == pytest.approx(expected, abs=1e-12)
+        assert first - 0.01 < float(row["mode"]) < third + 0.01
+    for row in read_csv(figures / "class_retention.csv"):
+        arrays = np.load(logits_file(str(results), "convnext_base", int(row["k"]), 250))
+        order = np.argsort(-arrays["logits_sample"], axis=1, kind="stable")
+        if row["measure"] == "predicted class kept":
+            expected, chance = order[:, 0] == arrays["logits_start"].argmax(1), 1 / 20
+        elif row["measure"].endswith("top 1"):
+            expected, chance = order[:, 0] == arrays["labels"], 1 / 20
+        else:
+            continue  # logits of equal size have no order
+        assert (float(row["fraction"]), float(row["chance"])) == pytest.approx((expected.mean(), chance))
+        assert float(row["low"]) <= expected.mean() <= float(row["high"]) + 1e-12
+    counts = {}
+    for row in read_csv(figures / "distributions.csv"):
+        counts[row["layer"], row["k"]] = counts.get((row["layer"], row["k"]), 0) + int(row["images"])
+    assert len(counts) == 3 * len(TIMES) and set(counts.values()) == {400}
+    names = [row["name"] for row in read_csv(figures / "gallery.csv")]
+    assert names == ["n00000003/image_0003.JPEG"] * 11 + ["n00000001/image_0001.JPEG"] * 11
+
+
+def texts(figure):
+    """The boxes of all that is written in a figure, and of its legends."""
+    from matplotlib.text import Text
+
+    figure.draw_without_rendering()
+    beyond = set()  # the labels of ticks that are not drawn: outside of an axis' limits, or where there is no axis
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks():
+                if not axes.axison or not low - 1e-9 <= tick.get_loc() <= high + 1e-9:
+                    beyond |= {tick.label1, tick.label2}
+    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
+    return [(text.get_text(), text.get_window_extent()) for text in found if text not in beyond]
+
+
+@pytest.mark.parametrize("times", [(75, 140, 225), range(50, 251, 50), TIMES, range(0, 251, 10)], ids=len)
+def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
+    flags = write_images(tmp_path, times)
+    series = script.find_series(str(write_results(tmp_path, times, num_images=40)), "convnext_base", 250)
+    names = series[0].differences["names"].tolist()[:3]
+    with script.style():
+        drawn = [
+            script.draw_similarity(series, "mean"),
+            script.draw_retention(*script.measure_retention(series), series),
+            script.draw_distributions(script.spread(series, 10), 40),
+            script.draw_gallery(script.spread(series, 10), names, flags[1], flags[3]),
+        ]
+        for figure, _ in drawn:
+            found = texts(figure)
+            assert len(found) > 3
+            for text, box in found:
+                inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 + 0.5
+                assert inside and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 + 0.5, text
+            for (one, a), (other, b) in itertools.combinations(found, 2):
+                assert not a.overlaps(b), (one, other)
+
+
+def test_of_many_times_ten_are_shown_side_by_side(tmp_path, capsys):
+    times = range(0, 251, 10)
+    flags = ["--results", str(write_results(tmp_path, times, num_images=20, num_layers=3))]
+    flags += [*write_images(tmp_path, times), "--gallery", "image_0002", "--output", str(tmp_path / "out")]
+    assert script.main(flags) == 0
+    shown = [str(k) for k in (0, 30, 60, 80, 110, 140, 170, 190, 220, 250)]
+    assert [row["k"] for row in read_csv(tmp_path / "out/gallery.csv")] == ["", *shown]
+    assert list(dict.fromkeys(row["k"] for row in read_csv(tmp_path / "out/distributions.csv"))) == shown
+    assert len({row["k"] for row in read_csv(tmp_path / "out/similarity_against_time.csv")}) == 26
+    assert "show 10 of the 26 times" in capsys.readouterr().err
+
+
+def test_unknown_labels_a_layer_without_values_and_no_gallery(tmp_path, capsys):
+    results = write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3, labels=False)
+    path = differences_file(str(results), "convnext_base", 50, 250)
+    arrays = dict(np.load(path))
+    arrays["cosine"][:, 1] = np.nan
+    np.savez(path, **arrays)
+    for statistic in ("max", "mean", "median"):
+        script.main(["--results", str(results), "--output", str(tmp_path / "out"), "--statistic", statistic])
+    said = capsys.readouterr().err
+    assert "no gallery" in said and "no transition: the fit needs at least 3 times, and there are 2" in said
+    assert {row["measure"] for row in read_csv(tmp_path / "out/class_retention.csv")} == {"predicted class kept"}
+    rows = read_csv(tmp_path / "out/similarity_against_time.csv")
+    assert (rows[1]["images"], rows[1]["mode"]) == ("0", "") and rows[0]["images"] == "20"
+    assert json.loads((tmp_path / "out/transition.json").read_text()) is None
+    assert not (tmp_path / "out/gallery.png").exists()
+
+
+def other_images(folder):
+    write_results(folder, [200], num_images=19)
+
+
+def other_layers(folder):
+    write_results(folder, [200], num_images=20, num_layers=4)
+
+
+def damage(folder):
+    Path(differences_file(str(folder), "convnext_base", 200, 250)).write_bytes(b"PK\x03\x04 no archive")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "words"),
+    [
+        (None, ["--results", "nowhere"], "nowhere does not exist"),
+        (None, ["--classifier_name", "resnet50"], "no results of resnet50"),
+        (None, ["--timestep_respacing", "100"], "no results for N = 100, but for N = 250: see --timestep_respacing"),
+        (None, ["--timestep_respacing", ""], "no results for N = 1000, but for N = 250: see --timestep_respacing"),
+        (None, ["--timestep_respacing", "soon"], "--timestep_respacing soon: expected a whole number of steps"),
+        (damage, [], "damaged"),
+        (other_images, [], r"different images \(20 and 19\)"),
+        (other_layers, [], r"different layers \(3 and 4\)"),
+        (None, ["--data_dir", "x"], "needs both --starting_data_dir and --data_dir"),
+        (
+            None,
+            ["--starting_data_dir", "start", "--data_dir", "x", "--gallery", "image_003"],
+            "--gallery image_003: none",
+        ),
+        (None, ["--starting_data_dir", "start", "--data_dir", "x"], "does not exist"),
+    ],
+)
+def test_mistakes(tmp_path, monkeypatch, change, flags, words):
+    """They are told in words, and the figures that are there stay as they are."""
+    monkeypatch.chdir(tmp_path)
+    write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3)
+    if change:
+        change(tmp_path / "results")
+    with pytest.raises(UserError, match=words):
+        script.main(["--results", "results", *flags])
+    assert not (tmp_path / "figures").exists()
+
+
+@pytest.mark.parametrize(
+    ("respacing", "steps"),
+    [("250", 1000), ("ddim250", 1000), ("", 250), ("100,150", 1000)],
+)
+def test_steps_are_given_as_to_the_main_script(tmp_path, respacing, steps):
+    write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3)
+    flags = ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "figures")]
+    flags += ["--timestep_respacing", respacing, "--diffusion_steps", str(steps)]
+    assert script.main(flags) == 0
+    assert (tmp_path / "figures/class_retention.csv").exists()
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "scipy"])
+def test_without_a_package(monkeypatch, package):
+    monkeypatch.setitem(sys.modules, package, None)  # an import of it fails
+    with pytest.raises(UserError, match=rf'^figures need {package}: pip install -e "\.\[figures\]"$'):
+        script.main([])
+
+
+def test_the_help_needs_neither_package():
+    code = "import runpy, sys; sys.modules |= dict.fromkeys(['matplotlib', 'scipy']); sys.argv[1:] = ['--help']; "
+    code += "runpy.run_path('scripts/plot_figures.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and "--gallery_count" in done.stdout

@@ -1,0 +1,128 @@
+"""The statistics behind the figures, against known laws and independent numbers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from statistics import NormalDist
+
+from guided_diffusion.classifier.retention import (
+    class_ranks,
+    fit_transition,
+    in_top,
+    mean,
+    median,
+    mode,
+    same_class,
+    wilson_interval,
+)
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY
+
+
+@pytest.mark.parametrize(
+    ("draw", "truth", "bias"),
+    [
+        (lambda rng, n: rng.normal(0.6, 0.1, n), 0.6, 0.003),
+        (lambda rng, n: rng.beta(8, 3, n), 7 / 9, 0.015),  # (a - 1) / (a + b - 2)
+        (lambda rng, n: np.where(rng.random(n) < 0.7, rng.normal(0.2, 0.05, n), rng.normal(0.9, 0.05, n)), 0.2, 0.005),
+    ],
+)
+def test_mode_of_known_densities(draw, truth, bias):
+    rng = np.random.default_rng(1)
+    found = [mode(draw(rng, 1000), seed) for seed in range(60)]
+    values = np.array([estimate.value for estimate in found])
+    assert abs(values.mean() - truth) < bias + 3 * values.std() / np.sqrt(60)
+    half = np.mean([(estimate.high - estimate.low) / 2 for estimate in found])
+    assert 0.7 < half / values.std() < 1.4  # the interval is one standard error either way
+
+
+def test_the_mode_is_neither_mean_nor_largest_value():
+    values = np.random.default_rng(0).gamma(2, 1, 20000)  # mode 1, median 1.68, mean 2
+    # The kernel smears a skewed density towards its tail.
+    assert mode(values).value == pytest.approx(1, abs=0.12)
+
+
+@pytest.mark.parametrize("values", [[0.3], [1.0] * 50, [0.0, *[0.5] * 8, 1.0]])
+def test_mode_of_equal_values(values):
+    found = mode(np.array(values))
+    assert found.low == found.value == found.high == np.median(values)
+
+
+def test_mean_and_median():
+    values = np.array([1.0, 2.0, 3.0, 10.0])
+    found = mean(values)
+    assert (found.value, found.high - found.value) == pytest.approx((4, np.sqrt(50 / 3) / 2))
+    rng = np.random.default_rng(0)
+    found = [median(rng.normal(0, 1, 400)) for _ in range(400)]
+    assert np.mean([estimate.low <= 0 <= estimate.high for estimate in found]) == pytest.approx(0.68, abs=0.07)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 10])
+def test_wilson_interval(count):
+    """Its ends are the p for which the count is 1.96 binomial standard deviations away."""
+    z = NormalDist().inv_cdf(0.975)
+    low, high = wilson_interval(count, 10)
+    roots = np.roots([10**2 + 10 * z**2, -2 * 10 * count - 10 * z**2, count**2])
+    assert (low, high) == pytest.approx(sorted(roots), abs=1e-9)
+    if count == 7:
+        assert (low, high) == pytest.approx((0.3968, 0.8922), abs=1e-4)  # as in tables
+
+
+def test_classes():
+    logits = np.array([[3.0, 2, 1, 0], [0, 1, 2, 3]])
+    assert in_top(logits, np.array([1, 1]), 1).tolist() == [False, False]
+    assert in_top(logits, np.array([1, 1]), 2).tolist() == [True, False]
+    assert in_top(logits, np.array([1, 1]), 3).tolist() == [True, True]
+    assert same_class(logits, logits[[0, 0]]).tolist() == [True, False]
+    # Equal logits are in the order of the classes, as argmax has it: a network that is blind is not always right.
+    assert class_ranks(np.zeros((4, 4)), np.arange(4)).tolist() == [0, 1, 2, 3]
+
+
+def fates(rng, times, alike, centre=0.55, width=0.05, n=400):
+    """Whether images keep their class, at each time anew or, if `alike`, until each image's own threshold."""
+    probability = 1 / (1 + np.exp((times - centre) / width))
+    return rng.random((1 if alike else len(times), n)) < probability[:, None]
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_transition_and_its_uncertainty(alike):
+    rng, times = np.random.default_rng(0), np.arange(1, 11) / 10
+    found = [fit_transition(times, fates(rng, times, alike), seed) for seed in range(60)]
+    centres = np.array([transition.time for transition in found])
+    assert abs(centres.mean() - 0.55) < 3 * centres.std() / np.sqrt(60) + 0.0005
+    assert np.mean([transition.low <= 0.55 <= transition.high for transition in found]) >= 0.85  # 95% are expected
+    assert 0.7 < np.mean([transition.error for transition in found]) / centres.std() < 1.4
+    assert np.mean([transition.width for transition in found]) == pytest.approx(0.05, rel=0.1)
+    assert all(transition.resolved for transition in found)
+
+
+def test_transition_with_ends_other_than_0_and_1():
+    rng, times = np.random.default_rng(0), np.arange(1, 11) / 10
+    kept = fates(rng, times, False, n=20000)
+    kept = np.where(rng.random(kept.shape) < 0.2, rng.random(kept.shape) < 0.25, kept)  # from 0.85 to 0.05
+    found = fit_transition(times, kept)
+    assert (found.time, found.upper, found.lower) == pytest.approx((0.55, 0.85, 0.05), abs=0.01)
+    assert found.curve(np.array([found.time])) == pytest.approx((found.upper + found.lower) / 2)
+
+
+def test_a_fall_between_two_times_is_not_claimed_to_be_known_better():
+    times = np.array([0.2, 0.4, 0.6, 0.8, 1.0])
+    found = fit_transition(times, np.repeat(times[:, None] < 0.5, 400, axis=1))
+    assert not found.resolved
+    assert found.low <= 0.4 and found.high >= 0.6 and found.error >= 0.199 / np.sqrt(12)
+
+
+def test_no_transition():
+    rng, times = np.random.default_rng(0), np.array([0.2, 0.5, 0.8])
+    assert fit_transition(times, rng.random((3, 100)) < 0.5) is None
+    assert fit_transition(times[:2], fates(rng, times[:2], False)) is None
+
+
+def test_class_ranks_need_no_scipy():
+    """classifier_statistics.py counts with them, and scipy is only in the extra "figures"."""
+    code = "import sys; sys.modules['scipy'] = None; from guided_diffusion.classifier.retention import class_ranks"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

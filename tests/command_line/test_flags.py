@@ -1,0 +1,211 @@
+"""The flags of networks: what a message advises is a flag of that very script, and following it works."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+
+from guided_diffusion.checkpoints import CLASSIFIER, DIFFUSION_MODEL, UPSAMPLER, build
+from guided_diffusion.errors import UserError
+from guided_diffusion.runs.settings import differences
+from guided_diffusion.script_util import (
+    classifier_and_diffusion_defaults,
+    create_classifier_and_diffusion,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
+)
+
+import pytest
+import torch
+from conftest import REPOSITORY, load_script
+
+SCRIPTS = [  # every script that makes a network of flags, and the network
+    ("forward_backward_dataset_sample.py", DIFFUSION_MODEL),
+    ("scripts/image_train.py", DIFFUSION_MODEL),
+    ("scripts/image_sample.py", DIFFUSION_MODEL),
+    ("scripts/image_nll.py", DIFFUSION_MODEL),
+    ("scripts/classifier_sample.py", DIFFUSION_MODEL),
+    ("scripts/classifier_sample.py", CLASSIFIER),
+    ("scripts/classifier_train.py", CLASSIFIER),
+    ("scripts/super_res_train.py", UPSAMPLER),
+    ("scripts/super_res_sample.py", UPSAMPLER),
+]
+REQUIRED = {"forward_backward_dataset_sample.py": ["--data_dir", "x", "--model_path", "x", "--step_reverse", "1"]}
+MESSAGES = [  # a mistake, and what puts it right: what the message advises, else a value that fits what it expects
+    (["--{size}", "32"], r"Give (--\w+), for instance ([\d,]+)$", None),
+    (["--{size}", "50"], r"Give (--\w+), for instance ([\d,]+)$", None),
+    (["--{size}", "27"], r"Give (--\w+), for instance ([\d,]+)$", None),
+    (
+        ["--{size}", "32", "--{mult}", "1,x"],
+        r"^(--\w+) 1,x: expected numbers separated by commas, such as ([\d,]+)$",
+        None,
+    ),
+    (["--{size}", "32", "--{mult}", "1,0"], r"^(--\w+) 1,0: .* above 0, separated by commas, such as ([\d,]+)$", None),
+    (["--{size}", "30", "--{mult}", "1,2,2"], r"^(--\w+) 30 is not a multiple of (4)", "32"),
+    (["--{width}", "80"], r"^(--\w+) 80 times the multiplier 1 is not a multiple of (32)", "128"),
+    (["--{attention}", "a"], r"^(--\w+) a: expected numbers separated by commas, such as ([\d,]+)$", None),
+]
+
+
+def names_of(network):
+    names = {"size": network.size_flag, "mult": "channel_mult", "width": "num_channels"}
+    return {name: network.flag(flag) for name, flag in {**names, "attention": "attention_resolutions"}.items()}
+
+
+def make(script, network, words):
+    """The network that the script makes of a command line, without memory for its weights."""
+    args = load_script(script).create_argparser().parse_args([*REQUIRED.get(script, []), *words])
+    with torch.device("meta"):
+        return build(network, vars(args))
+
+
+@pytest.mark.parametrize(("script", "network"), SCRIPTS)
+def test_what_a_message_advises_works_in_that_script(script, network):
+    small = ["--small_size", "8"] if network is UPSAMPLER else []
+    for mistake, message, right in MESSAGES:
+        words = [*small, *(word.format(**names_of(network)) for word in mistake)]
+        with pytest.raises(UserError, match=message) as caught:
+            make(script, network, words)
+        assert len(str(caught.value).splitlines()) == 1
+        flag, value = re.search(message, str(caught.value)).groups()
+        make(script, network, [*words, flag, right or value])
+
+
+@pytest.mark.parametrize("script", ["classifier_train", "classifier_sample"])
+def test_a_classifier_whose_heads_do_not_divide_its_channels(script):
+    words = ["--classifier_width", "32", "--image_size", "32", "--classifier_channel_mult", "1,2"]
+    message = r"^--classifier_width 32 times the multiplier 1 is not a multiple of 64, as attention at 32 pixels needs"
+    with pytest.raises(UserError, match=message):
+        make(f"scripts/{script}.py", CLASSIFIER, words)
+    make(f"scripts/{script}.py", CLASSIFIER, [*words, "--classifier_attention_resolutions", "16"])
+    with pytest.raises(UserError, match=r"multiplier 1 .* attention at 16 pixels .*the last level always has"):
+        make(f"scripts/{script}.py", CLASSIFIER, [*words, "--classifier_channel_mult", "2,1"])
+    make(f"scripts/{script}.py", CLASSIFIER, [*words, "--classifier_width", "64"])
+
+
+def test_the_classifier_s_multipliers_have_a_name_of_their_own_where_the_model_has_some_too():
+    both = ["--image_size", "32", "--channel_mult", "1,2", "--classifier_channel_mult", "1,2,2"]
+    assert make("scripts/classifier_sample.py", DIFFUSION_MODEL, both).channel_mult == (1, 2)
+    assert make("scripts/classifier_sample.py", CLASSIFIER, both).channel_mult == (1, 2, 2)
+    for flag in ("--channel_mult", "--classifier_channel_mult"):
+        assert make("scripts/classifier_train.py", CLASSIFIER, ["--image_size", "32", flag, "1,3"]).channel_mult == (
+            1,
+            3,
+        )
+    large = ["--large_size", "512", "--small_size", "128"]
+    assert len(make("scripts/super_res_train.py", UPSAMPLER, large).channel_mult) == 6
+    assert make("scripts/super_res_train.py", UPSAMPLER, [*large, "--channel_mult", "1,2"]).channel_mult == (1, 2)
+
+
+def test_callers_of_the_factories_need_not_know_new_flags():
+    for create, flags, new in (
+        (create_classifier_and_diffusion, classifier_and_diffusion_defaults(), "classifier_channel_mult"),
+        (sr_create_model_and_diffusion, sr_model_and_diffusion_defaults(), "channel_mult"),
+    ):
+        del flags[new]
+        with torch.device("meta"):
+            create(**flags)
+
+
+def test_a_record_from_before_a_flag_existed_agrees_with_its_default():
+    assert differences({"--lr": 1.0}, {"--lr": 1.0, "--channel_mult": ""}) == []
+    assert differences({"--lr": 1.0}, {"--channel_mult": "1,2", "--lr": 1.0}) == [
+        "--channel_mult was not set and is now 1,2"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "message"),
+    [
+        ("image_train", "--dropout 2", "--dropout 2.0: expected a probability, from 0 to 1"),
+        ("super_res_train", "--dropout -1", "--dropout -1.0: expected a probability, from 0 to 1"),
+        ("image_train", "--lr nan", r"--lr nan .* expected lr > 0"),
+        ("image_train", "--weight_decay inf", r"--weight_decay inf: expected"),
+        ("image_train", "--fp16_scale_growth 0", r"--fp16_scale_growth 0.0: expected a number above 0"),
+        ("image_train", "--num_heads_upsample 5", r"5 attention heads \(--num_heads, --num_heads_upsample\)"),
+    ],
+)
+def test_numbers_out_of_range(script, words, message, photographs, tmp_path):
+    data = ["--data_dir", str(photographs), "--output", str(tmp_path), "--num_workers", "0"]
+    with pytest.raises(UserError, match=message):
+        load_script(f"scripts/{script}.py").main([*data, *words.split()])
+
+
+@pytest.mark.parametrize("flag", ["image_size", "num_channels", "num_res_blocks"])
+def test_whole_numbers_out_of_range(flag, capsys):
+    with pytest.raises(SystemExit):
+        load_script("scripts/image_train.py").main([f"--{flag}", "0"])
+    assert f"--{flag}: expected a whole number from 1 on, not 0" in capsys.readouterr().err
+
+
+# Flags that a shell passes on
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--attention_resolutions 32,16,8 --class_cond False --image_size 64"],
+        ["--model_path", "x", "--image_size=64 --seed=3"],
+        ["--class_cond True"],
+        ["--learn_sigma\tTrue\n--image_size 64"],
+    ],
+)
+def test_several_words_that_came_as_one_are_recognised(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        load_script("scripts/image_sample.py").create_argparser().parse_args(words)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and len(message.splitlines()) == 1
+    assert message.startswith("error: several words came as one, '--") and "${=MODEL_FLAGS}" in message
+
+
+def test_values_may_have_spaces_in_them():
+    parser = load_script("scripts/image_sample.py").create_argparser()
+    args = parser.parse_args(["--output=my folder", "--model_path", "a --b c"])
+    assert (args.output, args.model_path) == ("my folder", "a --b c")
+
+
+COMMANDS = """
+python() { for word in "$@"; do printf '%s\\n' "$word"; done; }
+"""
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_readme_s_commands_work_in_both_shells(shell):
+    """The shell says which words a script is given, and the script's parser takes them."""
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+    blocks = [block for block in blocks if "MODEL_FLAGS" in block]
+    assert len(blocks) == 2
+    scripts = []
+    for block in blocks:
+        definition, *commands = block.strip().split("\n\n")
+        for command in commands:
+            program = f"{COMMANDS}\n{definition}\n{command}"
+            done = subprocess.run([shell, "-c", program], capture_output=True, text=True, check=True)
+            script, *words = done.stdout.splitlines()
+            args = load_script(script).create_argparser().parse_args(words)
+            assert args.learn_sigma is True and args.image_size in (64, 256) and args.num_channels in (128, 256)
+            scripts.append(script)
+    assert len(scripts) == 5
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed")
+def test_the_advice_for_zsh_works_in_zsh():
+    for variable, works in (("$MODEL_FLAGS", False), ("${=MODEL_FLAGS}", True)):
+        program = f'{COMMANDS}\nMODEL_FLAGS="--image_size 64 --class_cond True"\npython {variable}'
+        words = subprocess.run(["zsh", "-c", program], capture_output=True, text=True, check=True).stdout.splitlines()
+        parser = load_script("scripts/image_sample.py").create_argparser()
+        if works:
+            assert parser.parse_args(words).class_cond is True
+        else:
+            with pytest.raises(SystemExit):
+                parser.parse_args(words)
+
+
+def test_no_example_leaves_the_splitting_to_the_shell():
+    scripts = [path for path in REPOSITORY.glob("scripts/**/*") if path.suffix in (".py", ".md")]
+    assert scripts
+    for path in [REPOSITORY / "README.md", *REPOSITORY.glob("*.py"), *scripts]:
+        assert not re.search(r"\s\$\w+_FLAGS", path.read_text()), path

@@ -1,0 +1,167 @@
+"""Every way in which the network may be computed gives the same numbers, and the benchmark measures them.
+
+How fast they are, no test tells: scripts/benchmark.py does.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from functools import partial
+from pathlib import Path
+
+from guided_diffusion.checkpoints import load_model
+from guided_diffusion.compute import inference
+from guided_diffusion.compute.compilation import compile_network
+from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import create_gaussian_diffusion, model_defaults
+from guided_diffusion.system.other_scripts import environment
+
+import pytest
+import torch
+from benchmarking.other_networks import exact, plain
+from conftest import SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint
+from reference import golden, reference_inputs, reference_model, relative_error
+from torch import nn
+
+UNETS = ["unet_readme_like", "unet_conv_resample_heads", "unet_new_attention_order"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread):
+    pass
+
+
+def reference(name):
+    """The network of a golden file, what it is given, and what it is to make of that."""
+    x, rest = reference_inputs(name)
+    return reference_model(name).requires_grad_(False), partial(_call, x=x, **rest), golden(name).out
+
+
+def _call(network, **given):
+    with torch.no_grad():
+        return network(**given)
+
+
+def distance(a, b):
+    """Relative, of all entries."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def half(model, channels_last=False):
+    model = copy.deepcopy(model)
+    model.convert_to_fp16(torch.bfloat16)
+    return model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_the_networks_to_compare_with_are_the_same_network(name):
+    model, call, expected = reference(name)
+    assert relative_error(call(plain(model)), expected) < 1e-4
+    right = call(exact(model))
+    assert right.dtype == torch.float32
+    assert distance(call(model), right) < 3e-6
+    assert relative_error(right, expected) < 1e-4
+    assert all(a is b for a, b in zip(plain(model).parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", UNETS)
+def test_half_precision_is_no_worse_than_a_plain_network_in_it(name, channels_last):
+    model, call, _ = reference(name)
+    right = call(exact(model))
+    assert distance(call(half(model, channels_last)), right) < 1.1 * distance(call(plain(half(model))), right)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_compiled_network_gives_the_reference_numbers(precision):
+    model, call, expected = reference("unet_readme_like")
+    right, diffusion = call(exact(model)), create_gaussian_diffusion()
+    kind = model if precision == "float32" else half(model, channels_last=True)
+    batch = len(expected) + 1  # one more than there are images: it is filled up
+    compiled = compile_network(kind, diffusion, batch, 32)
+    found = call(compiled)
+    assert found.shape == expected.shape
+    if precision == "float32":
+        assert relative_error(found, expected) < 1e-4
+    else:
+        assert distance(found, right) < 1.1 * distance(call(plain(half(model))), right)
+
+
+def test_a_network_that_cannot_be_compiled_is_plain_words(monkeypatch):
+    class Strange(nn.Module):
+        num_classes = None
+
+        def forward(self, x, timesteps):
+            print("this cannot be part of a graph", torch.randn(3).tolist())
+            return x
+
+    with pytest.raises(UserError, match=r"(?s)cannot be compiled: .*--compile False"):
+        compile_network(Strange(), create_gaussian_diffusion(), 1, 8)
+
+
+def test_layout_and_precision_go_on_record(monkeypatch):
+    monkeypatch.setattr(inference, "half_precision_dtype", lambda _: torch.bfloat16)
+    for channels, use_fp16, layout in ((64, True, "last"), (64, False, "first"), (32, True, "first")):
+        flags = {**model_defaults(), **SMALL_MODEL, "num_channels": channels, "use_fp16": use_fp16}
+        model = load_model("untrained", flags)
+        found = inference.prepare(model, use_fp16, 1)
+        assert found["layout"] == f"channels {layout}"
+        assert found["precision"] == ("bfloat16" if use_fp16 else "float32")
+        weight = model.middle_block[0].in_layers[2].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "last")
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_same_bytes_with_channels_last(compiled, photographs, tmp_path):
+    """A network wide enough for the fast layout: one process, two, and a run that goes on, write the same."""
+    wide = {**SMALL_MODEL, "num_channels": 64, "num_head_channels": 32}
+    weights = save_checkpoint(tmp_path / "wide.pt", wide)
+    flags = [*as_flags({**wide, "use_fp16": True, "compile": compiled}), "--model_path", weights]
+    flags += ["--timestep_respacing", "20", "--step_reverse", "4", "--data_dir", photographs]
+    flags += ["--batch_size", "3", "--num_threads", "1"]  # of seven images: the last batch has one
+
+    def run(output: Path, **launch) -> dict[str, bytes]:
+        own = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / f"compiler_{output.name}"))  # compiled anew
+        done = run_script(*flags, "--output", output, env=own, **launch)
+        assert done.returncode == 0, done.stderr
+        assert ("compiling the network" in done.stderr) == compiled
+        return {path.name: path.read_bytes() for path in output.rglob("*.JPEG")}
+
+    files = run(tmp_path / "1")
+    assert len(files) == 7
+    assert run(tmp_path / "2", kind="mpiexec", processes=2) == files
+    for path in list((tmp_path / "2").rglob("*.JPEG"))[::2]:
+        path.unlink()
+    assert run(tmp_path / "2") == files
+
+
+def test_benchmark(tmp_path, capsys):
+    """On a network of no size; the parts that take minutes are left out."""
+    script, output = load_script("scripts/benchmark.py"), tmp_path / "benchmark.json"
+    flags = [*as_flags(SMALL_MODEL), "--repeats", "1", "--num_threads", "1", "--output", str(output)]
+    assert script.main([*flags, "--parts", "network,loop,processes,startup"]) == 0
+    report = json.loads(output.read_text())
+    rows = {(row["network"], row["precision"]): row for row in report["network"] if "share of peak" in row}
+    assert {name for name, _ in rows} >= {"plain", "this project"}
+    for row in rows.values():
+        assert row["share of peak"] > 0
+        assert row["images/s"] == pytest.approx(1 / row["seconds"])
+    assert rows["plain", "float32"]["times plain float32"] == [1, 1, 1]
+    (loop,) = report["loop"]
+    assert (loop["images"], loop["steps"]) == (3, 2)
+    assert 0 < loop["share of the time that the network waits"] < 1
+    several = {row["processes"]: row.get("times one process") for row in report["processes"]}
+    timed = [number for number in several if "counted" not in str(number)]
+    assert timed == [1, 2] or timed[0].startswith("not measured: ")
+    assert several["8, counted, 1 time"] == pytest.approx(313 / 40)  # batches, and those of the process with most
+    assert 63 > several["64, counted, 10 times"] > 62
+    assert 0 < report["startup"][0]["seconds, least and most"][0] < 300
+    assert "| this project | float32 |" in capsys.readouterr().out
+
+    with pytest.raises(UserError, match="--parts speed: expected some of network,"):
+        script.main([*flags, "--parts", "speed"])
+    blocked = str(output / "benchmark.json")  # a file is in the way
+    with pytest.raises(UserError, match=f"--output {re.escape(blocked)} cannot be written: "):
+        script.main([*flags, "--parts", "network", "--output", blocked])

@@ -1,0 +1,167 @@
+"""The embedded example: the demo as its users run it, and the weights that come with it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+from guided_diffusion.checkpoints import load_model
+from guided_diffusion.classifier.networks import open_classifier
+from guided_diffusion.errors import UserError
+from guided_diffusion.forward_backward import noised_image
+from guided_diffusion.script_util import diffusion_from_flags, model_and_diffusion_defaults
+from random_hierarchy_model import posterior_mean
+from random_hierarchy_model.curves import fraction_kept, probability_kept
+from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
+from random_hierarchy_model.training import images_from_flags
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_script, run_script
+from PIL import Image
+
+FLAGS = {**model_and_diffusion_defaults(), **MODEL_FLAGS, "timestep_respacing": "250"}
+IMAGES = images_from_flags(GRAMMAR_FLAGS)
+
+
+# The demo
+
+TIMES = ["--time_series", "0,4", "10", "20"]
+SMALL = ["--num_images", "16", "--timestep_respacing", "ddim20", "--num_threads", "1", *TIMES]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The folder of a small run."""
+    output = tmp_path_factory.mktemp("demo")
+    threads = torch.get_num_threads()
+    assert load_script("scripts/demo.py").main([*SMALL, "--output", str(output)]) == 0
+    torch.set_num_threads(threads)
+    return output
+
+
+def curves(folder: Path) -> dict[tuple[str, int], list[float]]:
+    """(curve, k) -> what survives, from the class to the leaves."""
+    found: dict[tuple[str, int], list[float]] = {}
+    with open(folder / "figures/retention.csv", newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault((row["curve"], int(row["k"])), []).append(float(row["kept"]))
+    return found
+
+
+def test_what_the_demo_finds(demo):
+    found = curves(demo)
+    loops = "exact posterior", "loop, exact denoiser", "loop, U-Net"
+    for curve in loops:
+        assert found[curve, 0] == [1] * 5  # nothing is lost where nothing is noised
+        assert len(found[curve, 10]) == 5
+        assert found[curve, 10][0] > found[curve, 20][0]  # most is lost where all is noise
+    assert found["U-Net, seen by ConvNeXt", 0] == [1]
+    # With half of the noise, the two loops meet the same noise: what they make differs little.
+    assert np.abs(np.subtract(found[loops[1], 10], found[loops[2], 10])).max() < 0.3
+    with open(demo / "figures/retention.csv", newline="") as file:
+        chance = [float(row["chance"]) for row in csv.DictReader(file) if (row["curve"], row["k"]) == (loops[0], "20")]
+    assert found[loops[0], 20] == pytest.approx(chance)  # pure noise tells nothing
+    assert chance[0] == pytest.approx(1 / 8)
+
+
+def test_what_the_demo_leaves(demo):
+    names = "retention", "similarity_against_time", "class_retention", "distributions", "gallery"
+    expected = {f"{name}.{ending}" for name in names for ending in ("png", "pdf", "csv")} | {"transition.json"}
+    assert {path.name for path in (demo / "figures").iterdir()} == expected
+    samples = sorted((demo / "samples/t_10_20_images").glob("class_0*/*.png"))
+    assert len(samples) == 16
+    with Image.open(samples[0]) as image:
+        assert image.size == (16, 16)
+    with np.load(demo / "classifier/act_stat_small_convnext.npz") as statistics:
+        assert (statistics["num_images"], statistics["top1"]) == (512, 1)
+
+
+def test_again_and_in_two_processes(demo, tmp_path):
+    """The same table and the same curves; what is there is not made again."""
+    first = run_script(*SMALL, "--output", demo, script="scripts/demo.py")
+    second = run_script(*SMALL, "--output", tmp_path, "--processes", "2", script="scripts/demo.py")
+    for done in (first, second):
+        assert done.returncode == 0, done.stderr
+        assert "  k/N  exact   loop  U-Net  ConvNeXt  exact" in done.stdout
+    assert first.stdout == second.stdout
+    assert "0 samples to make, 64 are there" in first.stderr and "nothing to do" in first.stderr
+    assert "2 process(es) of 1 thread(s)" in second.stderr
+    assert (tmp_path / "figures/retention.csv").read_bytes() == (demo / "figures/retention.csv").read_bytes()
+
+
+def test_mistakes_of_the_demo(demo, tmp_path, monkeypatch, capsys):
+    script = load_script("scripts/demo.py")
+    with pytest.raises(UserError, match=r"^--num_images 12: expected a multiple of the 8 classes$"):
+        script.main(["--num_images", "12", "--output", str(tmp_path / "none")])
+    with pytest.raises(UserError, match=r"^--time_series 21 is out of range: expected a whole number from 0 to 20"):
+        script.main([*SMALL, "--time_series", "21", "--output", str(tmp_path / "none")])
+    with pytest.raises(UserError, match="begun with other settings"):  # another seed, in a folder with results
+        script.main([*SMALL, "--seed", "1", "--output", str(demo)])
+    monkeypatch.setattr(script.sys, "executable", "/nowhere/python")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(
+        UserError, match=r'^--processes 2 needs mpiexec, which is not installed: pip install -e "\.\[mpi\]"$'
+    ):
+        script.main(["--processes", "2", "--output", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+# The weights
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return load_model(str(UNET_FILE), FLAGS).eval()
+
+
+def some_images(count: int):
+    """Images that training did not see, and their symbols."""
+    classes = np.arange(count) % IMAGES.grammar.num_symbols
+    symbols = [torch.from_numpy(s) for s in IMAGES.grammar.sample(count, 2**40, classes=classes)]
+    return IMAGES.render(symbols[0]), symbols
+
+
+def test_the_weights_are_small():
+    assert UNET_FILE.stat().st_size + CLASSIFIER_FILE.stat().st_size < 12e6
+
+
+def test_the_classifier_reads_the_class():
+    classifier = open_classifier(CLASSIFIER, str(CLASSIFIER_FILE), image_size=IMAGES.image_size)
+    x, symbols = some_images(1000)
+    pixels = ((x + 1) * 127.5).permute(0, 2, 3, 1).round().byte().numpy()
+    with torch.inference_mode():
+        logits = torch.cat(
+            [classifier.model(torch.stack([*map(classifier.preprocess, p)])) for p in (pixels[:500], pixels[500:])]
+        )
+    assert (logits.argmax(1) == symbols[-1][:, 0]).double().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    ("t", "bound"), [(100, 0.002), (300, 0.005), (400, 0.01), (500, 0.035), (600, 0.01), (900, 0.0002)]
+)
+def test_the_u_net_is_near_the_best_denoiser(unet, t, bound):
+    """The mean squared error towards the exact posterior mean, whose own square is 1 without noise."""
+    diffusion = diffusion_from_flags({**FLAGS, "timestep_respacing": ""})
+    x, _ = some_images(128)
+    at = torch.full((128,), t)
+    x_t = diffusion.q_sample(x, at, torch.randn(x.shape, generator=torch.Generator().manual_seed(t)))
+    with torch.inference_mode():
+        error = (unet(x_t, at) - posterior_mean(IMAGES, x_t, float(diffusion.alphas_cumprod[t]))).square().mean()
+    assert error < bound
+
+
+def test_the_u_net_loses_what_is_lost_in_truth(unet):
+    """Half of the time back, at the transition: 64 images against the exact posterior at the same noised images."""
+    diffusion = diffusion_from_flags(FLAGS)
+    x, symbols = some_images(64)
+    k, generator = 125, torch.Generator().manual_seed(0)
+    x_k = noised_image(diffusion, x, k, torch.randn(x.shape, generator=generator))
+    with torch.inference_mode():
+        back = diffusion.p_sample_loop_forw_back(unet, x.shape, k, noise=x_k, generator=generator)
+    exact = probability_kept(IMAGES, x_k, float(diffusion.alphas_cumprod[k - 1]), symbols)
+    difference = fraction_kept(IMAGES, back, symbols) - exact  # (B, L + 1), the class first
+    error = difference.std(0) / 8
+    assert abs(difference[:, 0].mean()) < 0.10 + 2 * error[0]
+    assert abs(difference[:, -1].mean()) < 0.05 + 2 * error[-1]

@@ -1,0 +1,103 @@
+"""Messages between ranks and what happens to them, with a real store; the ranks are threads of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+from guided_diffusion.errors import LostPeer
+from guided_diffusion.system.peers import CHUNK_SIZE, Peers
+
+import pytest
+import torch.distributed as dist
+
+HOSTS = ["gpu-a", "gpu-a", "gpu-b"]
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=30), wait_for_workers=False)
+
+
+@pytest.fixture
+def ranks(store, monkeypatch) -> Iterator[list[Peers]]:
+    """Three ranks, whose heart beats fifteen times per second."""
+    monkeypatch.setenv("GUIDED_DIFFUSION_PEER_TIMEOUT", "2")
+
+    def connect() -> dist.Store:
+        client = dist.TCPStore("127.0.0.1", store.port, None, False, timedelta(seconds=30), wait_for_workers=False)
+        return dist.PrefixStore("run", client)
+
+    def on_stuck(error: LostPeer) -> None:
+        raise AssertionError(error)  # the tests' main thread is never stuck for long
+
+    peers = [Peers(rank, HOSTS, connect, on_stuck) for rank in range(3)]
+    yield peers
+    on_all(peers, lambda peer: peer.leave())
+
+
+def on_all(ranks: list[Peers], action: Callable[[Peers], Any]) -> list:
+    """What the action gives on every rank, all at the same time."""
+    with ThreadPoolExecutor(len(ranks)) as pool:
+        return list(pool.map(action, ranks))
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK_SIZE, 3 * CHUNK_SIZE + 1])
+def test_messages_of_any_size_arrive_and_leave_nothing_in_the_store(ranks, store, size):
+    def exchange(peer: Peers) -> Any:
+        return peer.broadcast(bytes([peer.rank]) * size), peer.gather((peer.rank, bytes(size)))
+
+    on_all(ranks, lambda peer: peer.gather(None))  # all heartbeats are there
+    before = store.num_keys()
+    for _ in range(3):
+        for first, both in on_all(ranks, exchange):
+            assert first == bytes(size)
+            assert both == [(rank, bytes(size)) for rank in range(3)]
+    assert store.num_keys() == before
+
+
+def test_a_rank_that_failed_is_named_with_its_reason(ranks):
+    ranks[2].leave("failed", "ended: no space left on device")
+    words = "rank 2 on gpu-b ended: no space left on device; see its output"
+    with pytest.raises(LostPeer, match=words):
+        ranks[0].gather(None)
+    with pytest.raises(LostPeer, match=words):
+        ranks[1].broadcast(None)
+    with pytest.raises(LostPeer, match=words):
+        ranks[0].check()
+    assert [ranks[0].reporter(), ranks[1].reporter()] == [0, 0]
+
+
+def test_the_first_failure_is_the_one_that_is_told(ranks):
+    ranks[1].leave("failed", "was stopped by SIGTERM")
+    ranks[2].leave("followed")
+    assert "rank 1 on gpu-a was stopped by SIGTERM" in str(ranks[0].explain())
+
+
+def test_a_rank_that_finished_is_missed_only_by_those_who_wait_for_it(ranks):
+    ranks[2].leave()
+    assert "rank 2 on gpu-b ended; see its output" in str(ranks[0].explain())  # after a collective of torch failed
+    ranks[0].check()
+
+    def gather(peer: Peers) -> str:
+        with pytest.raises(LostPeer) as error:
+            peer.gather(None)
+        peer.leave("followed", str(error.value))
+        return str(error.value)
+
+    first, second = on_all(ranks[:2], gather)
+    assert first.startswith("rank 2 on gpu-b ended; see its output")
+    assert second == first
+
+
+def test_rank_0_waits_for_those_that_work(ranks):
+    with ThreadPoolExecutor(1) as pool:
+        leaving = pool.submit(ranks[0].leave)
+        ranks[1].leave()
+        with pytest.raises(TimeoutError):
+            leaving.result(0.5)
+        assert ranks[2].lost() is None  # it would learn of a failure still
+        ranks[2].leave()
+        assert leaving.result(30)
