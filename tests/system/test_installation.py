@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, environment
 
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY)) for folder in (".", "scripts") for path in (REPOSITORY / folder).glob("*.py")
 )
 SCRIPTS.remove("setup.py")
+PACKAGES = ("guided_diffusion", "random_hierarchy_model")
 
 
 def start(*words, **variables) -> subprocess.CompletedProcess:
@@ -49,3 +51,37 @@ def test_a_program_of_one_s_own_gets_an_exception():
     done = start("-S", "-c", program, PYTHONPATH=str(REPOSITORY))
     assert done.returncode == 0
     assert done.stdout.startswith(f"{sys.executable} has no numpy, ")
+
+
+def test_an_installed_wheel_has_every_module_and_the_demo_s_weights(tmp_path):
+    """An editable install, which all other tests use, would not notice a folder that is not packaged."""
+    source = tmp_path / "source"
+    for package in PACKAGES:
+        shutil.copytree(REPOSITORY / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, source)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    build = ["wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source]
+    subprocess.run([*pip, *build], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    subprocess.run(
+        [*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, capture_output=True
+    )
+    names = [path.relative_to(source) for package in PACKAGES for path in (source / package).rglob("*")]
+    names = [name for name in names if name.suffix in (".py", ".pt")]
+    assert len(names) > 60 and all((tmp_path / "site" / name).exists() for name in names)
+    modules = [".".join(name.with_suffix("").parts).removesuffix(".__init__") for name in names if name.suffix == ".py"]
+    program = (
+        f"import importlib\nfor module in {modules}: print(importlib.import_module(module).__file__)\n"
+        "from random_hierarchy_model import demo\nassert demo.UNET_FILE.exists() and demo.CLASSIFIER_FILE.exists()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(PYTHONPATH=str(tmp_path / "site")),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(done.stdout.splitlines()) == len(modules)
+    assert all(line.startswith(str(tmp_path / "site")) for line in done.stdout.splitlines())
