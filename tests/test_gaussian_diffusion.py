@@ -1,5 +1,6 @@
 """Schedules, steps, loops and losses: against the reference numbers, and against each other."""
 
+import inspect
 import math
 
 from guided_diffusion import gaussian_diffusion as gd
@@ -387,6 +388,26 @@ def test_progressive_loop_yields_every_step_of_the_plain_one(loop, k):
         assert out.keys() == {"sample", "pred_xstart"}
         assert all(torch.equal(out[key], expected[key]) for key in out)
         x = out["sample"]
+
+
+@pytest.mark.parametrize("suffix", ["", "_progressive", "_forw_back", "_forw_back_progressive"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_take_their_options_by_position_too(loop, suffix):
+    method = getattr(diffusion_of(), f"{loop}_loop{suffix}")
+    options = {"model": sine_model(False), "shape": SHAPE, "step_reverse": 4, "noise": seeded(SHAPE, 7)}
+    options |= {"clip_denoised": False, "denoised_fn": torch.tanh, "cond_fn": lambda x, t: -x, "model_kwargs": {}}
+    options |= {"device": "cpu", "progress": False, "eta": 0.5, "generator": None}
+    names = list(inspect.signature(method).parameters)
+    assert names == [n for n in options if (n != "step_reverse" or "forw" in suffix) and (n != "eta" or "ddim" in loop)]
+    results = []
+    for positional in (len(names) - 1, 2):
+        options["generator"] = seed()
+        values = [options[name] for name in names]
+        out = method(*values[:positional], **dict(list(zip(names, values, strict=True))[positional:]))
+        results.append(out if isinstance(out, torch.Tensor) else list(out)[-1]["sample"])
+    assert torch.equal(*results)
+    with pytest.raises(TypeError, match="num_steps"):
+        method(*values, num_steps=4)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

@@ -411,7 +411,7 @@ def test_labels_that_do_not_fit():
     with pytest.raises(UserError, match="class_cond False"):
         tiny_unet()(x, t, y=torch.tensor([0, 1]))
     conditioned = tiny_unet(num_classes=10)
-    with pytest.raises(UserError, match=r"one for each of 2 images, found none"):
+    with pytest.raises(UserError, match=r"a label for each of 2 images, found none"):
         conditioned(x, t)
     with pytest.raises(UserError, match=r"found a tensor of shape \(1,\)"):
         conditioned(x, t, y=torch.tensor([0]))
@@ -473,6 +473,17 @@ def test_a_hook_may_keep_what_it_is_shown(layer):
     block.get_submodule(layer).register_forward_hook(lambda _module, _args, output: kept.extend([output, output * 1]))
     block(seeded((2, 32, 8, 8), 0), seeded((2, 16), 1))
     assert torch.equal(*kept)
+
+
+@torch.no_grad()
+def test_layers_can_be_sliced_as_in_the_original():
+    """A client's own ResBlock.forward, with the parts of the layers called one by one."""
+    block = fill_weights(ResBlock(32, 16, 0.0, 64, use_scale_shift_norm=True, down=True)).eval()
+    x, emb = seeded((2, 32, 8, 8), 0), seeded((2, 16), 1)
+    h = block.in_layers[-1](block.resample(block.in_layers[:-1](x)))
+    scale, shift = block.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+    h = block.out_layers[1:](block.out_layers[0](h) * (1 + scale) + shift)
+    assert relative_error(block(x, emb), h + block.skip_connection(block.resample(x))) < 1e-6
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
