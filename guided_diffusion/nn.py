@@ -101,7 +101,8 @@ class NormActConv(nn.Sequential):
 
     def add(self, h: Tensor, skip: Tensor) -> Tensor:
         """The sum of the output `h` of `convolve` and a skip connection, both (B, D, H, W)."""
-        return h + skip if h.requires_grad or self[-1]._forward_hooks else h.add_(skip)
+        *_, conv = self
+        return h + skip if h.requires_grad or conv._forward_hooks else h.add_(skip)
 
 
 class PointwiseConv1d(nn.Conv1d):

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from . import dist_util, logger
-from .checkpoints import Network, Shapes, check_fit
+from .checkpoint_file import Shapes
+from .checkpoints import Network, check_fit
 from .classes import OtherClasses, read_classes, write_classes
 from .command_line import when_stopped
 from .errors import UserError, first_line

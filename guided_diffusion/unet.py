@@ -123,8 +123,7 @@ class ResBlock(TimestepBlock):
         self.in_layers = NormActConv(
             normalization(channels), SiLU(inplace=True), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
-        resample = Upsample if up else Downsample if down else nn.Identity
-        self.resample = resample(channels, use_conv=False, dims=dims)
+        self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims) if down else None
         self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
         self.out_layers = NormActConv(
             normalization(out_channels),
@@ -145,7 +144,8 @@ class ResBlock(TimestepBlock):
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.in_layers.activate(x)  # (B, channels, H, W)
-        h, x = self.resample(h), self.resample(x)  # (B, channels, H', W')
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)  # (B, channels, H', W')
         h = self.in_layers.convolve(h)  # (B, out_channels, H', W')
         emb = self.emb_layers(emb).to(h.dtype)  # (B, out_channels), twice as many with use_scale_shift_norm
         emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))  # (B, ..., 1, 1)

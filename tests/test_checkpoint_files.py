@@ -81,7 +81,7 @@ def test_the_only_state_dict_of_the_network_is_found_in_a_file_with_other_things
     torch.save({key: nn.DataParallel(model).state_dict(), **more}, path)
     capsys.readouterr()
     assert_same(LOADERS[network](path, flags_of(network)), model)
-    told = f"{path} has the entries {key}, epoch, optimizer, args, loss: {key} is used"
+    told = f"{path} has the entries {key}, epoch, optimizer, args, loss: using {key}"
     assert told in capsys.readouterr().err
     # The state dict of another network does not make it less clear, nor do flags that do not fit.
     torch.save({"teacher": {"layer.weight": torch.zeros(3)}, key: model.state_dict()}, path)
@@ -103,7 +103,7 @@ def test_several_state_dicts_that_fit_are_listed_and_the_advice_works(network, m
         f"{network.path_flag} {path} has the entries step, model, ema, and several are state dicts of this network: "
         "model, ema."
     )
-    advice = second.removeprefix("Save one in a file of its own: ")
+    advice = second.removeprefix("Save one of them to its own file: ")
     exec(advice, {"torch": torch, "FILE": path, "NEW_FILE": tmp_path / "alone.pt"})
     assert_same(LOADERS[network](str(tmp_path / "alone.pt"), flags_of(network)), model)
     # Of two sizes, only one fits.
@@ -120,7 +120,7 @@ def test_what_is_in_a_file_without_the_network_is_listed(network, tmp_path):
     for saved, message in (
         (
             {"model": resnet, "epoch": 1},
-            rf"^{flag} {path} holds 122 weights of some other network \(the first is 'conv1",
+            rf"^{flag} {path} contains 122 weights of another network \(the first is 'conv1",
         ),
         (
             {"a": resnet, "b": resnet},
@@ -128,12 +128,12 @@ def test_what_is_in_a_file_without_the_network_is_listed(network, tmp_path):
         ),
         (
             {"epoch": 1, "list": [1]},
-            rf"^{flag} {path} holds entries that are no tensors \('epoch': int, 'list': list\)",
+            rf"^{flag} {path} contains entries other than tensors \('epoch': int, 'list': list\)",
         ),
-        ({0: torch.zeros(1)}, rf"^{flag} {path} holds tensors without names; expected a dict of tensors"),
-        ([torch.zeros(1)], rf"^{flag} {path} holds a list; expected a dict of tensors"),
-        ({}, rf"^{flag} {path} holds an empty dict; expected a dict of tensors"),
-        ({"n_averaged": torch.tensor(3)}, rf"^{flag} {path} holds 0 weights of some other network"),
+        ({0: torch.zeros(1)}, rf"^{flag} {path} contains unnamed tensors; expected a dict of tensors"),
+        ([torch.zeros(1)], rf"^{flag} {path} contains a list; expected a dict of tensors"),
+        ({}, rf"^{flag} {path} contains an empty dict; expected a dict of tensors"),
+        ({"n_averaged": torch.tensor(3)}, rf"^{flag} {path} contains 0 weights of another network"),
     ):
         torch.save(saved, path)
         with pytest.raises(UserError, match=message):
@@ -236,7 +236,7 @@ def test_auxiliary_heads_may_be_absent(name, tmp_path):
         assert found.state_dict().keys() == model.state_dict().keys()
     cut = {k: w for k, w in with_heads.state_dict().items() if not k.startswith("fc.")}
     torch.save(cut, tmp_path / "cut.pth")
-    with pytest.raises(UserError, match=r"it lacks 2 of \d+ weights and has 0 besides\n\(the first: fc\.weight\)"):
+    with pytest.raises(UserError, match=r"2 of \d+ weights are missing, such as fc\.weight$"):
         open_classifier(name, str(tmp_path / "cut.pth"))
 
 
@@ -283,7 +283,7 @@ def test_one_s_own_network(tmp_path, monkeypatch):
     ):
         open_classifier("own_resnet:ours", str(path))
     torch.save({**model.state_dict(), "fc.weight": torch.zeros(4, 512)}, path)
-    with pytest.raises(UserError, match=r"own_resnet:ours: fc.weight has shape \[4, 512\], and not \[3, 512\]"):
+    with pytest.raises(UserError, match=r"own_resnet:ours: fc.weight has shape \[4, 512\], expected \[3, 512\]"):
         open_classifier("own_resnet:ours", str(path))
 
 
@@ -335,7 +335,7 @@ def test_safetensors(safetensors, models, tmp_path):
         assert_same(LOADERS[network](str(path), flags_of(network)), models[network])
         for size in (100, os.path.getsize(path) - 1):
             named_otherwise.write_bytes(path.read_bytes()[:size])
-            with pytest.raises(UserError, match=r"is a safetensors file that is truncated or damaged: ") as caught:
+            with pytest.raises(UserError, match=r"is a truncated or corrupted safetensors file: ") as caught:
                 LOADERS[network](str(named_otherwise), flags_of(network))
             assert len(str(caught.value).splitlines()) == 1
     model = make("resnet18")
@@ -357,6 +357,6 @@ def test_safetensors_without_the_package(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: --classifier_path {path} (66 bytes) is a safetensors file, which needs the extra safetensors: "
+        f"error: --classifier_path {path} (66 bytes) is a safetensors file, which requires the extra safetensors: "
         'pip install -e ".[safetensors]"\n'
     )

@@ -115,10 +115,10 @@ def of_other_shapes(saved):
 @pytest.mark.parametrize(
     ("layout", "change", "words"),
     [
-        ("float32", without_moments, "'momentum_buffer', and those of AdamW are 'step', 'exp_avg'"),
+        ("float32", without_moments, "'momentum_buffer', expected those of AdamW: 'step', 'exp_avg'"),
         ("float32", of_fewer_parameters, r"it has \d+ parameters, the network \d+"),
-        ("float32", of_other_shapes, r"time_embed\.0\.weight has shape \[7\] there and \["),
-        ("float16", of_other_shapes, r"its vectors have 7 numbers, those of the network \d+"),
+        ("float32", of_other_shapes, r"time_embed\.0\.weight has shape \[7\], expected \["),
+        ("float16", of_other_shapes, r"its vectors have 7 elements, the network's \d+"),
         ("float32", lambda saved: saved.pop("param_groups"), "is not the state of an optimizer"),
     ],
 )

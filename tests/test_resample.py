@@ -32,7 +32,7 @@ def test_names():
     learning = create_named_schedule_sampler("loss-second-moment", diffusion)
     assert type(learning) is LossSecondMomentResampler
     assert (learning.history_per_term, learning.uniform_prob, len(learning.weights())) == (10, 0.001, 20)
-    with pytest.raises(UserError, match=r"^--schedule_sampler is 'unifrom'; expected uniform or loss-second-moment$"):
+    with pytest.raises(UserError, match="^--schedule_sampler unifrom: expected uniform or loss-second-moment$"):
         create_named_schedule_sampler("unifrom", diffusion)
 
 
@@ -134,7 +134,7 @@ def test_goes_on_from_a_state(tmp_path):
     assert held["counts"].tolist() == [2, 2, 2, 2] and torch.equal(held["losses"], before["losses"])
 
     with pytest.raises(
-        UserError, match=r"holds 3 losses for each of 4 time steps; expected 3 for each of 5 \(--diffusion_steps"
+        UserError, match=r"contains 3 losses for each of 4 timesteps, expected 3 for each of 5 \(--diffusion_steps"
     ):
         LossSecondMomentResampler(diffusion_of(5), history_per_term=3).load_state_dict(held)
 
