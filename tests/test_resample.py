@@ -32,7 +32,7 @@ def test_names():
     learning = create_named_schedule_sampler("loss-second-moment", diffusion)
     assert type(learning) is LossSecondMomentResampler
     assert (learning.history_per_term, learning.uniform_prob, len(learning.weights())) == (10, 0.001, 20)
-    with pytest.raises(UserError, match="^--schedule_sampler unifrom: expected uniform or loss-second-moment$"):
+    with pytest.raises(UserError, match=r"^--schedule_sampler unifrom: expected uniform or loss-second-moment$"):
         create_named_schedule_sampler("unifrom", diffusion)
 
 
