@@ -1,4 +1,4 @@
-"""Files of weights as people have them: wrapped, among other things, old, in other formats, or no weights at all."""
+"""Real-world weight files: wrapped, among other entries, old, in other formats, or without weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_wrapper_s_prefix_is_taken_off(network, wrapper, models, tmp_path):
     torch.save(WRAPPERS[wrapper](models[network]).state_dict(), path)
     assert_same(LOADERS[network](path, flags_of(network)), models[network])
     flag = "classifier_depth" if network.kind.startswith("a classifier") else "num_res_blocks"
-    with pytest.raises(UserError, match=rf"Change your flags to: --{flag} 1$"):  # as without the prefix
+    with pytest.raises(UserError, match=rf"Change your flags to: --{flag} 1$"):  # prefixes do not matter
         LOADERS[network](path, {**flags_of(network), flag: 2})
 
 
@@ -83,7 +83,7 @@ def test_the_only_state_dict_of_the_network_is_found_in_a_file_with_other_things
     assert_same(LOADERS[network](path, flags_of(network)), model)
     told = f"{path} has the entries {key}, epoch, optimizer, args, loss: using {key}"
     assert told in capsys.readouterr().err
-    # The state dict of another network does not make it less clear, nor do flags that do not fit.
+    # Neither the state dict of another network nor flags that do not fit make it ambiguous.
     torch.save({"teacher": {"layer.weight": torch.zeros(3)}, key: model.state_dict()}, path)
     assert_same(LOADERS[network](path, flags_of(network)), model)
     flag = "classifier_depth" if network.kind.startswith("a classifier") else "num_res_blocks"
@@ -152,11 +152,11 @@ def test_the_scripts_take_such_files(models, tmp_path):
     assert load_script("scripts/classifier_sample.py").main([*flags, *guided, "--output", str(tmp_path / "b")]) == 0
 
 
-# Classifiers of torchvision, and one's own
+# Classifiers of torchvision and the user
 
 
 class OldPickle:
-    """What torch.save is to write with, to make a file such as PyTorch 0.3 made."""
+    """Pickle module for torch.save, to write files like those of PyTorch 0.3."""
 
     class Pickler(pickle.Pickler):
         def reducer_override(self, value):
@@ -169,7 +169,7 @@ class OldPickle:
 
 
 def as_in_2017(state: dict) -> OrderedDict:
-    """A state dict as it was before batch normalisation counted batches, and before modules had versions."""
+    """A state dict from before batch normalisation counted batches and modules had versions."""
     return OrderedDict((name, w) for name, w in state.items() if "num_batches_tracked" not in name)
 
 
@@ -253,7 +253,7 @@ def test_wrapped_classifiers(wrapper, tmp_path):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_version_of_a_wrapped_network_is_kept(wrapper, tmp_path):
-    model, path = make("mnasnet0_5"), tmp_path / "x.pth"  # which does not load without
+    model, path = make("mnasnet0_5"), tmp_path / "x.pth"  # which requires its version
     torch.save(WRAPPERS[wrapper](model).state_dict(), path)
     assert_loaded("mnasnet0_5", path, model, ["classifier"])
     torch.save(dict(model.state_dict()), path)
@@ -316,7 +316,7 @@ def test_other_files_that_are_git_lfs_pointers(tmp_path):
 
 @pytest.fixture
 def safetensors(models, tmp_path):
-    """Files of that format, by network."""
+    """Files in the format, by network."""
     package = pytest.importorskip("safetensors.torch", reason="the extra safetensors is not installed")
     paths = {network: tmp_path / f"{i}.safetensors" for i, network in enumerate(SMALL)}
     for network, path in paths.items():
@@ -344,7 +344,7 @@ def test_safetensors(safetensors, models, tmp_path):
 
 
 def test_safetensors_without_the_package(tmp_path):
-    """The extra is named, in one line. The file is written by hand, since the package may be missing here too."""
+    """The message names the extra. The file is written by hand, since the package may be missing here too."""
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
