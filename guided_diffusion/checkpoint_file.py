@@ -129,7 +129,7 @@ def read_file(file: BinaryIO, path: str | os.PathLike, flag: str, **kwargs: Any)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        problem = _diagnosis(head, size, whole_zip, error)
+        problem = _diagnosis(error, head=head, size=size, whole_zip=whole_zip)
         raise UserError(f"{flag} {path} ({size:,} bytes) {problem}") from error
 
 
@@ -203,7 +203,7 @@ def _keys(entries: Iterable[Any]) -> str:
 # Diagnosing unreadable files
 
 
-def _diagnosis(head: bytes, size: int, whole_zip: bool, error: Exception) -> str:
+def _diagnosis(error: Exception, head: bytes, size: int, whole_zip: bool) -> str:
     """Explanation of an `error` of torch.load for a file of `size` bytes that begins with `head`."""
     if size == 0:
         return "is empty: not a checkpoint"

@@ -82,17 +82,17 @@ def load_model(model_path: str, flags: Mapping[str, Any], seed: int = 0) -> UNet
 
     Raises UserError if the file cannot be read or does not fit the flags.
     """
-    return _load(DIFFUSION_MODEL, model_path, flags, seed)
+    return _load(DIFFUSION_MODEL, model_path, flags, seed=seed)
 
 
 def load_upsampler(model_path: str, flags: Mapping[str, Any], seed: int = 0) -> SuperResModel:
     """`load_model` for an upsampler, with the flags of `sr_model_and_diffusion_defaults`."""
-    return _load(UPSAMPLER, model_path, flags, seed)
+    return _load(UPSAMPLER, model_path, flags, seed=seed)
 
 
 def load_noisy_classifier(classifier_path: str, flags: Mapping[str, Any], seed: int = 0) -> EncoderUNetModel:
     """`load_model` for a classifier of noisy images, with the flags of `classifier_defaults`."""
-    return _load(CLASSIFIER, classifier_path, flags, seed)
+    return _load(CLASSIFIER, classifier_path, flags, seed=seed)
 
 
 def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> Any:
@@ -108,7 +108,7 @@ def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> A
         model = build(network, flags)
     expected = shapes_of(model.state_dict())
     weights = load_weights(path, flag=network.path_flag, expected=expected)
-    check_fit(network, path, shapes_of(weights), expected, flags)
+    check_fit(network, path, found=shapes_of(weights), expected=expected, flags=flags)
     model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, assign=True)
     return model
 
@@ -158,7 +158,9 @@ def check_fit(
         both = theirs.pop("attention_factors"), levels.intersection(downsampling_factors(size, flags[flag]))
         theirs[flag], yours[flag] = (",".join(str(size // f) for f in sorted(factors)) for factors in both)
     differing = [name for name, value in theirs.items() if value != yours[name]]
-    differences = [_in_words(network, name, theirs[name], yours[name], sizes, flags) for name in differing]
+    differences = [
+        _in_words(network, name, theirs=theirs[name], yours=yours[name], sizes=sizes, flags=flags) for name in differing
+    ]
     if not differences:
         raise UserError(f"{path_flag} {path} is not a checkpoint of this network: {difference(found, expected)}")
     reasons, remedies = zip(*differences, strict=True)

@@ -42,7 +42,7 @@ class GroupNorm32(nn.GroupNorm):
         compiling = torch.compiler.is_compiling()
         half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not compiling
         if half_on_cpu and not torch.is_grad_enabled() and _is_channels_last(x):
-            return self._channels_last(x, scale, shift, dtype)
+            return self._channels_last(x, scale, shift, dtype=dtype)
         x = x if compiling else x.contiguous()  # compiled kernels accept any memory layout
         # The CPU's kernel for half precision computes in float32 internally.
         h = super().forward(x.to(dtype) if half_on_cpu else x.float()).to(dtype)
@@ -79,15 +79,15 @@ def _is_channels_last(x: Tensor) -> bool:
 
 
 class NormActConv(nn.Sequential):
-    """Group normalisation, activation, optional dropout and a convolution, also available as steps that reuse memory.
+    """Group normalisation, activation, optional dropout and a convolution, with methods that reuse memory.
 
-    On a CPU, element-wise operations spend most of their time on allocating memory. So the activation, constructed with
-    `inplace=True`, overwrites its input, and `add` the output of the convolution, unless autograd or a forward hook may
-    need them.
+    On a CPU, element-wise operations spend most of their time allocating memory. So an activation with `inplace=True`
+    overwrites the output of the normalisation, and `add` that of the convolution, unless autograd or a forward hook
+    may need it.
     """
 
     def activate(self, x: Tensor, *scale_shift: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Apply the normalisation, with its options, and the activation: (B, C, H, W) -> (B, C, H, W)."""
+        """Normalise and activate x (B, C, H, W); see `GroupNorm32` for the other arguments."""
         norm, activation, *_ = self
         h = norm(x, *scale_shift, dtype=dtype)
         return activation(h.clone() if norm._forward_hooks else h)
@@ -238,4 +238,4 @@ def randn(
 
 def randn_like(x: Tensor, generator: torch.Generator | NormalStream | None = None) -> Tensor:
     """Standard normal numbers of the shape, device and dtype of `x`; see `randn`."""
-    return randn(x.shape, generator, x.device, x.dtype)
+    return randn(x.shape, generator, device=x.device, dtype=x.dtype)

@@ -182,7 +182,7 @@ def fit_to(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Shapes,
     """What tells, in the words of the flags, why a checkpoint is not of the network that they describe."""
 
     def explain(path: str, found: Shapes, expected: Shapes) -> None:
-        check_fit(network, path, found, expected, flags, "--resume_checkpoint")
+        check_fit(network, path, found, expected=expected, flags=flags, path_flag="--resume_checkpoint")
 
     return explain
 

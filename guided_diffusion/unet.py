@@ -619,7 +619,9 @@ class EncoderUNetModel(_Encoder):
         elif self.pool == "attention":
             side = self.image_size // 2 ** (len(self.channel_mult) - 1)
             self.out = nn.Sequential(
-                normalization(width), SiLU(), AttentionPool2d(side, width, self.num_head_channels, out_channels)
+                normalization(width),
+                SiLU(),
+                AttentionPool2d(side, width, self.num_head_channels, output_dim=out_channels),
             )
         elif self.pool == "spatial":
             self.out = nn.Sequential(linear(features, 2048), nn.ReLU(), linear(2048, out_channels))
