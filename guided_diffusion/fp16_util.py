@@ -1,4 +1,4 @@
-"""Half precision: which kind a device is good at, converting a network to it, and training with it."""
+"""Half precision: choice of the dtype, conversion of networks, and mixed-precision training."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ INITIAL_LOG_LOSS_SCALE = 20.0
 
 
 def half_precision_dtype(device: torch.device | str) -> torch.dtype:
-    """The 16-bit type that is fast on `device`: float16 on an accelerator, bfloat16 on a CPU with instructions for it.
+    """The fastest 16-bit dtype of `device`: float16 on an accelerator, bfloat16 on a CPU with instructions for it.
 
-    On any other CPU, where 16-bit arithmetic is emulated and slow, it is float32.
+    On other CPUs, which emulate 16-bit arithmetic slowly, float32.
     """
     if torch.device(device).type != "cpu":
         return torch.float16
@@ -29,13 +29,13 @@ def half_precision_dtype(device: torch.device | str) -> torch.dtype:
 def _cpu_has_bfloat16() -> bool:
     if platform.machine().lower() in ("arm64", "aarch64"):
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    # torch has no public question for these instructions; where a version lacks one of these, the answer is no.
+    # These checks are private in PyTorch, and missing in some versions.
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def convert_module_to_f16(l: nn.Module, dtype: torch.dtype = torch.float16) -> None:  # noqa: E741, the original's name
-    """Convert the parameters of a module, in place, if it is a convolution. For `nn.Module.apply`."""
+    """Convert a module in place if it is a convolution. For `nn.Module.apply`."""
     if isinstance(l, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         l.to(dtype)
 
@@ -46,20 +46,19 @@ def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741, the original's n
 
 
 class MixedPrecisionTrainer:
-    """Backward passes and optimiser steps, in float32 or in mixed precision.
+    """Backward passes and optimiser steps, in float32 or mixed precision.
 
-    In mixed precision the weights, their gradients and the optimiser stay in float32 while convolutions, linear maps
-    and attention compute in half precision under `torch.autocast` (Micikevicius et al. 2018, arXiv:1710.03740). In
-    float16 the loss is scaled, so that small gradients do not vanish: a step whose gradients overflow is left out and
-    the scale halved; it doubles again with time.
+    In mixed precision, weights, gradients and optimiser are float32; convolutions, linear maps and attention compute in
+    half precision under `torch.autocast` (Micikevicius et al. 2018, arXiv:1710.03740). In float16, the loss is scaled
+    to keep small gradients from underflowing: if gradients overflow, the step is skipped and the scale halved.
 
-    The networks of `unet` compute in half precision wherever they are called; call others within `autocast()`.
+    The networks of `unet` enable autocast themselves; call others within `autocast()`.
 
     Args:
-        model: the network, on the device where it is trained.
-        use_fp16: train in mixed precision, in `half_precision_dtype` of the device.
-        fp16_scale_growth: growth of the scale's binary logarithm per step.
-        initial_lg_loss_scale: binary logarithm of the first scale.
+        model: network, on the device used for training.
+        use_fp16: train in mixed precision, in the `half_precision_dtype` of the device.
+        fp16_scale_growth: increase of the base-2 logarithm of the loss scale per step.
+        initial_lg_loss_scale: base-2 logarithm of the initial loss scale.
     """
 
     def __init__(
@@ -85,38 +84,38 @@ class MixedPrecisionTrainer:
         )
 
     def autocast(self) -> AbstractContextManager:
-        """The context in which the network is to be called."""
+        """The context in which to call the network."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.use_fp16)
 
     def zero_grad(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to None."""
         zero_master_grads(self.master_params)
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a loss."""
+        """Accumulate the gradients of a loss."""
         self.scaler.scale(loss).backward()
 
     @property
     def lg_loss_scale(self) -> float:
-        """Binary logarithm of the factor that losses are multiplied by."""
+        """Base-2 logarithm of the loss scale."""
         return math.log2(self.scaler.get_scale())
 
     def optimize(self, opt: torch.optim.Optimizer) -> bool:
-        """`step`, with the norms and the loss scale logged; whether a step was taken."""
+        """Call `step` and log the norms and the loss scale. Returns whether a step was taken."""
         grad_norm, param_norm = self.step(opt)
         if self.scaler.is_enabled():
             logger.logkv_mean("lg_loss_scale", self.lg_loss_scale)
             if not grad_norm.isfinite():
-                logger.log(f"gradients overflowed: the step is left out, lg_loss_scale is now {self.lg_loss_scale:g}")
+                logger.log(f"gradients overflowed: skipped the step, lg_loss_scale is now {self.lg_loss_scale:g}")
                 return False
         logger.logkv_mean("grad_norm", grad_norm)
         logger.logkv_mean("param_norm", param_norm)
         return True
 
     def step(self, opt: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
-        """Take an optimiser's step, unless float16 has overflowed.
+        """Take an optimiser step, unless float16 gradients have overflowed.
 
-        Returns the norms of the gradients and of the weights before the step, 0-d tensors on the device.
+        Returns the norms of gradients and weights before the step, as 0-d tensors on the device.
         """
         self.scaler.unscale_(opt)
         grad_norm = get_total_norm([param.grad for param in self.master_params if param.grad is not None])
@@ -126,24 +125,24 @@ class MixedPrecisionTrainer:
         return grad_norm, param_norm
 
     def master_params_to_state_dict(self, master_params: Iterable[Tensor]) -> dict[str, Tensor]:
-        """The model's state dict with other values of its parameters, such as their moving averages."""
+        """The model's state dict with other parameter values, such as moving averages."""
         return master_params_to_state_dict(self.model, None, master_params, use_fp16=False)
 
     def state_dict_to_master_params(self, state_dict: dict[str, Tensor]) -> list[Tensor]:
-        """The parameters in a state dict, in the order of the model's."""
+        """The parameters in a state dict, in the model's order."""
         return state_dict_to_master_params(self.model, state_dict, use_fp16=False)
 
 
-# For scripts of guided-diffusion, which trains in half precision with two flat float32 copies of the weights. Nothing
-# here makes such copies. A group is a list of (name, parameter) with the shape of its flat copy: vectors and scalars,
-# (-1,), and tensors of two and more dimensions, (1, -1).
+# For scripts written for guided-diffusion, which trains in half precision with two flat float32 copies of the weights;
+# not used here. A group is a list of (name, parameter) with the shape of its flat copy: (-1,) for vectors and scalars,
+# (1, -1) for tensors of two or more dimensions.
 
 NamedParams = Sequence[tuple[str, nn.Parameter]]
 Groups = Sequence[tuple[NamedParams, tuple[int, ...]]]
 
 
 def get_param_groups_and_shapes(named_model_params: Iterable[tuple[str, nn.Parameter]]) -> Groups:
-    """The two groups of a network's parameters."""
+    """The two groups of parameters of a network."""
     named = list(named_model_params)
     vectors = [(name, param) for name, param in named if param.ndim <= 1]
     matrices = [(name, param) for name, param in named if param.ndim > 1]
@@ -159,21 +158,21 @@ def make_master_params(param_groups_and_shapes: Groups) -> list[nn.Parameter]:
 
 
 def model_grads_to_master_grads(param_groups_and_shapes: Groups, master_params: Iterable[nn.Parameter]) -> None:
-    """Copy the gradients of each group to its flat copy."""
+    """Copy the gradients of each group to those of its flat copy."""
     for master, (group, shape) in zip(master_params, param_groups_and_shapes, strict=True):
         master.grad = _flat(param_grad_or_zeros(param) for _, param in group).view(shape)
 
 
 @torch.no_grad()
 def master_params_to_model_params(param_groups_and_shapes: Groups, master_params: Iterable[Tensor]) -> None:
-    """Copy the values of each flat copy to its group."""
+    """Copy the values of each flat copy back to its group."""
     for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True):
         for (_, param), values in zip(group, unflatten_master_params(group, master), strict=True):
             param.copy_(values)
 
 
 def unflatten_master_params(param_group: NamedParams, master_param: Tensor) -> list[Tensor]:
-    """The pieces of a flat copy, in the shapes of the group's parameters."""
+    """The parts of a flat copy, shaped as the group's parameters."""
     params = [param for _, param in param_group]
     pieces = master_param.flatten().split([param.numel() for param in params])
     return [piece.view_as(param) for piece, param in zip(pieces, params, strict=True)]
@@ -182,7 +181,7 @@ def unflatten_master_params(param_group: NamedParams, master_param: Tensor) -> l
 def master_params_to_state_dict(
     model: nn.Module, param_groups_and_shapes: Groups | None, master_params: Iterable[Tensor], use_fp16: bool
 ) -> dict[str, Tensor]:
-    """The model's state dict with other values: flat copies if `use_fp16`, else one tensor per parameter."""
+    """The model's state dict with other values, given as flat copies if `use_fp16`, else one tensor per parameter."""
     if use_fp16:
         values = {
             name: piece
@@ -195,13 +194,13 @@ def master_params_to_state_dict(
 
 
 def state_dict_to_master_params(model: nn.Module, state_dict: dict[str, Tensor], use_fp16: bool) -> list[Tensor]:
-    """The parameters in a state dict: flat copies if `use_fp16`, else one tensor per parameter."""
+    """The parameters in a state dict, as flat copies if `use_fp16`, else one tensor per parameter."""
     named = [(name, state_dict[name]) for name, _ in model.named_parameters()]
     return make_master_params(get_param_groups_and_shapes(named)) if use_fp16 else [param for _, param in named]
 
 
 def param_grad_or_zeros(param: nn.Parameter) -> Tensor:
-    """The gradient of a parameter, zeros if it has none."""
+    """Gradient of a parameter, or zeros if it has none."""
     return torch.zeros_like(param) if param.grad is None else param.grad.detach()
 
 
@@ -213,13 +212,13 @@ def zero_grad(model_params: Iterable[nn.Parameter]) -> None:
 
 
 def zero_master_grads(master_params: Iterable[nn.Parameter]) -> None:
-    """Forget the gradients."""
+    """Set the gradients to None."""
     for param in master_params:
         param.grad = None
 
 
 def check_overflow(value: float) -> bool:
-    """Whether a number is NaN or infinite."""
+    """Whether a number is NaN or infinity."""
     return not math.isfinite(value)
 
 

@@ -3,19 +3,19 @@
 Sources: DDPM is Ho, Jain and Abbeel 2020 (arXiv:2006.11239); IDDPM is Nichol and Dhariwal 2021 (arXiv:2102.09672); DDIM
 is Song, Meng and Ermon 2021 (arXiv:2010.02502); ADM is Dhariwal and Nichol 2021 (arXiv:2105.05233).
 
-Throughout, x is a batch of images (B, C, ...), scaled to [-1, 1] where it is clean; t is a tensor (B,) of indices
-0..N - 1, and x_t is the image at the noise level of index t: sqrt(abar[t]) x_0 + sqrt(1 - abar[t]) noise, where abar is
-`alphas_cumprod`. So x_{t-1} at t = 0 is the clean image, and the x_k of the forward-backward experiment, whose k counts
-steps, is the x_t of index t = k - 1.
+Notation: x is a batch of images (B, C, ...), in [-1, 1] if clean; t is a tensor (B,) of indices 0..N - 1; and
+x_t = sqrt(abar[t]) x_0 + sqrt(1 - abar[t]) noise, where abar is `alphas_cumprod`. So x_{t-1} at t = 0 is the clean
+image. In the forward-backward experiment, k counts steps: its x_k is x_t at index t = k - 1.
 """
 
 from __future__ import annotations
 
 import enum
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import numpy as np
@@ -29,24 +29,27 @@ from .nn import NormalStream, mean_flat, randn, randn_like
 Model = Callable[..., torch.Tensor]  # model(x, timesteps, **model_kwargs)
 Guide = Callable[..., torch.Tensor]  # cond_fn(x, timesteps, **model_kwargs) = gradient of log p(y | x), shaped as x
 ImageFn = Callable[[torch.Tensor], torch.Tensor]
-Noise = torch.Generator | NormalStream | None  # where noise comes from; None is PyTorch's global generator
+Noise = torch.Generator | NormalStream | None  # source of noise; None is PyTorch's global generator
 Output = dict[str, torch.Tensor]
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
-    """Noise variances beta of a schedule's steps, float64 (N,).
+    """Noise variances beta of a schedule, float64 (N,).
 
-    "linear" is DDPM's, stretched so that any N reaches the same noise; "cosine" is IDDPM's (equation 17).
+    "linear" is that of DDPM, rescaled so that the final noise level does not depend on N; "cosine" is that of IDDPM
+    (equation 17).
 
     Raises:
-        UserError: no such schedule, or too few steps for it.
+        UserError: the schedule is unknown, or N is too small for it.
     """
     if num_diffusion_timesteps < 1:
         raise UserError(f"--diffusion_steps {num_diffusion_timesteps}: expected at least 1")
     if schedule_name == "linear":
         scale = 1000 / num_diffusion_timesteps
         if 0.02 * scale >= 1:
-            raise UserError(f"--diffusion_steps {num_diffusion_timesteps}: the linear schedule needs 21 or more")
+            raise UserError(
+                f"--diffusion_steps {num_diffusion_timesteps}: expected at least 21 for the linear schedule"
+            )
         return np.linspace(0.0001 * scale, 0.02 * scale, num_diffusion_timesteps, dtype=np.float64)
     if schedule_name == "cosine":
         return betas_for_alpha_bar(
@@ -58,21 +61,21 @@ def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) ->
 def betas_for_alpha_bar(
     num_diffusion_timesteps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999
 ) -> np.ndarray:
-    """Noise variances, float64 (N,), that leave the signal `alpha_bar(time)` at the times 1/N, 2/N, ... 1.
+    """Noise variances, float64 (N,), for the signal level `alpha_bar(time)` at times 1/N, 2/N, ... 1.
 
-    None exceeds `max_beta`, which keeps the last step from wiping out everything.
+    They are clipped to `max_beta`, so that the last step does not remove all of the signal.
     """
     signal = np.array([alpha_bar(i / num_diffusion_timesteps) for i in range(num_diffusion_timesteps + 1)])
     return np.minimum(1 - signal[1:] / signal[:-1], max_beta)
 
 
 def betas_from_alphas_cumprod(alphas_cumprod: np.ndarray) -> np.ndarray:
-    """Noise variances, float64 (N,), of the diffusion with the given signal levels."""
+    """Noise variances, float64 (N,), for given signal levels."""
     return 1 - alphas_cumprod / np.append(1.0, alphas_cumprod[:-1])
 
 
 class ModelMeanType(enum.Enum):
-    """What the model predicts."""
+    """Quantity predicted by the model."""
 
     PREVIOUS_X = enum.auto()  # the mean of x one step earlier
     START_X = enum.auto()  # the clean image
@@ -80,35 +83,35 @@ class ModelMeanType(enum.Enum):
 
 
 class ModelVarType(enum.Enum):
-    """The variance of a denoising step."""
+    """Variance of a denoising step."""
 
-    LEARNED = enum.auto()  # the model gives its logarithm
-    FIXED_SMALL = enum.auto()  # that of q(x_{t-1} | x_t, x_0)
+    LEARNED = enum.auto()  # the model predicts its logarithm
+    FIXED_SMALL = enum.auto()  # variance of q(x_{t-1} | x_t, x_0)
     FIXED_LARGE = enum.auto()  # beta
-    LEARNED_RANGE = enum.auto()  # the model gives where it lies between the two (IDDPM, equation 15)
+    LEARNED_RANGE = enum.auto()  # the model interpolates between these two (IDDPM, equation 15)
 
 
 class LossType(enum.Enum):
-    """What training minimises."""
+    """Training loss."""
 
-    MSE = enum.auto()  # squared error, and the variational bound where the variance is learned
-    RESCALED_MSE = enum.auto()  # the same, with the bound estimating the sum over 1000 steps
-    KL = enum.auto()  # variational bound
-    RESCALED_KL = enum.auto()  # the same, estimating the sum over all steps
+    MSE = enum.auto()  # squared error, plus the variational bound if the variance is learned
+    RESCALED_MSE = enum.auto()  # likewise, with the bound multiplied by N / 1000
+    KL = enum.auto()  # term of the variational bound
+    RESCALED_KL = enum.auto()  # likewise, multiplied by N
 
     def is_vb(self) -> bool:
-        """Whether the loss is the variational bound alone."""
+        """Whether the loss is the variational bound only."""
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
 class DeviceTables:
-    """Arrays on the devices where they are looked up: copied there once, and again if they have changed."""
+    """Copies of arrays on devices, updated when an array changes."""
 
     def __init__(self) -> None:
         self._copies: dict[tuple[torch.device, str], tuple[bytes, torch.Tensor]] = {}
 
     def on(self, device: torch.device, name: str, array: np.ndarray) -> torch.Tensor:
-        """The array `name` on `device`, real numbers in float32."""
+        """The array `name` on `device`, with float64 converted to float32."""
         content = array.tobytes()
         copied, table = self._copies.get((device, name), (None, None))
         if copied != content:
@@ -117,8 +120,31 @@ class DeviceTables:
         return table
 
 
+def _with_parameters_of(loop: Callable[..., Any], leave_out: str = "") -> Callable[..., Any]:
+    """Decorate a method that takes **options, so that it has the parameters and defaults of `loop`.
+
+    All options are passed by name, except for a `generator` of None; see `_if_given`.
+    """
+    parameters = [p for p in inspect.signature(loop).parameters.values() if p.name != leave_out]
+    signature = inspect.Signature(parameters)
+
+    def decorate(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs)
+            given.apply_defaults()
+            options = given.arguments
+            options |= _if_given(options.pop("generator"))
+            return method(**options)
+
+        call.__signature__ = signature.replace(return_annotation=inspect.signature(method).return_annotation)
+        return call
+
+    return decorate
+
+
 class GaussianDiffusion:
-    """A noise schedule of N steps, and what can be done with it and a model.
+    """A noise schedule of N steps, with the noising and denoising processes, samplers and losses.
 
     Attributes:
         num_timesteps: N.
@@ -126,9 +152,9 @@ class GaussianDiffusion:
 
     Args:
         betas: noise variance of each step, N numbers in (0, 1].
-        model_mean_type, model_var_type: how the model's output is read.
-        loss_type: what `training_losses` computes.
-        rescale_timesteps: hand the model time steps in 0..1000, whatever N.
+        model_mean_type, model_var_type: meaning of the model's output.
+        loss_type: loss computed by `training_losses`.
+        rescale_timesteps: rescale the timesteps passed to the model from 0..N to 0..1000.
 
     Raises:
         UserError: `betas` is empty or out of range.
@@ -150,7 +176,7 @@ class GaussianDiffusion:
 
         self.betas = betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or not betas.size or not ((betas > 0) & (betas <= 1)).all():
-            raise UserError("betas: expected a non-empty list of numbers above 0 and not above 1")
+            raise UserError("betas: expected a non-empty list of numbers in (0, 1]")
         self.num_timesteps = len(betas)
 
         self.alphas_cumprod = abar = np.cumprod(1 - betas)
@@ -168,14 +194,14 @@ class GaussianDiffusion:
         self.posterior_variance = betas * (1 - abar_prev) / (1 - abar)
         self.posterior_mean_coef1 = betas * np.sqrt(abar_prev) / (1 - abar)
         self.posterior_mean_coef2 = (1 - abar_prev) * np.sqrt(1 - betas) / (1 - abar)
-        # The variance at t = 0 is 0: its logarithm is taken from the next step, or from beta where there is none.
+        # The variance at t = 0 is 0: take the logarithm of the next step's, or of beta if N = 1.
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
 
         self._tables = DeviceTables()
 
-    # Subclasses and scripts may change the arrays above at any time: what follows from them is worked out when it is
-    # needed. It is float64, because 1 - abar would lose most of its digits in float32 at the first steps.
+    # Derived quantities are not stored, since subclasses and scripts may modify the arrays above. They are float64: in
+    # float32, 1 - abar would lose most of its digits at the first steps.
 
     @property
     def one_minus_alphas_cumprod_prev(self) -> np.ndarray:
@@ -195,24 +221,24 @@ class GaussianDiffusion:
         return np.log(np.append(first, self.betas[1:]))
 
     def _schedule(self) -> dict[str, np.ndarray]:
-        """Every array (N,) that is looked up by timestep."""
+        """All arrays (N,) that are indexed by t."""
         derived = ("one_minus_alphas_cumprod_prev", "one_minus_alphas_cumprod_next")
         derived += ("log_betas", "fixed_large_log_variance")
         stored = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return stored | {name: getattr(self, name) for name in derived}
 
     def _at(self, name: str, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Numbers of the schedule `name` at the time steps t (B,), as (B, 1, ...), to broadcast against x (B, ...)."""
+        """Values of the array `name` at indices t (B,), as (B, 1, ...), to broadcast against x (B, ...)."""
         return self._tables.on(t.device, name, getattr(self, name))[t].view(-1, *[1] * (x.ndim - 1))
 
     def scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        """The timesteps (B,) that the model itself receives for the indices t (B,)."""
+        """Timesteps (B,) that the model receives at indices t (B,)."""
         return self._scale_timesteps(t)
 
     def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        """The timesteps (B,) that the methods below give the model for the indices t (B,); subclasses may override it.
+        """Timesteps (B,) that the methods below pass to the model, or its wrapper, at indices t (B,).
 
-        `SpacedDiffusion` wraps the model, and the wrapper turns them into those that the model itself receives.
+        Subclasses may override this. The wrapper of `SpacedDiffusion` converts them to the original timesteps.
         """
         return t.float() * (1000 / self.num_timesteps) if self.rescale_timesteps else t
 
@@ -221,16 +247,16 @@ class GaussianDiffusion:
     def q_mean_variance(
         self, x_start: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean, variance and log-variance of q(x_t | x_0), each of the shape of `x_start` (DDPM, equation 4)."""
+        """Mean, variance and log-variance of q(x_t | x_0), each shaped as `x_start` (DDPM, equation 4)."""
         deviation = self._at("sqrt_one_minus_alphas_cumprod", t, x_start)
         log_variance = self._at("log_one_minus_alphas_cumprod", t, x_start)
         mean = self._at("sqrt_alphas_cumprod", t, x_start) * x_start
         return mean, (deviation**2).expand_as(x_start), log_variance.expand_as(x_start)
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
-        """Draw x_t = sqrt(abar[t]) x_0 + sqrt(1 - abar[t]) noise, of the shape of `x_start` (DDPM, equation 4).
+        """Draw x_t = sqrt(abar[t]) x_0 + sqrt(1 - abar[t]) noise (DDPM, equation 4).
 
-        `noise` is standard normal, of the shape of `x_start`; drawn from PyTorch's global generator if None.
+        `noise` is standard normal, shaped as `x_start`; drawn from PyTorch's global generator if None.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -257,30 +283,35 @@ class GaussianDiffusion:
         denoised_fn: ImageFn | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> Output:
-        """Apply the model: the Gaussian p(x_{t-1} | x_t), and the clean image that the model sees in x_t.
+        """Apply the model to obtain the Gaussian p(x_{t-1} | x_t) and the predicted clean image.
 
         Args:
-            model: called as model(x, timesteps, **model_kwargs); returns (B, C, ...), or (B, 2C, ...) where the
-                variance is learned.
+            model: called as model(x, timesteps, **model_kwargs); returns (B, C, ...), or (B, 2C, ...) if the variance
+                is learned.
             x: x_t, (B, C, ...).
             t: indices, (B,).
             clip_denoised: clip the predicted clean image to [-1, 1].
-            denoised_fn: applied to the predicted clean image, before clipping.
+            denoised_fn: function applied to the predicted clean image before clipping.
             model_kwargs: further arguments of the model.
 
         Returns:
-            "mean", "variance", "log_variance" and "pred_xstart", each of the shape of x.
+            "mean", "variance", "log_variance" and "pred_xstart", each shaped as x.
 
         Raises:
-            UserError: the model's output does not have the shape that `model_var_type` asks for.
+            UserError: the shape of the model's output does not match `model_var_type`.
         """
         output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        return self._read_output(output, x, t, clip_denoised, denoised_fn)
+        return self._read_output(output, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn)
 
     def _read_output(
-        self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor, clip_denoised: bool, denoised_fn: ImageFn | None
+        self,
+        output: torch.Tensor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = False,
+        denoised_fn: ImageFn | None = None,
     ) -> Output:
-        """`p_mean_variance` for a model that has answered `output`."""
+        """`p_mean_variance`, given the output of the model."""
         prediction, variance_values = self._split_output(output, x)
         if self.model_mean_type is ModelMeanType.START_X:
             pred_xstart = prediction
@@ -310,7 +341,7 @@ class GaussianDiffusion:
         return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
     def _split_output(self, output: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Split the model's output into its prediction and its values for the variance, if it has any."""
+        """Split the model's output into its prediction and the values for the variance, if learned."""
         batch, channels, *size = x.shape
         expected = (batch, channels * (2 if self._learns_variance else 1), *size)
         if output.shape != expected:
@@ -323,7 +354,7 @@ class GaussianDiffusion:
     def _variance(
         self, values: torch.Tensor | None, x: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Variance and log-variance of p(x_{t-1} | x_t), to broadcast against x; `values` are the model's, as x."""
+        """Variance and log-variance of p(x_{t-1} | x_t), given the model's `values`, shaped as x, if learned."""
         small = self._at("posterior_log_variance_clipped", t, x)
         if self.model_var_type is ModelVarType.FIXED_SMALL:
             return self._at("posterior_variance", t, x), small
@@ -347,8 +378,8 @@ class GaussianDiffusion:
         return (scale * x_t - pred_xstart) / noise_scale
 
     def _predict_xstart_from_xprev(self, x_t: torch.Tensor, t: torch.Tensor, xprev: torch.Tensor) -> torch.Tensor:
-        of_x_t = self._at("posterior_mean_coef2", t, x_t)
-        return (xprev - of_x_t * x_t) / self._at("posterior_mean_coef1", t, x_t)
+        coef1, coef2 = (self._at(f"posterior_mean_coef{i}", t, x_t) for i in (1, 2))
+        return (xprev - coef2 * x_t) / coef1
 
     def condition_mean(
         self,
@@ -358,7 +389,7 @@ class GaussianDiffusion:
         t: torch.Tensor,
         model_kwargs: dict[str, Any] | None = None,
     ) -> torch.Tensor:
-        """Mean of a DDPM step guided by `cond_fn`: moved by variance * gradient of log p(y | x) (ADM, algorithm 1)."""
+        """Mean of a guided DDPM step, shifted by variance * gradient of log p(y | x) (ADM, algorithm 1)."""
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         return p_mean_var["mean"] + p_mean_var["variance"] * gradient
 
@@ -370,7 +401,7 @@ class GaussianDiffusion:
         t: torch.Tensor,
         model_kwargs: dict[str, Any] | None = None,
     ) -> Output:
-        """`p_mean_var` as it is once the score has been moved by the gradient of log p(y | x) (ADM, algorithm 2)."""
+        """`p_mean_var` with the score shifted by the gradient of log p(y | x) (ADM, algorithm 2)."""
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
@@ -391,15 +422,15 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         generator: Noise = None,
     ) -> Output:
-        """Draw x_{t-1} from p(x_{t-1} | x_t): a step of DDPM (algorithm 2). At t = 0 it is the mean, without noise.
+        """Draw x_{t-1} from p(x_{t-1} | x_t), a DDPM step (algorithm 2). At t = 0, the sample is the mean.
 
         Args:
             model, x, t, clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.
             cond_fn: guidance, see `condition_mean`.
-            generator: where the noise comes from.
+            generator: source of the noise.
 
         Returns:
-            "sample" and "pred_xstart", each of the shape of x.
+            "sample" and "pred_xstart", each shaped as x.
         """
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
@@ -422,19 +453,19 @@ class GaussianDiffusion:
         eta: float = 0.0,
         generator: Noise = None,
     ) -> Output:
-        """Draw x_{t-1} by a step of DDIM (equations 12 and 16). At t = 0 it adds no noise.
+        """Draw x_{t-1} by a DDIM step (equations 12 and 16). At t = 0, no noise is added.
 
         Args:
             model, x, t, clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.
             cond_fn: guidance, see `condition_score`.
-            eta: from 0, deterministic, to 1, as much noise as DDPM with the small variance.
-            generator: where the noise comes from.
+            eta: noise level, from 0 (deterministic) to 1 (that of DDPM with the small variance).
+            generator: source of the noise.
 
         Returns:
-            "sample" and "pred_xstart", each of the shape of x.
+            "sample" and "pred_xstart", each shaped as x.
 
         Raises:
-            UserError: eta is not between 0 and 1.
+            UserError: eta is not in [0, 1].
         """
         if not 0 <= eta <= 1:
             raise UserError(f"eta is {eta}, expected a number from 0 to 1")
@@ -450,7 +481,7 @@ class GaussianDiffusion:
         if eta > 0:
             sample = sample + torch.sqrt(variance) * randn_like(x, generator)
         elif generator is None:
-            torch.randn_like(x)  # so that seeded scripts draw the same numbers afterwards as with guided-diffusion
+            torch.randn_like(x)  # advances the global generator as guided-diffusion does, for seeded scripts
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_reverse_sample(
@@ -463,9 +494,7 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         eta: float = 0.0,
     ) -> Output:
-        """Take a deterministic step the other way, to x_{t+1}: DDIM's ordinary differential equation (equation 14).
-
-        Arguments and result as those of `ddim_sample`.
+        """Step to x_{t+1} along DDIM's ordinary differential equation (equation 14); see `ddim_sample`.
 
         Raises:
             UserError: eta is not 0.
@@ -480,7 +509,8 @@ class GaussianDiffusion:
         noise_scale = torch.sqrt(self._at("one_minus_alphas_cumprod_next", t, x))
         return {"sample": signal * out["pred_xstart"] + noise_scale * eps, "pred_xstart": out["pred_xstart"]}
 
-    # Denoising loops: the full ones are the forward-backward ones with k = N
+    # Denoising loops. They differ in the kind of step (DDPM or DDIM), the number of steps (k or all N), and the result
+    # (every step or the last sample).
 
     def p_sample_loop_forw_back_progressive(
         self,
@@ -496,19 +526,19 @@ class GaussianDiffusion:
         progress: bool = False,
         generator: Noise = None,
     ) -> Iterator[Output]:
-        """Denoise x_k by k steps of DDPM, the indices k - 1 .. 0, yielding what `p_sample` gives at each.
+        """Denoise x_k by k DDPM steps, at indices k - 1 .. 0, yielding the result of each `p_sample`.
 
         Args:
             shape: (B, C, ...).
-            step_reverse: k, 0..N; there is nothing to yield for k = 0.
+            step_reverse: k, 0..N; k = 0 yields nothing.
             noise: x_k, of that shape; standard normal noise if None.
-            device: where to work; that of the model's parameters, else that of `noise`, if None.
+            device: device to work on; by default that of the model's parameters, else that of `noise`.
             progress: show a progress bar.
-            generator: where all noise comes from.
+            generator: source of all noise.
             model, clip_denoised, denoised_fn, cond_fn, model_kwargs: see `p_sample`.
 
         Raises:
-            UserError: `step_reverse` is not a whole number from 0 to N, or `noise` not of the given shape.
+            UserError: `step_reverse` is not an integer from 0 to N, or `noise` does not have the given shape.
         """
         step = partial(
             self.p_sample,
@@ -520,74 +550,24 @@ class GaussianDiffusion:
             **_if_given(generator),
         )
         k = check_step_reverse(step_reverse, self.num_timesteps)
-        return self._denoise(step, _starting_point(model, shape, noise, device, generator), k, progress)
+        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
+        return self._denoise(step, x, k, progress=progress)
 
-    def p_sample_loop_forw_back(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        step_reverse: int,
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: ImageFn | None = None,
-        cond_fn: Guide | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        generator: Noise = None,
-    ) -> torch.Tensor:
-        r"""Denoise x_k = `noise` by k = `step_reverse` steps of DDPM: the sample \hat x_0(k), `noise` itself for k = 0.
+    @_with_parameters_of(p_sample_loop_forw_back_progressive)
+    def p_sample_loop_forw_back(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
+        r"""Denoise x_k = `noise` by k = `step_reverse` DDPM steps to the sample \hat x_0(k), or return it if k = 0."""
+        options["noise"] = x = _starting_point(model, shape, **options)
+        return _last(self.p_sample_loop_forw_back_progressive(model, shape, **options), start=x)
 
-        Arguments and errors are those of `p_sample_loop_forw_back_progressive`.
-        """
-        x = _starting_point(model, shape, noise, device, generator)
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, generator)
-        return _last(self.p_sample_loop_forw_back_progressive(model, shape, step_reverse, x, *options), x)
+    @_with_parameters_of(p_sample_loop_forw_back_progressive, leave_out="step_reverse")
+    def p_sample_loop_progressive(self, model: Model, shape: Sequence[int], **options: Any) -> Iterator[Output]:
+        """Denoise by all N DDPM steps: `p_sample_loop_forw_back_progressive` with k = N."""
+        return self.p_sample_loop_forw_back_progressive(model, shape, self.num_timesteps, **options)
 
-    def p_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: ImageFn | None = None,
-        cond_fn: Guide | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        generator: Noise = None,
-    ) -> Iterator[Output]:
-        """Denoise by all N steps of DDPM: `p_sample_loop_forw_back_progressive` with k = N."""
-        options = (noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, generator)
-        return self.p_sample_loop_forw_back_progressive(model, shape, self.num_timesteps, *options)
-
-    def p_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: ImageFn | None = None,
-        cond_fn: Guide | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        generator: Noise = None,
-    ) -> torch.Tensor:
-        """Sample by all N steps of DDPM: the last sample of `p_sample_loop_progressive`."""
-        steps = self.p_sample_loop_progressive(
-            model,
-            shape,
-            noise=noise,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            device=device,
-            progress=progress,
-            **_if_given(generator),
-        )
-        return _last(steps)
+    @_with_parameters_of(p_sample_loop_forw_back_progressive, leave_out="step_reverse")
+    def p_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
+        """Draw samples by all N DDPM steps: the last sample of `p_sample_loop_progressive`."""
+        return _last(self.p_sample_loop_progressive(model, shape, **options))
 
     def ddim_sample_loop_forw_back_progressive(
         self,
@@ -604,7 +584,7 @@ class GaussianDiffusion:
         eta: float = 0.0,
         generator: Noise = None,
     ) -> Iterator[Output]:
-        """Denoise x_k by k steps of DDIM; as `p_sample_loop_forw_back_progressive`, with `eta` as in `ddim_sample`."""
+        """Denoise x_k by k DDIM steps; see `p_sample_loop_forw_back_progressive`, and `ddim_sample` for `eta`."""
         step = partial(
             self.ddim_sample,
             model,
@@ -616,82 +596,31 @@ class GaussianDiffusion:
             **_if_given(generator),
         )
         k = check_step_reverse(step_reverse, self.num_timesteps)
-        return self._denoise(step, _starting_point(model, shape, noise, device, generator), k, progress)
+        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
+        return self._denoise(step, x, k, progress=progress)
 
-    def ddim_sample_loop_forw_back(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        step_reverse: int,
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: ImageFn | None = None,
-        cond_fn: Guide | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        generator: Noise = None,
-    ) -> torch.Tensor:
-        """Denoise x_k by k steps of DDIM; as `p_sample_loop_forw_back`, with `eta` as in `ddim_sample`."""
-        x = _starting_point(model, shape, noise, device, generator)
-        options = (clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, generator)
-        return _last(self.ddim_sample_loop_forw_back_progressive(model, shape, step_reverse, x, *options), x)
+    @_with_parameters_of(ddim_sample_loop_forw_back_progressive)
+    def ddim_sample_loop_forw_back(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
+        r"""Denoise x_k = `noise` by k = `step_reverse` DDIM steps to the sample \hat x_0(k), or return it if k = 0."""
+        options["noise"] = x = _starting_point(model, shape, **options)
+        return _last(self.ddim_sample_loop_forw_back_progressive(model, shape, **options), start=x)
 
-    def ddim_sample_loop_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: ImageFn | None = None,
-        cond_fn: Guide | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        generator: Noise = None,
-    ) -> Iterator[Output]:
-        """Denoise by all N steps of DDIM: `ddim_sample_loop_forw_back_progressive` with k = N."""
-        options = (noise, clip_denoised, denoised_fn, cond_fn, model_kwargs, device, progress, eta, generator)
-        return self.ddim_sample_loop_forw_back_progressive(model, shape, self.num_timesteps, *options)
+    @_with_parameters_of(ddim_sample_loop_forw_back_progressive, leave_out="step_reverse")
+    def ddim_sample_loop_progressive(self, model: Model, shape: Sequence[int], **options: Any) -> Iterator[Output]:
+        """Denoise by all N DDIM steps: `ddim_sample_loop_forw_back_progressive` with k = N."""
+        return self.ddim_sample_loop_forw_back_progressive(model, shape, self.num_timesteps, **options)
 
-    def ddim_sample_loop(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: ImageFn | None = None,
-        cond_fn: Guide | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        eta: float = 0.0,
-        generator: Noise = None,
-    ) -> torch.Tensor:
-        """Sample by all N steps of DDIM: the last sample of `ddim_sample_loop_progressive`."""
-        steps = self.ddim_sample_loop_progressive(
-            model,
-            shape,
-            noise=noise,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            device=device,
-            progress=progress,
-            eta=eta,
-            **_if_given(generator),
-        )
-        return _last(steps)
+    @_with_parameters_of(ddim_sample_loop_forw_back_progressive, leave_out="step_reverse")
+    def ddim_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
+        """Draw samples by all N DDIM steps: the last sample of `ddim_sample_loop_progressive`."""
+        return _last(self.ddim_sample_loop_progressive(model, shape, **options))
 
     def _denoise(
         self, step: Callable[[torch.Tensor, torch.Tensor], Output], x: torch.Tensor, k: int, progress: bool
     ) -> Iterator[Output]:
-        """The loop: `step` at the indices k - 1 .. 0, each on the sample of the one before.
+        """Apply `step` at indices k - 1 .. 0, each to the sample of the previous one.
 
-        Whatever it needs of the schedule is on the device before it starts: nothing in it waits for the device.
+        The schedule is copied to the device in advance, so that the loop never waits for the device.
         """
         for name, array in self._schedule().items():
             self._tables.on(x.device, name, array)
@@ -702,7 +631,7 @@ class GaussianDiffusion:
             yield out
             x = out["sample"]
 
-    # The name of this loop in the released experiment
+    # Name in the released code of the experiment
     p_sample_loop_progressive_forw_back = p_sample_loop_forw_back_progressive
 
     # Losses and likelihoods
@@ -715,17 +644,17 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         noise: torch.Tensor | None = None,
     ) -> Output:
-        """Losses of a batch of training images at the time steps t.
+        """Training losses of a batch of images at indices t.
 
         Args:
             model, model_kwargs: see `p_mean_variance`.
             x_start: clean images (B, C, ...), 8-bit values scaled to [-1, 1].
             t: indices, (B,).
-            noise: standard normal, of the shape of `x_start`; drawn from PyTorch's global generator if None.
+            noise: standard normal, shaped as `x_start`; drawn from PyTorch's global generator if None.
 
         Returns:
-            "loss", which training minimises; and for the squared losses its parts, "mse" and, where the variance is
-            learned, "vb", in bits per dimension. Each is (B,).
+            "loss", (B,); for squared losses also its parts "mse" and, if the variance is learned, "vb" in bits per
+            dimension.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -733,22 +662,22 @@ class GaussianDiffusion:
         output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
 
         if self.loss_type.is_vb():
-            vb = self._bound_term(self._read_output(output, x_t, t, False, None), x_start, x_t, t)
+            vb = self._bound_term(self._read_output(output, x_t, t), x_start=x_start, x_t=x_t, t=t)
             return {"loss": vb * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else vb}
 
         prediction, variance_values = self._split_output(output, x_t)
-        terms = {"mse": mean_flat((self._target(x_start, x_t, t, noise) - prediction) ** 2)}
+        terms = {"mse": mean_flat((self._target(x_start, x_t, t, noise=noise) - prediction) ** 2)}
         if variance_values is None:
             return {**terms, "loss": terms["mse"]}
-        # The bound trains the variance alone: the mean is the squared error's business (IDDPM, section 3.1).
+        # The bound trains only the variance, the squared error only the mean (IDDPM, section 3.1).
         frozen = torch.cat([prediction.detach(), variance_values], dim=1)
-        terms["vb"] = self._bound_term(self._read_output(frozen, x_t, t, False, None), x_start, x_t, t)
+        terms["vb"] = self._bound_term(self._read_output(frozen, x_t, t), x_start=x_start, x_t=x_t, t=t)
         if self.loss_type is LossType.RESCALED_MSE:
             terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
         return {**terms, "loss": terms["mse"] + terms["vb"]}
 
     def _target(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """What the model should have predicted."""
+        """Target of the model's prediction."""
         if self.model_mean_type is ModelMeanType.EPSILON:
             return noise
         if self.model_mean_type is ModelMeanType.START_X:
@@ -759,13 +688,13 @@ class GaussianDiffusion:
     def _bound_term(
         self, p_mean_var: Output, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
     ) -> torch.Tensor:
-        """The term of the variational bound of each image's time step, bits per dimension, (B,) (DDPM, equation 5).
+        """Term of the variational bound at t, in bits per dimension, (B,) (DDPM, equation 5).
 
-        It is L_{t-1}, a divergence between Gaussians; at t = 0 the likelihood of the 8-bit pixels.
+        This is L_{t-1}: a divergence between Gaussians or, at t = 0, the negative log-likelihood of 8-bit pixels.
         """
         mean, log_variance = p_mean_var["mean"], p_mean_var["log_variance"]
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        divergence = normal_kl(true_mean, true_log_variance, mean, log_variance)
+        divergence = normal_kl(true_mean, true_log_variance, mean2=mean, logvar2=log_variance)
         pixels = -discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
         return torch.where(t == 0, mean_flat(pixels), mean_flat(divergence)) / math.log(2)
 
@@ -778,15 +707,15 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         model_kwargs: dict[str, Any] | None = None,
     ) -> Output:
-        """`_bound_term` of a model, as "output", and "pred_xstart": what other people's `training_losses` call."""
+        """The `_bound_term` of a model as "output", and "pred_xstart". Called by clients' `training_losses`."""
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        return {"output": self._bound_term(out, x_start, x_t, t), "pred_xstart": out["pred_xstart"]}
+        return {"output": self._bound_term(out, x_start=x_start, x_t=x_t, t=t), "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start: torch.Tensor) -> torch.Tensor:
-        """The bound's term L_T, KL(q(x_T | x_0) || N(0, 1)), which no model changes: bits per dimension, (B,)."""
+        """The model-independent term of the bound, L_T = KL(q(x_T | x_0) || N(0, 1)): bits per dimension, (B,)."""
         t = torch.full((len(x_start),), self.num_timesteps - 1, device=x_start.device)
         mean, _, log_variance = self.q_mean_variance(x_start, t)
-        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
+        return mean_flat(normal_kl(mean, log_variance, mean2=0.0, logvar2=0.0)) / math.log(2)
 
     def calc_bpd_loop(
         self,
@@ -796,16 +725,16 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         generator: Noise = None,
     ) -> Output:
-        """The whole variational bound of a batch of images, and the errors at every time step.
+        """The full variational bound of a batch of images, and the errors at each index.
 
         Args:
             x_start: clean images (B, C, ...), 8-bit values scaled to [-1, 1].
-            generator: where the noise comes from.
+            generator: source of the noise.
             model, clip_denoised, model_kwargs: see `p_mean_variance`.
 
         Returns:
-            "total_bpd" and its part "prior_bpd", bits per dimension, (B,); its terms "vb" (B, N), and the mean squared
-            errors "xstart_mse" of the clean image and "mse" of the noise, (B, N), from the last index to index 0.
+            "total_bpd" and its part "prior_bpd", bits per dimension, (B,); its terms "vb" and the mean squared errors
+            of the clean image, "xstart_mse", and of the noise, "mse", each (B, N), from index N - 1 to 0.
         """
         columns: dict[str, list[torch.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         indices = torch.arange(self.num_timesteps - 1, -1, -1, device=x_start.device)[:, None].repeat(1, len(x_start))
@@ -815,7 +744,7 @@ class GaussianDiffusion:
             with torch.no_grad():
                 out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
                 eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-                columns["vb"].append(self._bound_term(out, x_start, x_t, t))
+                columns["vb"].append(self._bound_term(out, x_start=x_start, x_t=x_t, t=t))
                 columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
                 columns["mse"].append(mean_flat((eps - noise) ** 2))
         terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
@@ -824,32 +753,37 @@ class GaussianDiffusion:
 
 
 def _extract_into_tensor(arr: np.ndarray, timesteps: torch.Tensor, broadcast_shape: Sequence[int]) -> torch.Tensor:
-    """The numbers of an array (N,) at the timesteps (B,), float32 of shape `broadcast_shape` (B, ...).
+    """Values of an array (N,) at `timesteps` (B,), float32, expanded to `broadcast_shape` (B, ...).
 
-    Unused here: subclasses in other people's scripts look their schedules up by it.
+    Used only by subclasses in clients' scripts.
     """
     values = torch.as_tensor(np.asarray(arr), device=timesteps.device)[timesteps].float()
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(*broadcast_shape)
 
 
 def check_step_reverse(step_reverse: int, num_steps: int, flag: str = "--step_reverse") -> int:
-    """k = `step_reverse`. Raises UserError, which names `flag`, unless it is a whole number in 0..N = `num_steps`."""
+    """`step_reverse` as an int. Raises UserError, naming `flag`, unless it is an integer in 0..`num_steps`."""
     try:
         k = operator.index(step_reverse)
     except TypeError:
         k = -1
     if not 0 <= k <= num_steps:
         raise UserError(
-            f"{flag} {step_reverse} is out of range: expected a whole number from 0 to {num_steps}, the number "
-            "of steps that --timestep_respacing (or, without it, --diffusion_steps) gives"
+            f"{flag} {step_reverse} is out of range: expected a whole number from 0 to {num_steps}, the number of "
+            "steps set by --timestep_respacing or --diffusion_steps"
         )
     return k
 
 
 def _starting_point(
-    model: Model, shape: Sequence[int], noise: torch.Tensor | None, device: torch.device | str | None, generator: Noise
+    model: Model,
+    shape: Sequence[int],
+    noise: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+    generator: Noise = None,
+    **_: Any,
 ) -> torch.Tensor:
-    """The x that a loop starts from: `noise` on the device where the loop works, drawn if None."""
+    """The initial x of a loop, given its arguments: `noise` on the device of the loop, drawn if None."""
     if device is None:
         parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
         first = next(parameters, noise)
@@ -857,22 +791,22 @@ def _starting_point(
     if noise is None:
         return randn(tuple(shape), generator=generator, device=device)
     if noise.shape != tuple(shape):
-        raise UserError(f"noise has the shape {tuple(noise.shape)}, expected {tuple(shape)}")
+        raise UserError(f"noise has shape {tuple(noise.shape)}, expected {tuple(shape)}")
     return noise.to(device)
 
 
 def _unless_first(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """0 for the images of a batch x (B, ...) that are at t = 0, else 1, as (B, 1, ...)."""
+    """0 if t = 0, else 1, for each image of a batch x (B, ...), as (B, 1, ...)."""
     return (t != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
 
 
 def _if_given(generator: Noise) -> dict[str, Noise]:
-    """The generator as an argument; none without one, for overriding methods that do not know it."""
+    """The generator as an argument, omitted if None, since overriding methods of clients may not accept it."""
     return {} if generator is None else {"generator": generator}
 
 
 def _last(steps: Iterator[Output], start: torch.Tensor | None = None) -> torch.Tensor:
-    """The last of the samples, or the starting point if there is none."""
+    """The last sample, or `start` if there are no steps."""
     x = start
     for out in steps:
         x = out["sample"]

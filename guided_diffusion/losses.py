@@ -1,4 +1,4 @@
-"""Likelihoods and divergences of Gaussians, in nats, element by element."""
+"""Element-wise likelihoods and divergences of Gaussians, in nats."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import torch
 
-PIXEL_STEP = 2 / 255  # distance between neighbouring values of an 8-bit image scaled to [-1, 1]
+PIXEL_STEP = 2 / 255  # spacing of 8-bit pixel values scaled to [-1, 1]
 
 
 def normal_kl(
@@ -15,10 +15,7 @@ def normal_kl(
     mean2: torch.Tensor | float,
     logvar2: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Kullback-Leibler divergence KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), in nats.
-
-    The arguments broadcast against each other; at least one is a tensor.
-    """
+    """Kullback-Leibler divergence KL(N(mean1, exp logvar1) || N(mean2, exp logvar2)), in nats, with broadcasting."""
     log_ratio = torch.as_tensor(logvar1 - logvar2)
     squared_distance = torch.as_tensor((mean1 - mean2) ** 2)
     inverse_variance2 = torch.exp(-torch.as_tensor(logvar2))
@@ -26,10 +23,9 @@ def normal_kl(
 
 
 def approx_standard_normal_cdf(x: torch.Tensor) -> torch.Tensor:
-    """Probability that a standard normal variable is below `x`, by the tanh formula of Page (1977).
+    """Cumulative distribution function of the standard normal, in the tanh approximation of Page (1977).
 
-    The published models were trained with this formula, and their likelihoods computed with it: the exact function
-    gives other numbers (by up to 2e-4).
+    The published models were trained and evaluated with this approximation, whose error is up to 2e-4.
     """
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
@@ -37,15 +33,14 @@ def approx_standard_normal_cdf(x: torch.Tensor) -> torch.Tensor:
 def discretized_gaussian_log_likelihood(
     x: torch.Tensor, *, means: torch.Tensor, log_scales: torch.Tensor
 ) -> torch.Tensor:
-    """Log-probability, in nats, of 8-bit pixels under Gaussians discretised to the 256 values.
+    """Log-probability, in nats, of 8-bit pixels under discretised Gaussians (Ho, Jain and Abbeel 2020, equation 13).
 
-    Each value has the probability of the interval around it; the first and last intervals are open-ended (Ho, Jain
-    and Abbeel 2020, equation 13).
+    Each value has the probability of the interval around it; the first and last intervals are unbounded.
 
     Args:
-        x: pixels, multiples of 2/255 in [-1, 1].
-        means: means of the Gaussians, of the shape of `x`.
-        log_scales: logarithms of their standard deviations, of the shape of `x`.
+        x: pixels, 8-bit values scaled to [-1, 1].
+        means: means of the Gaussians, shaped as `x`.
+        log_scales: logarithms of their standard deviations, shaped as `x`.
     """
     inverse_scales = torch.exp(-log_scales)
     below_upper = approx_standard_normal_cdf((x - means + PIXEL_STEP / 2) * inverse_scales)

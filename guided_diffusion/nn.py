@@ -1,4 +1,4 @@
-"""Small building blocks of the networks and of the sampling loops."""
+"""Building blocks of the networks and of the sampling loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class NormalStream(Protocol):
-    """Anything that hands out standard normal numbers on request."""
+    """A source of standard normal numbers."""
 
     def randn(self, shape: Sequence[int], device: Any = None, dtype: torch.dtype | None = None) -> Tensor: ...
 
@@ -28,39 +28,38 @@ class SiLU(nn.SiLU):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation with float32 parameters, computed in float32, and what may follow it at once.
+    """Group normalisation in float32, with float32 parameters.
 
-    Called as norm(x), or as norm(x, scale, shift) for norm(x) * (1 + scale) + shift (AdaGN: Dhariwal and Nichol 2021,
-    arXiv:2105.05233, section 3.1), where these are (B, C, 1, ...). The result has the dtype of x, or `dtype`.
+    norm(x) has the shape and dtype of x (B, C, ...); `dtype` overrides the latter. norm(x, scale, shift) returns
+    norm(x) * (1 + scale) + shift for scale and shift of shape (B, C, 1, ...): AdaGN (Dhariwal and Nichol 2021,
+    arXiv:2105.05233, section 3.1).
     """
 
     def forward(
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         dtype = dtype or x.dtype
-        if torch.compiler.is_compiling():  # the compiler's own kernels take any layout
-            h = super().forward(x.float()).to(dtype)
-        elif x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):
-            channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-            if channels_last and not torch.is_grad_enabled():
-                return self._channels_last(x, scale, shift, dtype)
-            h = super().forward(x.contiguous().to(dtype))  # the kernel computes in float32 of itself
-        else:
-            h = super().forward(x.contiguous().float()).to(dtype)
+        compiling = torch.compiler.is_compiling()
+        half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not compiling
+        if half_on_cpu and not torch.is_grad_enabled() and _is_channels_last(x):
+            return self._channels_last(x, scale, shift, dtype=dtype)
+        x = x if compiling else x.contiguous()  # compiled kernels accept any memory layout
+        # The CPU's kernel for half precision computes in float32 internally.
+        h = super().forward(x.to(dtype) if half_on_cpu else x.float()).to(dtype)
         if scale is None:
             return h
-        in_place = not (h.requires_grad or torch.compiler.is_compiling())  # a compiler finds memory of its own
+        in_place = not (h.requires_grad or compiling)
         return torch.addcmul(shift, h, 1 + scale, out=h if in_place else None)
 
     def _channels_last(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """`forward` on a CPU, in half precision, of x (B, C, H, W) whose channels are last in memory.
+        """`forward` for a channels-last x (B, C, H, W) in half precision on a CPU.
 
-        PyTorch's group normalisation takes E[x^2] - E[x]^2 for the variance there, which is wrong for a large mean. Its
-        batch normalisation is exact, and that of one image has what is needed: the moments of every channel, and the
-        multiplication and addition of two numbers per channel, in one pass.
+        PyTorch's group normalisation computes the variance as E[x^2] - E[x]^2 there, which cancels if the mean is
+        large. Its batch normalisation does not: for a single image, it yields the moments of each channel, and applies
+        normalisation and modulation in one pass.
         """
         images = []
-        unused = torch.zeros_like(self.bias), torch.zeros_like(self.bias)  # running averages, which it insists on
+        unused = torch.zeros_like(self.bias), torch.zeros_like(self.bias)  # running averages, a required argument
         for i, image in enumerate(x.split(1)):  # (1, C, H, W)
             mean, variance = torch.batch_norm_update_stats(image, *unused, 0.0)
             mean, variance = mean.view(self.num_groups, -1), variance.view(self.num_groups, -1)  # (G, C / G)
@@ -75,10 +74,41 @@ class GroupNorm32(nn.GroupNorm):
         return torch.cat(images) if len(images) > 1 else images[0]
 
 
-class PointwiseConv1d(nn.Conv1d):
-    """A convolution of kernel size 1, computed as the linear map of each pixel that it is: (B, C, T) -> (B, D, T).
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
-    Input and output may have the channels last in memory; then nothing is copied.
+
+class NormActConv(nn.Sequential):
+    """Group normalisation, activation, optional dropout and a convolution, with methods that reuse memory.
+
+    On a CPU, element-wise operations spend most of their time allocating memory. So an activation with `inplace=True`
+    overwrites the output of the normalisation, and `add` that of the convolution, unless autograd or a forward hook
+    may need it.
+    """
+
+    def activate(self, x: Tensor, *scale_shift: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Normalise and activate x (B, C, H, W); see `GroupNorm32` for the other arguments."""
+        norm, activation, *_ = self
+        h = norm(x, *scale_shift, dtype=dtype)
+        return activation(h.clone() if norm._forward_hooks else h)
+
+    def convolve(self, h: Tensor) -> Tensor:
+        """Apply the layers after the activation: (B, C, H, W) -> (B, D, H, W)."""
+        _, _, *layers = self
+        for layer in layers:
+            h = layer(h)
+        return h
+
+    def add(self, h: Tensor, skip: Tensor) -> Tensor:
+        """The sum of the output `h` of `convolve` and a skip connection, both (B, D, H, W)."""
+        *_, conv = self
+        return h + skip if h.requires_grad or conv._forward_hooks else h.add_(skip)
+
+
+class PointwiseConv1d(nn.Conv1d):
+    """A convolution with kernel size 1, computed as a linear map: (B, C, T) -> (B, D, T).
+
+    Channels-last tensors are not copied.
     """
 
     def __init__(self, channels: int, out_channels: int):
@@ -88,39 +118,18 @@ class PointwiseConv1d(nn.Conv1d):
         return nn.functional.linear(x.mT, self.weight.squeeze(2), self.bias).mT
 
 
-def normalize_and_activate(
-    norm: GroupNorm32,
-    activation: nn.Module,
-    x: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> Tensor:
-    """activation(norm(x, scale, shift, dtype)), where `activation` may overwrite its input.
-
-    On a CPU most of the time of such steps goes into new memory.
-    """
-    h = norm(x, scale, shift, dtype)
-    return activation(h.clone() if norm._forward_hooks else h)  # a hook may have kept the other
-
-
-def add_skip(conv: nn.Module, h: Tensor, skip: Tensor) -> Tensor:
-    """h + skip, where h is the output of `conv`, which is overwritten unless autograd or a hook may want it."""
-    return h + skip if h.requires_grad or conv._forward_hooks else h.add_(skip)
-
-
 def normalization(channels: int) -> GroupNorm32:
-    """Group normalisation of `channels` channels, a multiple of 32, in 32 groups (Wu and He 2018, arXiv:1803.08494)."""
+    """Group normalisation of `channels`, a multiple of 32, in 32 groups (Wu and He 2018, arXiv:1803.08494)."""
     return GroupNorm32(32, channels)
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
-    """A convolution over `dims` = 1, 2 or 3 dimensions. Raises ValueError for another number."""
+    """A convolution in `dims` = 1, 2 or 3 dimensions. Raises ValueError for other `dims`."""
     return _of_dimension(dims, nn.Conv1d, nn.Conv2d, nn.Conv3d)(*args, **kwargs)
 
 
 def avg_pool_nd(dims: int, *args: Any, **kwargs: Any) -> nn.AvgPool1d | nn.AvgPool2d | nn.AvgPool3d:
-    """Average pooling over `dims` = 1, 2 or 3 dimensions. Raises ValueError for another number."""
+    """Average pooling in `dims` = 1, 2 or 3 dimensions. Raises ValueError for other `dims`."""
     return _of_dimension(dims, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)(*args, **kwargs)
 
 
@@ -150,28 +159,25 @@ def zero_module(module: Module) -> Module:
 
 
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
-    """Move the exponential moving averages `target_params` towards `source_params`, in place.
-
-    target <- rate * target + (1 - rate) * source, with 0 <= rate <= 1.
-    """
+    """Update exponential moving averages in place: target <- rate * target + (1 - rate) * source, 0 <= rate <= 1."""
     get_ema_multi_avg_fn(rate)(list(target_params), list(source_params), None)
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
-    """Mean over all dimensions but the first: (B, ...) -> (B,)."""
+    """Mean over all dimensions except the first: (B, ...) -> (B,)."""
     return tensor.reshape(len(tensor), -1).mean(dim=1)
 
 
 def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -> Tensor:
-    """Sinusoidal embedding of time (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
+    """Sinusoidal embedding of timesteps (Vaswani et al. 2017, arXiv:1706.03762, section 3.5).
 
     Args:
-        timesteps: times, (B,), integers or fractions.
-        dim: channels of the embedding.
-        max_period: the longest period is nearly 2 pi times this.
+        timesteps: (B,), integer or fractional.
+        dim: number of channels of the embedding.
+        max_period: longest period, approximately, divided by 2 pi.
 
     Returns:
-        (B, dim), float32: cosines, then sines, then a zero where `dim` is odd.
+        (B, dim), float32: cosines, then sines, then a zero if `dim` is odd.
     """
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=timesteps.device) * (-math.log(max_period) / half))
@@ -180,9 +186,9 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
 
 
 def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:
-    """Call `func(*inputs)`; where `flag` is set, keep no activations for the backward pass but compute them again.
+    """Call `func(*inputs)`; if `flag`, recompute its activations in the backward pass instead of storing them.
 
-    `params`, the parameters that `func` uses, are found by autograd itself: the argument stands for its callers' sake.
+    `params`, the parameters that `func` uses, is ignored: autograd finds them.
     """
     if flag:
         return torch.utils.checkpoint.checkpoint(func, *inputs, use_reentrant=False)
@@ -190,10 +196,10 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
 
 
 class CheckpointFunction(torch.autograd.Function):
-    """What `checkpoint` does as a function of autograd, for callers of guided-diffusion; `checkpoint` does without it.
+    """Activation checkpointing as an autograd function, for clients of guided-diffusion; not used here.
 
-    CheckpointFunction.apply(run_function, length, *args): the first `length` of `args` are the inputs, the others the
-    parameters that `run_function` uses. Returns the outputs as a tuple.
+    CheckpointFunction.apply(run_function, length, *args) returns a tuple of outputs. The first `length` of `args` are
+    the inputs of `run_function`, the others the parameters that it uses.
     """
 
     @staticmethod
@@ -220,13 +226,9 @@ def randn(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Draw standard normal numbers.
+    """Standard normal numbers of the given shape, device and dtype.
 
-    Args:
-        shape: shape of the result.
-        generator: None for torch's own stream; a generator, which draws where it lives; or a `NormalStream`.
-        device: where the result is wanted.
-        dtype: floating-point type of the result.
+    A `torch.Generator` draws on its own device. None stands for PyTorch's global generator.
     """
     if generator is not None and not isinstance(generator, torch.Generator):
         return generator.randn(shape, device=device, dtype=dtype)
@@ -235,5 +237,5 @@ def randn(
 
 
 def randn_like(x: Tensor, generator: torch.Generator | NormalStream | None = None) -> Tensor:
-    """Draw standard normal numbers of the shape, device and dtype of `x`; see `randn`."""
-    return randn(x.shape, generator, x.device, x.dtype)
+    """Standard normal numbers of the shape, device and dtype of `x`; see `randn`."""
+    return randn(x.shape, generator, device=x.device, dtype=x.dtype)

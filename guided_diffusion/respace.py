@@ -1,4 +1,4 @@
-"""A diffusion on fewer steps than its model was trained with."""
+"""Diffusion with fewer steps than the model was trained with."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .gaussian_diffusion import DeviceTables, GaussianDiffusion, Guide, Model, O
 
 
 def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int]) -> set[int]:
-    """Choose which of the original time steps to keep.
+    """Choose the original timesteps to keep.
 
     Args:
-        num_timesteps: steps of the original diffusion.
-        section_counts: how many to keep of each of equally long sections: one count for a single section, a list, or
-            the same as text ("250", "10,15,20"). Within a section they are evenly spaced and hold its first and last
-            step. Or "ddimN": N steps at a whole stride from step 0, as in DDIM (Song, Meng and Ermon 2021).
+        num_timesteps: number of original timesteps.
+        section_counts: number of timesteps to keep in each of equally long sections: a count, a list of counts, or
+            either as text ("250", "10,15,20"). Those kept in a section are evenly spaced, from its first to its last.
+            Alternatively "ddimN": N timesteps 0, s, 2s, ... as in DDIM (Song, Meng and Ermon 2021).
 
     Returns:
-        The kept time steps, each in 0..num_timesteps - 1.
+        The timesteps to keep, each in 0..num_timesteps - 1.
 
     Raises:
-        UserError: the counts cannot be read, or there are not that many steps.
+        UserError: the counts are invalid or exceed the number of timesteps.
     """
     if num_timesteps < 1:
         raise UserError(f"--diffusion_steps {num_timesteps}: expected at least 1")
@@ -47,20 +47,20 @@ def space_timesteps(num_timesteps: int, section_counts: int | str | Sequence[int
 
 
 class SpacedDiffusion(GaussianDiffusion):
-    """A diffusion that visits only some time steps of another, with the same noise levels there.
+    """A diffusion restricted to some timesteps of another, with the same noise levels.
 
-    Models and guides are wrapped, so that they receive the original timesteps, which the model was trained with.
+    Models and guides are wrapped, so that they receive the original timesteps.
 
     Attributes:
-        timestep_map: the original time step of each of the `num_timesteps` steps.
-        original_num_steps: number of steps of the original diffusion.
+        timestep_map: original timestep of each of the `num_timesteps` steps.
+        original_num_steps: number of original timesteps.
 
     Args:
-        use_timesteps: the original time steps to keep.
-        kwargs: arguments of `GaussianDiffusion`, for the original diffusion.
+        use_timesteps: original timesteps to keep.
+        kwargs: arguments of `GaussianDiffusion` for the original diffusion.
 
     Raises:
-        UserError: no time step, or one that the original diffusion lacks.
+        UserError: `use_timesteps` is empty or out of range.
     """
 
     def __init__(self, use_timesteps: Iterable[int], **kwargs: Any):
@@ -69,7 +69,7 @@ class SpacedDiffusion(GaussianDiffusion):
         self.timestep_map = sorted(set(use_timesteps))
         if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
             found = f"{self.timestep_map[0]}..{self.timestep_map[-1]}" if self.timestep_map else "none"
-            raise UserError(f"found time steps {found} to keep, expected some of 0..{len(betas) - 1}")
+            raise UserError(f"use_timesteps: found {found}, expected some of 0..{len(betas) - 1}")
         alphas_cumprod = np.cumprod(1 - betas)[self.timestep_map]
         super().__init__(betas=betas_from_alphas_cumprod(alphas_cumprod), **kwargs)
 
@@ -92,25 +92,30 @@ class SpacedDiffusion(GaussianDiffusion):
         return self._wrap_model(None).original_timesteps(self._scale_timesteps(t))
 
     def _scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
-        return t  # the wrapper looks up the original timesteps, and scales them
+        return t  # converted by the wrapper
 
     def _wrap_model(self, model: Model) -> _WrappedModel:
-        """What calls `model` with the original timesteps."""
+        """`model`, called with the original timesteps."""
         if isinstance(model, _WrappedModel):
             return model
-        schedule = self.timestep_map, self.rescale_timesteps, self.original_num_steps
-        return _WrappedModel(model, *schedule, self._tables)
+        return _WrappedModel(
+            model,
+            timestep_map=self.timestep_map,
+            rescale_timesteps=self.rescale_timesteps,
+            original_num_steps=self.original_num_steps,
+            tables=self._tables,
+        )
 
 
 class _WrappedModel:
-    """A model, or a guide, that is called with the indices of a `SpacedDiffusion`.
+    """A model or guide that takes the indices of a `SpacedDiffusion`.
 
     Args:
         model: called as model(x, timesteps, **kwargs), with the original timesteps.
-        timestep_map: the original timestep of each index.
-        rescale_timesteps: scale the original timesteps to 0..1000.
-        original_num_steps: number of steps of the original diffusion.
-        tables: where the map is kept on devices; the wrapper's own if None.
+        timestep_map: original timestep of each index.
+        rescale_timesteps: rescale the original timesteps to 0..1000.
+        original_num_steps: number of original timesteps.
+        tables: cache of the map on devices.
     """
 
     def __init__(
@@ -131,21 +136,21 @@ class _WrappedModel:
         return self.model(x, self.original_timesteps(ts), **kwargs)
 
     def original_timesteps(self, ts: torch.Tensor) -> torch.Tensor:
-        """The timesteps (B,) that the model receives for the indices `ts` (B,)."""
+        """Timesteps (B,) that the model receives at indices `ts` (B,)."""
         original = self._tables.on(ts.device, "timestep_map", np.array(self.timestep_map))[ts]
         return original.float() * (1000 / self.original_num_steps) if self.rescale_timesteps else original
 
 
 def _whole_strides(num_timesteps: int, spec: str) -> set[int]:
-    """The steps 0, s, 2s, ... for the smallest stride s that keeps as many of them as "ddimN" says."""
+    """The timesteps 0, s, 2s, ... for "ddimN", with the smallest stride s that keeps N of them."""
     number = spec.removeprefix("ddim")
     for stride in range(1, num_timesteps + 1):
         kept = range(0, num_timesteps, stride)
         if str(len(kept)) == number:
             return set(kept)
     raise UserError(
-        f"--timestep_respacing {spec}: found no whole stride that keeps {number or 'no'} of {num_timesteps} diffusion "
-        "steps, expected ddimN with N such as the number of steps divided by 2, 4, 5 or 10"
+        f"--timestep_respacing {spec}: no integer stride keeps {number or 'no'} of {num_timesteps} diffusion steps, "
+        "expected ddimN with N such as the number of steps divided by 2, 4, 5 or 10"
     )
 
 
@@ -164,12 +169,12 @@ def _read_counts(section_counts: int | str | Sequence[int]) -> list[int]:
 
 
 def _evenly_spaced(size: int, count: int) -> list[int]:
-    """Choose `count` of 0..size - 1, from first to last."""
+    """Choose `count` integers from 0 to size - 1."""
     stride = (size - 1) / max(count - 1, 1)
     kept, position = [], 0.0
     for _ in range(count):
         kept.append(round(position))
-        position += stride  # summed, not multiplied: it decides which way ties are rounded, hence the published steps
+        position += stride  # accumulated rather than multiplied, to round ties as the published models require
     return kept
 
 

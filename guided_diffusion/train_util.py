@@ -35,6 +35,7 @@ from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
 from .resample import LossAwareSampler, LossSecondMomentResampler, ScheduleSampler, UniformSampler
+from .system.checkpoint_files import Shapes, difference, shapes_of
 from .training.checkpoints import find_ema_checkpoint as find_ema_checkpoint
 from .training.checkpoints import find_resume_checkpoint as newest_checkpoint
 from .training.checkpoints import opt_path, read_optimizer, remove_unfinished, write_checkpoint
@@ -44,7 +45,6 @@ from .training.optimizer_state import by_parameter, steps_taken
 from .training.start import Start, changes_of, choose_start, describe_newest
 
 Cond = dict[str, Tensor]  # what the model is given besides the images, each (B, ...)
-Shapes = Mapping[str, tuple[int, ...]]
 
 SKIPPED = "skipped_steps"  # in the log: those that float16's loss scaling has left out since the last line
 SAMPLER_NAMES = {UniformSampler: "uniform", LossSecondMomentResampler: "loss-second-moment"}
@@ -447,21 +447,16 @@ class TrainLoop:
 
     def _read_weights(self, path: str, start: Start) -> dict[str, Tensor]:
         """Raises UserError, on all processes, if a file has the weights of another network than the model."""
-        expected = _shapes(self.model.state_dict())
+        expected = shapes_of(self.model.state_dict())
         weights = dist_util.load_weights(path, flag=_flag(start), expected=expected)
-        if _shapes(weights) != expected:
-            dist_util.on_every_rank(self._refuse, path, _shapes(weights), expected)
+        if shapes_of(weights) != expected:
+            dist_util.on_every_rank(self._refuse, path, shapes_of(weights), expected)
         return weights
 
     def _refuse(self, path: str, found: Shapes, expected: Shapes) -> None:
         if self.check_fit is not None:
             self.check_fit(path, found, expected)
-        different = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-        name = different[0]
-        raise UserError(
-            f"--resume_checkpoint {path} is of another network than your flags describe: {name} is "
-            f"{found.get(name, 'missing')} there and {expected.get(name, 'missing')} here ({len(different)} such)"
-        )
+        raise UserError(f"--resume_checkpoint {path} does not fit your flags: {difference(found, expected)}")
 
     def _load_optimizer(self, start: Start, state: dict[str, Any], order: list[str]) -> None:
         training = state.get("training", {})
@@ -688,10 +683,6 @@ class LossMeter:
 def _flag(start: Start) -> str:
     """What a message about the file begins with."""
     return "the checkpoint" if start.resumed else "--resume_checkpoint"
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:

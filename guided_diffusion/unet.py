@@ -1,7 +1,7 @@
 """The U-Net of guided-diffusion (Dhariwal and Nichol 2021, arXiv:2105.05233), its upsampler and its classifier.
 
-In comments on shapes, B is the batch, C a number of channels, T = H * W the pixels of a feature map. All feature maps
-may be contiguous or channels-last.
+Shapes: B is the batch size, C a number of channels, T = H * W the number of pixels. Feature maps may be contiguous or
+channels-last.
 """
 
 from __future__ import annotations
@@ -20,29 +20,28 @@ from torch import Tensor, nn
 from .errors import UserError
 from .fp16_util import convert_module_to_f16, convert_module_to_f32, half_precision_dtype
 from .nn import (
+    NormActConv,
     PointwiseConv1d,
     SiLU,
-    add_skip,
     avg_pool_nd,
     checkpoint,
     conv_nd,
     linear,
     normalization,
-    normalize_and_activate,
     timestep_embedding,
     zero_module,
 )
 
 
 class TimestepBlock(nn.Module):
-    """A module whose forward also takes the embedding of time and label."""
+    """A module whose forward also takes the embedding of timestep and label."""
 
     @abstractmethod
     def forward(self, x: Tensor, emb: Tensor) -> Tensor: ...
 
 
 class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence of modules that hands the embedding to those that take it."""
+    """A sequence of modules that passes the embedding to each `TimestepBlock`."""
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         for layer in self:
@@ -51,9 +50,9 @@ class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
 
 
 class Upsample(nn.Module):
-    """Double the height and the width by repeating pixels; a 3x3 convolution follows where `use_conv` is set.
+    """Double height and width by repeating pixels, then apply a 3x3 convolution if `use_conv`.
 
-    Of three dimensions, the first stays as it is.
+    In three dimensions, the first is unchanged.
     """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
@@ -67,9 +66,9 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halve the height and the width: by a strided 3x3 convolution where `use_conv` is set, else by the mean of 2x2.
+    """Halve height and width, by a strided 3x3 convolution if `use_conv`, else by averaging 2x2 pixels.
 
-    Of three dimensions, the first stays as it is.
+    In three dimensions, the first is unchanged.
     """
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
@@ -89,17 +88,17 @@ def _scale(dims: int) -> tuple[int, ...]:
 
 
 class ResBlock(TimestepBlock):
-    """A residual block that is told the time, and may double or halve the resolution.
+    """A residual block, conditioned on the timestep.
 
     Args:
-        channels: channels of the input.
-        emb_channels: channels of the embedding of time.
-        dropout: probability of dropout.
-        out_channels: channels of the output; None: as the input.
-        use_conv: where the channels change, the skip connection is a 3x3 convolution instead of 1x1.
-        use_scale_shift_norm: the embedding scales and shifts the normalised activations; else it is added to them.
-        dims: spatial dimensions.
-        use_checkpoint: compute activations again in the backward pass.
+        channels: input channels.
+        emb_channels: channels of the embedding.
+        dropout: dropout probability.
+        out_channels: output channels; None: as many as input channels.
+        use_conv: use a 3x3 instead of a 1x1 convolution in the skip connection if the number of channels changes.
+        use_scale_shift_norm: scale and shift the normalised activations by the embedding, instead of adding it.
+        dims: number of spatial dimensions.
+        use_checkpoint: recompute activations in the backward pass.
         up: double the resolution.
         down: halve the resolution.
     """
@@ -121,12 +120,12 @@ class ResBlock(TimestepBlock):
         out_channels = out_channels or channels
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
-        self.in_layers = nn.Sequential(
+        self.in_layers = NormActConv(
             normalization(channels), SiLU(inplace=True), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
         self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims) if down else None
         self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
-        self.out_layers = nn.Sequential(
+        self.out_layers = NormActConv(
             normalization(out_channels),
             SiLU(inplace=True),
             nn.Dropout(dropout),
@@ -144,37 +143,29 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        norm, activation, conv = self.in_layers
-        h = normalize_and_activate(norm, activation, x)  # (B, channels, H, W)
+        h = self.in_layers.activate(x)  # (B, channels, H, W)
         if self.resample is not None:
             h, x = self.resample(h), self.resample(x)  # (B, channels, H', W')
-        h = conv(h)  # (B, out_channels, H', W')
-
-        emb = self.emb_layers(emb).to(h.dtype)  # (B, out_channels or twice as many)
+        h = self.in_layers.convolve(h)  # (B, out_channels, H', W')
+        emb = self.emb_layers(emb).to(h.dtype)  # (B, out_channels), twice as many with use_scale_shift_norm
         emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))  # (B, ..., 1, 1)
-        norm, activation, dropout, conv = self.out_layers
-        if self.use_scale_shift_norm:
-            h = normalize_and_activate(norm, activation, h, *emb.chunk(2, dim=1))
-        else:
-            h = normalize_and_activate(norm, activation, h + emb)
-        h = conv(dropout(h))  # (B, out_channels, H', W')
-        return add_skip(conv, h, self.skip_connection(x))
+        h, scale_shift = (h, emb.chunk(2, dim=1)) if self.use_scale_shift_norm else (h + emb, ())
+        h = self.out_layers.activate(h, *scale_shift)
+        h = self.out_layers.convolve(h)  # (B, out_channels, H', W')
+        return self.out_layers.add(h, self.skip_connection(x))
 
 
 def count_flops_attn(model: nn.Module, _x: Any, y: Tensor | tuple[Tensor, ...]) -> None:
     """Add the operations of attention's two matrix products to `model.total_ops`, for the package thop.
 
-    Args:
-        model: the attention.
-        _x: its inputs, not used.
-        y: its output, (B, C, T).
+    `_x` is unused; `y` is the output of the attention, (B, C, T).
     """
     batch, channels, *pixels = (y[0] if isinstance(y, tuple) else y).shape
     model.total_ops += torch.tensor([2.0 * batch * channels * math.prod(pixels) ** 2], dtype=torch.float64)
 
 
 class QKVAttention(nn.Module):
-    """Multi-head attention; the channels of its input are q, k, v first, and heads within each of them."""
+    """Multi-head attention; the input channels are ordered (q, k, v) x heads."""
 
     heads_first = False
 
@@ -184,7 +175,7 @@ class QKVAttention(nn.Module):
 
     def forward(self, qkv: Tensor) -> Tensor:
         """(B, 3 * n_heads * C, T) -> (B, n_heads * C, T)."""
-        qkv = qkv.mT.contiguous()  # (B, T, 3 * n_heads * C): the fast kernels want channels last
+        qkv = qkv.mT.contiguous()  # (B, T, 3 * n_heads * C), as fast kernels require
         if self.heads_first:
             q, k, v = qkv.unflatten(2, (self.n_heads, 3, -1)).unbind(3)  # each (B, T, n_heads, C)
         else:
@@ -196,22 +187,22 @@ class QKVAttention(nn.Module):
 
 
 class QKVAttentionLegacy(QKVAttention):
-    """Multi-head attention; the channels of its input are heads first, and q, k, v within each of them."""
+    """Multi-head attention; the input channels are ordered heads x (q, k, v)."""
 
     heads_first = True
 
 
 class AttentionBlock(nn.Module):
-    """Attention between all pixels of a feature map, added to it.
+    """Residual self-attention between all pixels of a feature map.
 
     Args:
-        channels: channels of the input and the output.
-        num_heads: attention heads, where `num_head_channels` is -1.
-        num_head_channels: channels per head; -1: `num_heads` decides.
-        use_checkpoint: compute activations again in the backward pass.
-        use_new_attention_order: order of the channels of q, k, v; see `QKVAttention`.
+        channels: input and output channels.
+        num_heads: attention heads, if `num_head_channels` is -1.
+        num_head_channels: channels per head.
+        use_checkpoint: recompute activations in the backward pass.
+        use_new_attention_order: use `QKVAttention` instead of `QKVAttentionLegacy`.
 
-    Raises UserError where the heads do not divide the channels.
+    Raises UserError if the channels are not divisible into such heads.
     """
 
     def __init__(
@@ -256,13 +247,13 @@ def _heads(channels: int, num_heads: int, num_head_channels: int) -> int:
 
 
 class AttentionPool2d(nn.Module):
-    """Pool a feature map by the attention of its mean to its pixels (CLIP, Radford et al. 2021, arXiv:2103.00020).
+    """Attention pooling, with the mean of a feature map as query (CLIP, Radford et al. 2021, arXiv:2103.00020).
 
     Args:
         spacial_dim: height and width of the feature map.
-        embed_dim: channels of the feature map.
+        embed_dim: input channels.
         num_heads_channels: channels per attention head.
-        output_dim: channels of the output; None: as the input.
+        output_dim: output channels; None: as many as input channels.
     """
 
     def __init__(self, spacial_dim: int, embed_dim: int, num_heads_channels: int, output_dim: int | None = None):
@@ -283,12 +274,12 @@ class AttentionPool2d(nn.Module):
 
 
 class _Encoder(nn.Module):
-    """What the U-Net and the classifier have in common: the embedding, the input blocks, and the middle block.
+    """Embedding, input blocks and middle block, shared by the U-Net and the classifier.
 
-    A subclass adds its output by `_build_output`, which is given the channels of every input block.
+    Subclasses implement `_build_output`, which receives the number of output channels of each input block.
     """
 
-    _convert_when_moved = False  # whether `convert_to_fp16` waits for the weights to be moved to an accelerator
+    _convert_when_moved = False  # convert the weights to half precision as soon as they are on an accelerator
 
     def __init__(
         self,
@@ -340,7 +331,7 @@ class _Encoder(nn.Module):
         if num_classes is not None:
             self.label_emb = nn.Embedding(num_classes, emb_channels)
 
-        channels = [self._width(0)]  # of every input block's output
+        channels = [self._width(0)]  # of each input block's output
         self.input_blocks = nn.ModuleList(
             [TimestepEmbedSequential(conv_nd(dims, in_channels, channels[0], 3, padding=1))]
         )
@@ -367,9 +358,9 @@ class _Encoder(nn.Module):
     def _residual(self, channels: int, out_channels: int, up: bool = False, down: bool = False) -> ResBlock:
         return ResBlock(
             channels,
-            4 * self.model_channels,
-            self.dropout,
-            out_channels,
+            emb_channels=4 * self.model_channels,
+            dropout=self.dropout,
+            out_channels=out_channels,
             use_scale_shift_norm=self.use_scale_shift_norm,
             dims=self.dims,
             use_checkpoint=self.use_checkpoint,
@@ -379,11 +370,15 @@ class _Encoder(nn.Module):
 
     def _attention_block(self, channels: int, num_heads: int) -> AttentionBlock:
         return AttentionBlock(
-            channels, num_heads, self.num_head_channels, self.use_checkpoint, self.use_new_attention_order
+            channels,
+            num_heads=num_heads,
+            num_head_channels=self.num_head_channels,
+            use_checkpoint=self.use_checkpoint,
+            use_new_attention_order=self.use_new_attention_order,
         )
 
     def _attention(self, level: int, num_heads: int) -> list[AttentionBlock]:
-        """The attention that follows a residual block: one, or none where the level's resolution has none."""
+        """The attention block after a residual block, if the level's resolution has one."""
         if 2**level not in self.attention_resolutions:
             return []
         return [self._attention_block(self._width(level), num_heads)]
@@ -399,25 +394,25 @@ class _Encoder(nn.Module):
         return Upsample(channels, self.conv_resample, self.dims)
 
     def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Embed times (B,) and labels (B,): (B, 4 * model_channels). Raises UserError unless labels fit the model."""
+        """Embed timesteps (B,) and labels (B,): (B, 4 * model_channels). Raises UserError if labels do not fit."""
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if self.num_classes is None:
             if y is not None:
-                raise UserError("labels were given to a model that is not conditioned on them (--class_cond False)")
+                raise UserError("found labels for an unconditional model (--class_cond False)")
             return emb
         if y is None or y.shape != timesteps.shape:
             found = "none" if y is None else f"a tensor of shape {tuple(y.shape)}"
             raise UserError(
-                f"the model is conditioned on labels (--class_cond True): expected one for each of {len(timesteps)} "
+                f"the model is class-conditional (--class_cond True): expected a label for each of {len(timesteps)} "
                 f"images, found {found}"
             )
         return emb + self.label_emb(y)
 
     def convert_to_fp16(self, dtype: torch.dtype | None = None) -> None:
-        """Convert the torso, all blocks but not the output, to half precision, in place.
+        """Convert the weights of all blocks except the output to half precision, in place.
 
-        `dtype` None: float16 on an accelerator. On a CPU the weights stay in float32 until they are moved to one, and
-        the forward pass computes as `use_mixed_precision` says.
+        By default, convert to float16, and only on an accelerator: on a CPU, call `use_mixed_precision`, and convert
+        when the model is moved to an accelerator.
         """
         if dtype is None and self.time_embed[0].weight.device.type == "cpu":
             self.use_mixed_precision()
@@ -434,23 +429,22 @@ class _Encoder(nn.Module):
         self._apply_to_torso(convert_module_to_f32)
 
     def use_mixed_precision(self) -> None:
-        """Keep the weights in float32 and compute in the `half_precision_dtype` of the input's device, by autocast."""
+        """Keep float32 weights and compute under autocast, in the `half_precision_dtype` of the input's device."""
         self.convert_to_fp32()
         self.dtype = torch.float16
 
-    def _apply(self, *args: Any, **kwargs: Any) -> _Encoder:  # what moves a module, alone or as a part of another
+    def _apply(self, *args: Any, **kwargs: Any) -> _Encoder:  # called by .to() of this module or its parents
         super()._apply(*args, **kwargs)
         if self._convert_when_moved and self.time_embed[0].weight.device.type != "cpu":
             self.convert_to_fp16()
         return self
 
     def _precision(self, x: Tensor) -> tuple[AbstractContextManager, Tensor]:
-        """The context to compute in, and the input as the torso takes it.
+        """The context to compute in, and `x` in the dtype that the blocks expect.
 
-        That is autocast if the network is to compute in half precision, its weights are in float32, and the caller has
-        not called it in one.
+        The context is autocast for half precision with float32 weights, unless the caller has enabled autocast.
         """
-        weights = self.input_blocks[0][0].weight.dtype  # parameters() would be empty in replicas of DataParallel
+        weights = self.input_blocks[0][0].weight.dtype  # parameters() is empty in DataParallel replicas
         if self.dtype == weights or weights != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return nullcontext(), x.to(self.dtype)
         dtype = half_precision_dtype(x.device)
@@ -462,39 +456,38 @@ class _Encoder(nn.Module):
                 child.apply(function)
 
 
-class _Output(nn.Sequential):
-    """Normalisation, activation and convolution, in float32 whatever the precision of the input."""
+class _Output(NormActConv):
+    """Normalisation, activation and convolution, in float32 regardless of the dtype of the input."""
 
     def forward(self, h: Tensor) -> Tensor:
-        norm, activation, conv = self
-        return conv(normalize_and_activate(norm, activation, h, dtype=torch.float32))
+        return self.convolve(self.activate(h, dtype=torch.float32))
 
 
 class UNetModel(_Encoder):
     """The U-Net of a diffusion model.
 
     Args:
-        image_size: height and width of the images, in pixels; noted only.
-        in_channels: channels of the input.
-        model_channels: channels at the first level, before its multiplier.
-        out_channels: channels of the output.
-        num_res_blocks: residual blocks per level, and one more in the decoder.
-        attention_resolutions: factors of downsampling at which attention follows every residual block.
-        dropout: probability of dropout in the residual blocks.
-        channel_mult: multiplier of the channels of every level, first to last.
-        conv_resample: plain resampling uses convolutions.
-        dims: spatial dimensions.
-        num_classes: number of classes of a model that is conditioned on them, else None.
-        use_checkpoint: compute activations again in the backward pass, to save memory.
-        use_fp16: compute in half precision: by autocast until `convert_to_fp16` converts the torso's weights.
-        num_heads: attention heads, where `num_head_channels` is -1.
-        num_head_channels: channels per attention head; -1: the number of heads decides.
-        num_heads_upsample: attention heads in the decoder; -1: as `num_heads`.
-        use_scale_shift_norm: the embedding scales and shifts activations (FiLM), else it is added to them.
-        resblock_updown: residual blocks change the resolution, instead of plain resampling.
-        use_new_attention_order: order of the channels of q, k, v; see `QKVAttention`.
+        image_size: height and width of the images, in pixels; informative only.
+        in_channels: input channels.
+        model_channels: base number of channels, multiplied by `channel_mult`.
+        out_channels: output channels.
+        num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+        attention_resolutions: downsampling factors at which attention follows each residual block.
+        dropout: dropout probability in residual blocks.
+        channel_mult: channel multiplier of each level.
+        conv_resample: resample with a convolution, unless `resblock_updown`.
+        dims: number of spatial dimensions.
+        num_classes: number of classes of a class-conditional model; None: unconditional.
+        use_checkpoint: recompute activations in the backward pass, to save memory.
+        use_fp16: compute in half precision, under autocast until `convert_to_fp16` converts the weights.
+        num_heads: attention heads, if `num_head_channels` is -1.
+        num_head_channels: channels per attention head.
+        num_heads_upsample: attention heads in the decoder; -1: `num_heads`.
+        use_scale_shift_norm: scale and shift activations by the embedding (FiLM), instead of adding it.
+        resblock_updown: resample within residual blocks.
+        use_new_attention_order: use `QKVAttention` instead of `QKVAttentionLegacy`.
 
-    Raises UserError where attention heads do not divide the channels.
+    Raises UserError if the channels are not divisible into such attention heads.
     """
 
     def _build_output(self, channels: list[int]) -> None:
@@ -519,14 +512,14 @@ class UNetModel(_Encoder):
         """Apply the network.
 
         Args:
-            x: noised images, (B, in_channels, H, W); each level but the last halves H and W.
-            timesteps: times, (B,).
-            y: labels, (B,), of a model that is conditioned on them.
+            x: noised images, (B, in_channels, H, W); H and W divisible by 2**(levels - 1).
+            timesteps: (B,).
+            y: labels of a class-conditional model, (B,).
 
         Returns:
             (B, out_channels, H, W), in the dtype of `x`.
 
-        Raises UserError where `y` is missing, superfluous or of another length.
+        Raises UserError if `y` is missing, unexpected or of the wrong length.
         """
         precision, h = self._precision(x)
         with precision:
@@ -538,23 +531,20 @@ class UNetModel(_Encoder):
             h = self.middle_block(h, emb)
             for block in self.output_blocks:
                 h = block(torch.cat([h, skips.pop()], dim=1), emb)
-        with torch.autocast(x.device.type, enabled=False):  # the output is in float32 in training too
+        with torch.autocast(x.device.type, enabled=False):  # float32, in training too
             return self.out(h).to(x.dtype)  # (B, out_channels, H, W)
 
 
 class SuperResModel(UNetModel):
-    """A U-Net that is shown a smaller image too: its arguments are those of `UNetModel`."""
+    """A U-Net conditioned on a low-resolution image. Args are those of `UNetModel`."""
 
     def __init__(self, image_size: int, in_channels: int, *args: Any, **kwargs: Any):
         super().__init__(image_size, 2 * in_channels, *args, **kwargs)
 
     def forward(self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """As `UNetModel.forward`, given besides `low_res`, (B, in_channels, h, w) of any h and w.
-
-        Raises UserError where `low_res` is missing.
-        """
+        """As `UNetModel.forward`, with `low_res` of shape (B, in_channels, h, w). Raises UserError if it is None."""
         if low_res is None:
-            raise UserError("the upsampler needs the small images: low_res is missing")
+            raise UserError("the upsampler needs low-resolution images: low_res is missing")
         low_res = F.interpolate(low_res.to(x.dtype), x.shape[2:], mode="bilinear")  # (B, in_channels, H, W)
         return super().forward(torch.cat([x, low_res], dim=1), timesteps, **kwargs)
 
@@ -562,13 +552,13 @@ class SuperResModel(UNetModel):
 class EncoderUNetModel(_Encoder):
     """The encoder half of the U-Net, pooled: a classifier of noised images.
 
-    Args are those of `UNetModel`, but for the classes that it is conditioned on, and `pool`:
-        "adaptive": the mean over all pixels, then a linear map;
+    Args are those of `UNetModel`, without `num_classes`, and `pool`:
+        "adaptive": mean over all pixels, then a linear map;
         "attention": `AttentionPool2d`;
-        "spatial": the means over all pixels after every block, then two layers with ReLU;
-        "spatial_v2": likewise, with group normalisation and SiLU.
+        "spatial": means over all pixels after each block, then two linear maps with ReLU in between;
+        "spatial_v2": likewise, with group normalisation and SiLU in between.
 
-    Raises UserError for another pool, or where attention heads do not divide the channels.
+    Raises UserError if `pool` is unknown or the channels are not divisible into such attention heads.
     """
 
     def __init__(
@@ -595,25 +585,24 @@ class EncoderUNetModel(_Encoder):
     ):
         self.pool = pool
         super().__init__(
-            image_size,
-            in_channels,
-            model_channels,
-            out_channels,
-            num_res_blocks,
-            attention_resolutions,
-            dropout,
-            channel_mult,
-            conv_resample,
-            dims,
-            None,
-            use_checkpoint,
-            use_fp16,
-            num_heads,
-            num_head_channels,
-            num_heads_upsample,
-            use_scale_shift_norm,
-            resblock_updown,
-            use_new_attention_order,
+            image_size=image_size,
+            in_channels=in_channels,
+            model_channels=model_channels,
+            out_channels=out_channels,
+            num_res_blocks=num_res_blocks,
+            attention_resolutions=attention_resolutions,
+            dropout=dropout,
+            channel_mult=channel_mult,
+            conv_resample=conv_resample,
+            dims=dims,
+            use_checkpoint=use_checkpoint,
+            use_fp16=use_fp16,
+            num_heads=num_heads,
+            num_head_channels=num_head_channels,
+            num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
         )
 
     def _build_output(self, channels: list[int]) -> None:
@@ -630,7 +619,9 @@ class EncoderUNetModel(_Encoder):
         elif self.pool == "attention":
             side = self.image_size // 2 ** (len(self.channel_mult) - 1)
             self.out = nn.Sequential(
-                normalization(width), SiLU(), AttentionPool2d(side, width, self.num_head_channels, out_channels)
+                normalization(width),
+                SiLU(),
+                AttentionPool2d(side, width, self.num_head_channels, output_dim=out_channels),
             )
         elif self.pool == "spatial":
             self.out = nn.Sequential(linear(features, 2048), nn.ReLU(), linear(2048, out_channels))
@@ -640,7 +631,7 @@ class EncoderUNetModel(_Encoder):
             raise UserError(f"--classifier_pool {self.pool}: expected adaptive, attention, spatial or spatial_v2")
 
     def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
-        """(B, in_channels, image_size, image_size) at times (B,) -> logits (B, out_channels), in the dtype of `x`."""
+        """Logits (B, out_channels), in the dtype of `x` (B, in_channels, image_size, image_size), at timesteps (B,)."""
         precision, h = self._precision(x)
         means = []
         with precision:

@@ -427,7 +427,7 @@ def test_ranks_load_anything_together(tmp_path, checkpoint, url):
 
 def test_connection_that_closes_early(tmp_path, checkpoint, url):
     checkpoint.rename(tmp_path / "cut.pt")
-    with pytest.raises(UserError, match=r"cut.pt cannot be read: the connection closed 1000 bytes early"):
+    with pytest.raises(UserError, match=r"cut.pt cannot be read: the connection was closed 1000 bytes early"):
         dist_util.load_weights(address(url, "cut.pt"))
 
 
@@ -481,19 +481,19 @@ BAD = {
     "folder": "cannot be read: Is a directory",
     "empty": r"\(0 bytes\) is empty",
     "web page": r"\(38 bytes\) is a web page, not a checkpoint: the download failed. It begins with '\\n<!DOCTYPE html",
-    "text": "is not a checkpoint of torch.save: it begins with 'see the release page'$",
+    "text": "was not written by torch.save: it begins with 'see the release page'$",
     "pointer": r"\(43 bytes\) is a Git LFS pointer, not the checkpoint itself",
-    "archive": "is not a checkpoint of torch.save: it begins with ['\"]PK",
+    "archive": "was not written by torch.save: it begins with ['\"]PK",
     "half": "is truncated",
     "last byte missing": "is truncated",
     "end never written": "is truncated",
     "legacy half": "is truncated",
     "legacy start": r"\(40 bytes\) is truncated",
-    "other pickle": "is not a checkpoint of torch.save",
-    "objects": r"holds a Python object besides tensors \(datetime.date\)",
-    "trainer": r"holds entries that are no tensors \('model': dict, 'step': int, 'lr': float, 'epoch': int\)",
-    "list": "holds a list; expected a dict of tensors",
-    "no tensors": "holds an empty dict; expected a dict of tensors",
+    "other pickle": "was not written by torch.save",
+    "objects": r"contains a Python object other than tensors \(datetime.date\)",
+    "trainer": r"contains entries other than tensors \('model': dict, 'step': int, 'lr': float, 'epoch': int\)",
+    "list": "contains a list; expected a dict of tensors",
+    "no tensors": "contains an empty dict; expected a dict of tensors",
 }
 
 

@@ -25,12 +25,12 @@ MU = np.array([0.5, -0.3, 0.1, 2.0])  # mean of the data
 S2 = np.array([1e-4, 0.25, 1.0, 16.0])  # variance of the data
 X_START = np.array([0.51, 0.4, -1.5, -3.0])  # the starting image
 
-LEARNED = 0.4  # what the model says of the variance, from -1 (small) to 1 (large)
+LEARNED = 0.4  # output of the model for the variance, from -1 (small) to 1 (large)
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """One way to take the steps back. `variance`: of a DDPM step; `eta`: for DDIM, else None."""
+    """A sampler: DDPM with a `variance`, or DDIM with `eta`, which is None for DDPM."""
 
     variance: str = "small"
     eta: float | None = None
@@ -52,7 +52,7 @@ class Sampler:
         return loop(self.best_model, tuple(x_k.shape), k, **options)
 
     def best_model(self, x, t):
-        """E[eps | x_t], given the original time steps; and what it says of the variance where that is learned."""
+        """E[eps | x_t], given the original timesteps, and the values for the variance if learned."""
         abar = ABAR[t.numpy()].reshape(-1, 1, 1, 1)
         mu, s2 = MU.reshape(1, -1, 1, 1), S2.reshape(1, -1, 1, 1)
         gain = np.sqrt(1 - abar) / (abar * s2 + 1 - abar)
@@ -85,14 +85,14 @@ class Affine:
 
 @dataclass(frozen=True)
 class Mutation:
-    """A mistake that one could make, as a change to the recursion, and the k in 0..n that it concerns."""
+    """A possible mistake, as a change to the recursion, and the affected k in 0..n."""
 
     name: str
     ks: Callable[[int], range]
     start_shift: int = 0  # x_k is drawn with abar[k - 1 + start_shift]
     indices: Callable[[int], Sequence[int]] = lambda k: range(k - 1, -1, -1)
     noise_at_zero: bool = False
-    told_shift: int = 0  # the model is told the time of another index
+    told_shift: int = 0  # the model receives the timestep of another index
 
     def __str__(self):
         return self.name.replace(" ", "-")
@@ -119,7 +119,7 @@ MUTATIONS = [
 
 
 def signal_levels(num_steps):
-    """abar of `num_steps` evenly spaced of the 1000 steps, the first and the last among them."""
+    """abar at `num_steps` evenly spaced steps, from the first to the last of 1000."""
     return ABAR[[round(i * 999 / (num_steps - 1)) for i in range(num_steps)]]
 
 
@@ -132,16 +132,16 @@ def exact_start(abar, k, shift=0):
 
 
 def exact_step(sampler, abar, i, mutation):
-    """One denoising step, x_{i-1} = offset + gain * x_i + noise * z, from what abar means and Bayes' rule."""
+    """One denoising step, x_{i-1} = offset + gain * x_i + noise * z, from the definition of abar and Bayes' rule."""
     a, a_prev = abar[i], abar[i - 1] if i > 0 else 1.0
     r = a / a_prev  # x_i = sqrt(r) x_{i-1} + sqrt(1 - r) z
     told = abar[i + mutation.told_shift]
-    # The noise that the model sees in x_i, and the clean image that goes with it, as (offset, gain).
+    # Predicted noise and clean image, as (offset, gain).
     slope = np.sqrt(1 - told) / (told * S2 + 1 - told)
     eps = np.array([-slope * np.sqrt(told) * MU, slope])
     start = (np.array([np.zeros(4), np.ones(4)]) - np.sqrt(1 - a) * eps) / np.sqrt(a)
     if i == 0:
-        # Nothing is left to draw: x_{-1} is the clean image. A mistaken draw would have the variance of the next step.
+        # x_{-1} is the clean image, without noise. A mistaken draw would have the variance of the next step.
         offset, gain = start
         noise = exact_step(sampler, abar, 1, NONE)[2] if mutation.noise_at_zero else 0.0
         return offset, gain, noise
@@ -159,7 +159,7 @@ def exact_step(sampler, abar, i, mutation):
 
 
 def exact_loop(sampler, abar, k, mutation=NONE):
-    """The whole way back from x_k."""
+    """All steps from x_k."""
     total = Affine(np.zeros(4), np.ones(4), np.zeros((0, 4)))
     for i in mutation.indices(k):
         offset, gain, noise = exact_step(sampler, abar, i, mutation)
@@ -173,7 +173,7 @@ def exact_loop(sampler, abar, k, mutation=NONE):
 
 
 class OneImpulsePerRow:
-    """Noise that is 0, except for the draw j of row 2 + j, which is 1."""
+    """Noise that is 0, except for draw j of row 2 + j, which is 1."""
 
     def __init__(self):
         self.draw = 0
@@ -186,7 +186,7 @@ class OneImpulsePerRow:
 
 
 def measured_loop(sampler, diffusion, k):
-    """What the loop does, without sampling error: from x_k = 0, x_k = 1, and x_k = 0 with each one of its draws 1."""
+    """The linear response of the loop, without sampling error: to x_k = 1 and to each draw."""
     x_k = torch.zeros(2 + k, 4, 1, 1)
     x_k[1] = 1
     out = sampler.sample(diffusion, x_k, k, OneImpulsePerRow()).double().numpy()[:, :, 0, 0]
@@ -199,13 +199,13 @@ def measured_start(diffusion, k):
     return noised_image(diffusion, one, k, zero).item(), noised_image(diffusion, zero, k, one).item()
 
 
-TOLERANCE = 1e-5  # of numbers of order 1; the loop computes in float32
+TOLERANCE = 1e-5  # float32, numbers of order 1
 
 
 @pytest.mark.parametrize("num_steps", LENGTHS)
 @each_sampler
 def test_the_loop_is_the_exact_affine_map(sampler, num_steps):
-    """For every k: offset, gain, and what every draw of every step does to the result."""
+    """Offset, gain and response to each draw, for all k."""
     diffusion, abar = sampler.diffusion(num_steps), signal_levels(num_steps)
     for k in range(num_steps + 1):
         np.testing.assert_allclose(measured_start(diffusion, k), exact_start(abar, k), atol=1e-6, err_msg=f"k = {k}")
@@ -218,12 +218,12 @@ def test_the_loop_is_the_exact_affine_map(sampler, num_steps):
 
 @pytest.mark.parametrize(
     ("sampler", "mutation"),
-    # DDIM has no noise that could be added at index 0.
+    # DDIM adds no noise at index 0.
     [(s, m) for s in SAMPLERS for m in MUTATIONS if s.eta is None or not m.noise_at_zero],
     ids=str,
 )
 def test_every_mistake_would_be_seen(sampler, mutation):
-    """For every k, each mistake changes the mean or the deviation of the result far beyond the tolerance."""
+    """Each mistake changes the mean or standard deviation of the result by far more than the tolerance."""
     num_steps = 10
     diffusion, abar = sampler.diffusion(num_steps), signal_levels(num_steps)
     for k in mutation.ks(num_steps):
@@ -237,7 +237,7 @@ def test_every_mistake_would_be_seen(sampler, mutation):
 @pytest.mark.parametrize("num_steps", LENGTHS)
 @pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s.eta != 0.5], ids=str)
 def test_samples_have_the_exact_mean_and_variance(sampler, num_steps):
-    """For every k, with real noise: within 5 standard errors of either."""
+    """With real noise, mean and standard deviation agree within 5 standard errors."""
     diffusion, abar = sampler.diffusion(num_steps), signal_levels(num_steps)
     generator = torch.Generator().manual_seed(num_steps)
     pixels = 2_000_000 // num_steps  # of each kind
@@ -255,9 +255,9 @@ def test_samples_have_the_exact_mean_and_variance(sampler, num_steps):
 @pytest.mark.parametrize("k", [200, 500, 800, 1000])
 @pytest.mark.parametrize("sampler", SAMPLERS[:3], ids=str)
 def test_many_small_steps_draw_from_the_posterior(sampler, k):
-    r"""With all 1000 steps the way back is that of the data: \hat x_0(k) is a draw from p(x_0 | x_k), in closed form.
+    r"""With all 1000 steps, \hat x_0(k) is a draw from p(x_0 | x_k), which is known in closed form.
 
-    To 1% of its deviation: what is left is the size of the steps. (Data with s = 0.01 would need smaller ones.)
+    They agree to 1% of its standard deviation, the discretisation error. (Data with s = 0.01 would need more steps.)
     """
     diffusion, kinds = sampler.diffusion(1000), slice(1, 4)
     mean, deviation = measured_loop(sampler, diffusion, k).law(*measured_start(diffusion, k))

@@ -1,5 +1,6 @@
-"""Schedules, steps, loops and losses: against the reference numbers, and against each other."""
+"""Schedules, steps, loops and losses agree with the reference numbers and with each other."""
 
+import inspect
 import math
 
 from guided_diffusion import gaussian_diffusion as gd
@@ -34,7 +35,7 @@ LOOPS = ["p_sample", "ddim_sample"]
 
 
 def sine_model(learn_sigma):
-    """The stand-in for a network of the reference numbers."""
+    """The model used for the reference numbers."""
 
     def model(x, t):
         t = t.float().view(-1, 1, 1, 1)
@@ -98,7 +99,7 @@ def test_numbers_equal_the_reference(name):
     for key, value in ours.items():
         expected = getattr(ref, key)
         assert value.shape == expected.shape, key
-        for i in range(len(t)):  # each time step by itself: their sizes differ by orders of magnitude
+        for i in range(len(t)):  # separately, since timesteps differ by orders of magnitude
             if np.any(expected[i]):
                 assert relative_error(value[i], expected[i]) < LOST_DIGITS.get(key, 1e-6), (key, i)
             else:
@@ -184,12 +185,12 @@ def test_a_single_step_predicts_the_clean_image(learn_sigma):
     torch.testing.assert_close(sample, expected)
 
 
-# What the model is handed
+# Timesteps
 
 
 @pytest.mark.parametrize(("rescale", "expected"), [(False, [0, 125, 249]), (True, [0, 500, 996])])
-def test_the_model_gets_original_time_steps(rescale, expected):
-    """In sampling, in training, and in guidance by both methods."""
+def test_the_model_receives_original_timesteps(rescale, expected):
+    """In sampling, training and both kinds of guidance."""
     diffusion = create_gaussian_diffusion(steps=250, timestep_respacing="3", rescale_timesteps=rescale)
     assert diffusion.timestep_map == [0, 124, 249] or diffusion.timestep_map == [0, 125, 249]
     expected[1] = diffusion.timestep_map[1] * (4 if rescale else 1)
@@ -226,7 +227,7 @@ def test_a_plain_diffusion_rescales_its_own_steps():
 
 @pytest.mark.parametrize("var_type", list(gd.ModelVarType))
 def test_the_three_predictions_are_one(var_type):
-    """A model that predicts the noise, the clean image or the previous image says the same."""
+    """Predicting the noise, the clean image or the previous image is equivalent."""
     x_start, x, t = seeded(SHAPE, 1).clamp(-1, 1), seeded(SHAPE, 2), torch.tensor([1, 8])
     results = []
     for mean_type in gd.ModelMeanType:
@@ -296,7 +297,7 @@ def test_ddim_with_eta_one_is_ddpm_with_small_variance():
 
 
 def test_ddim_noise_keeps_its_digits_in_float32():
-    """At index 1 of a respaced chain abar[0] is nearly 1, and so is everything that is subtracted from it."""
+    """At index 1 of a respaced chain, 1 - abar[0] is a difference of nearly equal numbers."""
     diffusion, t = diffusion_of("10", predict_xstart=True), torch.tensor([1])
     x = torch.ones(1, 1, 1, 1)
     step = diffusion.ddim_sample(lambda x, t: torch.zeros_like(x), x, t, eta=1.0, generator=Impulses({}))["sample"]
@@ -345,7 +346,7 @@ def test_guidance_moves_the_score_by_the_gradient():
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_guidance_by_a_gradient_inside_a_loop(loop):
-    """A guide that differentiates, as the published one does, and draws the samples towards 1."""
+    """A guide that differentiates, as the published one does, and pulls the samples towards 1."""
 
     def guide(x, t):
         with torch.enable_grad():
@@ -389,6 +390,26 @@ def test_progressive_loop_yields_every_step_of_the_plain_one(loop, k):
         x = out["sample"]
 
 
+@pytest.mark.parametrize("suffix", ["", "_progressive", "_forw_back", "_forw_back_progressive"])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_loops_take_their_options_by_position_too(loop, suffix):
+    method = getattr(diffusion_of(), f"{loop}_loop{suffix}")
+    options = {"model": sine_model(False), "shape": SHAPE, "step_reverse": 4, "noise": seeded(SHAPE, 7)}
+    options |= {"clip_denoised": False, "denoised_fn": torch.tanh, "cond_fn": lambda x, t: -x, "model_kwargs": {}}
+    options |= {"device": "cpu", "progress": False, "eta": 0.5, "generator": None}
+    names = list(inspect.signature(method).parameters)
+    assert names == [n for n in options if (n != "step_reverse" or "forw" in suffix) and (n != "eta" or "ddim" in loop)]
+    results = []
+    for positional in (len(names) - 1, 2):
+        options["generator"] = seed()
+        values = [options[name] for name in names]
+        out = method(*values[:positional], **dict(list(zip(names, values, strict=True))[positional:]))
+        results.append(out if isinstance(out, torch.Tensor) else list(out)[-1]["sample"])
+    assert torch.equal(*results)
+    with pytest.raises(TypeError, match="num_steps"):
+        method(*values, num_steps=4)
+
+
 @pytest.mark.parametrize("loop", LOOPS)
 def test_no_steps_back_give_the_image_itself(loop):
     x = seeded(SHAPE, 7)
@@ -407,11 +428,11 @@ def test_all_randomness_comes_from_the_generator(options):
     assert not torch.isclose(one, other).all()
     assert torch.equal(state, torch.get_rng_state())
     torch.manual_seed(1)
-    torch.testing.assert_close(loop(sine_model(False), SHAPE, **options), one)  # without one: the global generator
+    torch.testing.assert_close(loop(sine_model(False), SHAPE, **options), one)  # the global generator by default
 
 
 class Impulses:
-    """A generator of zeros, except for the draws that are given."""
+    """A generator of zeros, except for the given draws."""
 
     def __init__(self, draws):
         self.draws, self.count = draws, 0
@@ -425,7 +446,7 @@ class Impulses:
     ("loop", "eta", "draws"), [("p_sample", None, 6), ("ddim_sample", 1.0, 6), ("ddim_sample", 0.0, 0)]
 )
 def test_draws_per_loop(loop, eta, draws):
-    """One draw a step, one more where the start is not given, and none at all from a generator where none is used."""
+    """One draw per step, one for the start unless given, and none for deterministic steps."""
     options = {} if eta is None else {"eta": eta}
     loop = getattr(diffusion_of(), f"{loop}_loop_forw_back")
     for noise, extra in ((torch.zeros(SHAPE), 0), (None, 1)):
@@ -443,7 +464,7 @@ def test_the_sample_grid_leaves_the_random_numbers_of_training_alone(tmp_path):
 
 
 class OffDevice(TorchDispatchMode):
-    """Records the operations that touch a tensor elsewhere than on the device, while `active`.
+    """Records operations on tensors that are not on the device, while `active`.
 
     A copy from the host is one of them. What makes the host wait for the device (a number or a mask read back) is not
     possible on the meta device, which has no numbers, and raises; on a GPU it raises by `set_sync_debug_mode`.
@@ -463,7 +484,7 @@ class OffDevice(TorchDispatchMode):
 
 
 def operations_off_device(device, run_loop, whole):
-    """Names of the operations off the device in all of `run_loop`, or between the first and last calls of the model.
+    """Names of operations off the device in all of `run_loop`, or between the first and last calls of the model.
 
     `run_loop(model)` is a loop of 10 steps with `learn_sigma`.
     """
@@ -642,7 +663,7 @@ def test_approximate_cdf():
 
 
 def test_bits_per_dimension():
-    """For a model that knows the clean image, the bound is the prior, and the likelihood of the pixels."""
+    """If the model predicts the clean image exactly, the bound is that of the prior and the pixels."""
     diffusion = diffusion_of(sigma_small=True, predict_xstart=True)
     x_start = ((seeded(SHAPE, 1).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
     seen = []
@@ -733,6 +754,6 @@ def test_bad_betas(betas):
 
 
 @pytest.mark.parametrize(("steps", "found"), [([], "none"), ([0, 10], r"0\.\.10"), ([-1, 3], r"-1\.\.3")])
-def test_bad_time_steps_to_keep(steps, found):
+def test_bad_timesteps_to_keep(steps, found):
     with pytest.raises(UserError, match=found):
         SpacedDiffusion(use_timesteps=steps, betas=np.full(10, 0.1))

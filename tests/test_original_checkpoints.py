@@ -18,7 +18,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def flattened(state, model):
-    """The entries of float16 training: vectors and scalars, then tensors of more dimensions, one row of them."""
+    """Entries of float16 training: vectors and scalars, then tensors of two or more dimensions, as one row."""
     numbers = [[i for i, p in enumerate(model.parameters()) if (p.ndim > 1) == matrices] for matrices in (False, True)]
     entries = [{m: torch.cat([state[i][m].flatten() for i in of_kind]) for m in MOMENTS} for of_kind in numbers]
     entries[1] = {moment: value[None] for moment, value in entries[1].items()}
@@ -26,7 +26,7 @@ def flattened(state, model):
 
 
 def write_original(run, folder, step, layout="float32"):
-    """Write the original's files of what a run has after `step` steps; they are numbered one lower."""
+    """Write a run's state after `step` steps as files of the original, which are numbered one lower."""
     folder.mkdir()
     state = torch.load(run / f"opt{step:06d}.pt")["state"]
     state = flattened(state, tiny_model(learn_sigma=True)) if layout == "float16" else state
@@ -42,7 +42,7 @@ def write_original(run, folder, step, layout="float32"):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """Six steps with a checkpoint after the third; not to be changed."""
+    """A run of six steps with a checkpoint after the third. Do not modify it."""
     folder = tmp_path_factory.mktemp("run")
     make_loop(folder, iterations=6, save_interval=3).run_loop()
     return folder
@@ -67,16 +67,16 @@ def test_it_follows_the_course_of_a_run_that_was_never_the_original_s(run, tmp_p
     after = contents(original)
     assert all(after[name] == digest for name, digest in before.items() if name != "progress.csv")
     assert after["progress.1.csv" if in_place else "progress.csv"] == before["progress.csv"]
-    again = make_loop(output, iterations=7, settings={"--lr": 1e-3}, **named)  # which now has a checkpoint of our own
+    again = make_loop(output, iterations=7, settings={"--lr": 1e-3}, **named)  # now with a checkpoint of our own
     assert again.step == 6 and "not known" not in capfd.readouterr().err
     with pytest.raises(UserError, match=r"--lr was 0\.001 and is now 0\.1"):
         make_loop(output, settings={"--lr": 0.1}, **named)
 
 
 def test_no_step_is_lost_that_the_optimizer_has_taken(run, tmp_path):
-    """Each resumption of the original adds a step to what the number tells; its last file is not one lower."""
+    """The original takes an additional step each time it is resumed, and its last file is not numbered one lower."""
     original = write_original(run, tmp_path / "original", 6)
-    for number, step in ((4, 6), (6, 6), (8, 8)):  # 8: float16 has skipped two
+    for number, step in ((4, 6), (6, 6), (8, 8)):  # 8: float16 skipped two
         for kind in ("model", "ema_0.9_", "opt"):
             next(original.glob(f"{kind}0*.pt")).rename(original / f"{kind}{number:06d}.pt")
         assert make_loop(original).step == step
@@ -115,10 +115,10 @@ def of_other_shapes(saved):
 @pytest.mark.parametrize(
     ("layout", "change", "words"),
     [
-        ("float32", without_moments, "'momentum_buffer', and those of AdamW are 'step', 'exp_avg'"),
+        ("float32", without_moments, "'momentum_buffer', expected those of AdamW: 'step', 'exp_avg'"),
         ("float32", of_fewer_parameters, r"it has \d+ parameters, the network \d+"),
-        ("float32", of_other_shapes, r"time_embed\.0\.weight has shape \[7\] there and \["),
-        ("float16", of_other_shapes, r"its vectors have 7 numbers, those of the network \d+"),
+        ("float32", of_other_shapes, r"time_embed\.0\.weight has shape \[7\], expected \["),
+        ("float16", of_other_shapes, r"its vectors have 7 elements, the network's \d+"),
         ("float32", lambda saved: saved.pop("param_groups"), "is not the state of an optimizer"),
     ],
 )
@@ -133,7 +133,7 @@ def test_a_state_that_is_another_s(run, tmp_path, layout, change, words):
 
 
 def test_the_order_of_the_file_decides(tmp_path):
-    """Whatever order the modules of the network have by now."""
+    """The current order of the modules does not matter."""
     loop = make_loop(tmp_path)
     loop.run_step(*next(Images(8)))
     saved = loop.opt.state_dict()

@@ -1,4 +1,4 @@
-"""The networks: same numbers as the reference, same names and shapes as the published weights, and their variants."""
+"""The networks agree with the reference numbers, the published weights, and each other in all variants."""
 
 import argparse
 import math
@@ -64,14 +64,14 @@ PUBLISHED = published_checkpoints()
 
 @cache
 def reference_run(name):
-    """The network of a golden file, what it is given, and what it makes of that. Not to be changed."""
+    """The network of a golden file, its inputs and its output. Do not modify them."""
     model, (x, rest) = reference_model(name), reference_inputs(name)
     with torch.no_grad():
         return model, x, rest, model(x, **rest)
 
 
 def tiny_unet(**changes):
-    """A U-Net that is quick to build and has every kind of block, with the reference weights."""
+    """A small U-Net with every kind of block and the reference weights."""
     options = {
         "image_size": 16,
         "in_channels": 3,
@@ -102,7 +102,7 @@ def test_agrees_with_reference(name):
 
 
 def published_model(kind, flags):
-    """The network that the published flags describe, by way of the command line's parser."""
+    """The network described by the published flags, parsed like a command line."""
     defaults, factory = {
         "diffusion": (script_util.model_and_diffusion_defaults, script_util.create_model),
         "super_resolution": (script_util.sr_model_and_diffusion_defaults, script_util.sr_create_model),
@@ -179,7 +179,7 @@ def test_checkpointing_recomputes_and_changes_nothing(resblock_updown):
         norms_computed.append(len(calls))
     for plain, checkpointed in zip(*results, strict=True):
         assert relative_error(checkpointed, plain) < 1e-5
-    assert norms_computed[1] == 2 * norms_computed[0] - 1  # all but the one of the output
+    assert norms_computed[1] == 2 * norms_computed[0] - 1  # all except that of the output
 
 
 def test_the_flag_of_checkpointing_reaches_every_block():
@@ -215,7 +215,7 @@ def test_half_precision_there_and_back():
 
 
 def test_half_precision_is_chosen_by_device():
-    """Where the weights are when the network is moved or run; see also test_client_training.py."""
+    """When the network is moved or run; see also test_client_training.py."""
     model = tiny_unet(use_fp16=True)
     model.convert_to_fp16()
     assert model.dtype == torch.float16 and model.middle_block[0].out_layers[-1].weight.dtype == torch.float32
@@ -231,7 +231,7 @@ def test_half_precision_is_chosen_by_device():
 )
 def test_half_precision_of_this_cpu():
     flags = set(Path("/proc/cpuinfo").read_text().split())
-    # A virtual machine may show the flags of AMX and not let it be used: then either answer is right.
+    # A virtual machine may report AMX but not allow it: then either answer is correct.
     if "avx512_bf16" in flags:
         assert half_precision_dtype("cpu") == torch.bfloat16
     elif "amx_tile" not in flags:
@@ -241,7 +241,7 @@ def test_half_precision_of_this_cpu():
 @pytest.mark.parametrize("name", NETWORKS)
 @torch.no_grad()
 def test_bfloat16_torso_is_close_to_float32(name):
-    """bfloat16 rounds to 8 bits, 0.2% rms; some 50 roundings in a row leave an error of about 1%, and at most 3%."""
+    """bfloat16 rounds to 8 bits, 0.2% rms; about 50 successive roundings add up to about 1%."""
     model, x, rest, exact = reference_run(name)
     model = deepcopy(model)
     model.convert_to_fp16(torch.bfloat16)
@@ -281,7 +281,7 @@ def test_dropout_in_training_only():
     assert not torch.equal(model(x, t), model(x, t))
 
 
-# Blocks against plain mathematics
+# Blocks against explicit formulas
 
 
 @pytest.mark.parametrize("attention", [QKVAttention, QKVAttentionLegacy])
@@ -326,7 +326,7 @@ def test_attention_pool():
 
 
 def normalised(x, norm):
-    """Group normalisation in float64, step by step."""
+    """Group normalisation in float64."""
     groups = x.double().reshape(len(x), norm.num_groups, -1)
     mean, variance = groups.mean(2, keepdim=True), groups.var(2, unbiased=False, keepdim=True)
     y = ((groups - mean) / (variance + norm.eps).sqrt()).reshape(x.shape)
@@ -354,7 +354,7 @@ def test_classifier_pools(pool):
     if pool == "adaptive":
         expected = silu(normalised(last, out[0])).mean(dim=(2, 3)) @ out[3].weight[:, :, 0, 0].T + out[3].bias
     elif pool == "attention":
-        expected = out[2](silu(normalised(last, out[0])))  # itself tested above
+        expected = out[2](silu(normalised(last, out[0])))  # tested above
     else:
         hidden = means @ out[0].weight.T + out[0].bias
         hidden = hidden.clamp(min=0) if pool == "spatial" else silu(normalised(hidden, out[1]))
@@ -403,7 +403,7 @@ def test_resampling(dims):
     assert Downsample(3, True, dims, 5)(x).shape == (2, 5, *halved.shape[2:])
 
 
-# Plain words
+# Error messages
 
 
 def test_labels_that_do_not_fit():
@@ -411,20 +411,20 @@ def test_labels_that_do_not_fit():
     with pytest.raises(UserError, match="class_cond False"):
         tiny_unet()(x, t, y=torch.tensor([0, 1]))
     conditioned = tiny_unet(num_classes=10)
-    with pytest.raises(UserError, match=r"one for each of 2 images, found none"):
+    with pytest.raises(UserError, match=r"a label for each of 2 images, found none"):
         conditioned(x, t)
     with pytest.raises(UserError, match=r"found a tensor of shape \(1,\)"):
         conditioned(x, t, y=torch.tensor([0]))
     assert conditioned(x, t, y=torch.tensor([0, 1])).shape == x.shape
 
 
-def test_small_image_that_is_missing():
+def test_missing_low_resolution_image():
     model = SuperResModel(16, 3, 32, 3, 1, (2,), channel_mult=(1, 2))
     with pytest.raises(UserError, match="low_res is missing"):
         model(seeded((1, 3, 16, 16), 0), torch.tensor([1]))
 
 
-def test_options_that_describe_no_network():
+def test_invalid_options():
     with pytest.raises(UserError, match=r"64 channels cannot be split into 5 attention heads \(--num_heads, --num"):
         tiny_unet(num_heads=5)
     with pytest.raises(UserError, match=r"64 channels .* heads of --num_head_channels 48"):
@@ -447,12 +447,12 @@ def test_public_names():
 @torch.no_grad()
 def test_group_norm_is_computed_in_float32(dtype, memory_format):
     norm = fill_weights(normalization(64))
-    # A mean of 30 standard deviations: sums in half precision would lose the variance.
+    # The mean is 30 standard deviations: half-precision sums would lose the variance.
     x = (seeded((2, 64, 32, 32), 0) + 30).to(dtype).to(memory_format=memory_format)
     out = norm(x)
     assert out.dtype == dtype
     assert norm.weight.dtype == torch.float32
-    # The result is rounded once to `dtype`: by half a unit in the last place, of values of up to about 5.
+    # Only the result is rounded to `dtype`, by half a unit in the last place.
     assert relative_error(out, normalised(x, norm)) < 1e-5 + torch.finfo(dtype).eps / 2
 
     scale, shift = (seeded((2, 64, 1, 1), seed).to(dtype) for seed in (1, 2))
@@ -460,14 +460,14 @@ def test_group_norm_is_computed_in_float32(dtype, memory_format):
     assert modulated.dtype == torch.float32
     assert modulated.shape == x.shape
     expected = normalised(x, norm) * (1 + scale.double()) + shift.double()
-    # In half precision 1 + scale may be rounded first.
+    # In half precision, 1 + scale may be rounded too.
     assert relative_error(modulated, expected) < 1e-5 + torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("layer", ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"])
 @torch.no_grad()
-def test_a_hook_may_keep_what_it_is_shown(layer):
-    """Without gradients, blocks write over what they no longer need: not over what somebody else has kept."""
+def test_tensors_seen_by_a_hook_are_not_overwritten(layer):
+    """Without gradients, blocks overwrite tensors, but not those that a forward hook has received."""
     block = fill_weights(ResBlock(32, 16, 0.0, use_scale_shift_norm=True)).eval()
     kept = []
     block.get_submodule(layer).register_forward_hook(lambda _module, _args, output: kept.extend([output, output * 1]))
@@ -475,10 +475,21 @@ def test_a_hook_may_keep_what_it_is_shown(layer):
     assert torch.equal(*kept)
 
 
+@torch.no_grad()
+def test_layers_can_be_sliced_as_in_the_original():
+    """As in the ResBlock of a client."""
+    block = fill_weights(ResBlock(32, 16, 0.0, 64, use_scale_shift_norm=True, down=True)).eval()
+    x, emb = seeded((2, 32, 8, 8), 0), seeded((2, 16), 1)
+    h = block.in_layers[-1](block.resample(block.in_layers[:-1](x)))
+    scale, shift = block.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
+    h = block.out_layers[1:](block.out_layers[0](h) * (1 + scale) + shift)
+    assert relative_error(block(x, emb), h + block.skip_connection(block.resample(x))) < 1e-6
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_memory_that_is_used_again_is_nobodys(memory_format, dtype):
-    """With and without gradients, a block gives the same, and leaves its input as it is."""
+def test_reusing_memory_changes_neither_inputs_nor_results(memory_format, dtype):
+    """With gradients, no memory is reused."""
     block = fill_weights(ResBlock(32, 16, 0.0, use_scale_shift_norm=True)).eval()
     block.apply(partial(convert_module_to_f16, dtype=dtype))
     x, emb = seeded((2, 32, 8, 8), 0).to(dtype).to(memory_format=memory_format), seeded((2, 16), 1)
@@ -555,13 +566,13 @@ def test_checkpoint_function():
 
 
 class Counting:
-    """A stream that hands out 0, 1, 2, ..."""
+    """A stream of 0, 1, 2, ..."""
 
     def randn(self, shape, device=None, dtype=None):
         return torch.arange(math.prod(shape), device=device, dtype=dtype).reshape(*shape)
 
 
-def test_randn_takes_its_numbers_from_where_it_is_told():
+def test_randn_uses_the_given_generator():
     x = torch.empty(2, 3, dtype=torch.float64)
     assert torch.equal(randn((2, 3), torch.Generator().manual_seed(5)), seeded((2, 3), 5))
     drawn = randn_like(x, torch.Generator().manual_seed(5))
@@ -570,5 +581,5 @@ def test_randn_takes_its_numbers_from_where_it_is_told():
     assert torch.equal(randn_like(x, Counting()), torch.arange(6.0, dtype=torch.float64).reshape(2, 3))
     torch.manual_seed(5)
     assert torch.equal(randn((2, 3)), seeded((2, 3), 5))
-    # A generator of the CPU serves another device too: only the shape is left of it here.
+    # A CPU generator works for other devices too.
     assert randn((2, 3), torch.Generator(), device="meta").device.type == "meta"

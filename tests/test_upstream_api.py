@@ -1,4 +1,4 @@
-"""The public interface of guided-diffusion: every name is here, with its parameters and defaults.
+"""The public interface of guided-diffusion: all names exist, with their parameters and defaults.
 
 upstream_api.json holds the facts: module -> name (function, Class, or Class.method) -> parameters, each [name] or
 [name, default], or "class".
@@ -19,10 +19,10 @@ import pytest
 API = json.loads(Path(__file__).with_name("upstream_api.json").read_text())
 NAMES = [(module, name) for module, names in API.items() for name in names]
 
-# What differs on purpose: "module.name" -> why.
+# Intended differences: "module.name" -> reason.
 EXCEPTIONS: dict[str, str] = {}
 
-# What the original takes by keyword alone.
+# Keyword-only in the original.
 BY_KEYWORD = {
     "fp16_util.MixedPrecisionTrainer.__init__",
     "gaussian_diffusion.GaussianDiffusion.__init__",
@@ -38,7 +38,7 @@ VARIABLE = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD
 
 
 def find(module: str, name: str) -> Any:
-    """What a client gets by this name. Raises AttributeError."""
+    """The object with this name. Raises AttributeError."""
     found = importlib.import_module(f"guided_diffusion.{module}")
     for part in name.split("."):
         found = getattr(found, part)
@@ -46,7 +46,7 @@ def find(module: str, name: str) -> Any:
 
 
 def default_of(text: str, module: str) -> Any:
-    """A default that is written in the file: a literal, or the name of a constant of the module."""
+    """A default in the file: a literal, or the name of a constant of the module."""
     try:
         return ast.literal_eval(text)
     except ValueError:
@@ -54,7 +54,7 @@ def default_of(text: str, module: str) -> Any:
 
 
 def check(module: str, name: str) -> None:
-    """Raise AssertionError or AttributeError unless the name is there, and calls of it mean the same."""
+    """Raise AssertionError or AttributeError unless the name exists and calls of it mean the same."""
     expected, found = API[module][name], find(module, name)
     if expected == "class":
         assert inspect.isclass(found)
@@ -63,9 +63,9 @@ def check(module: str, name: str) -> None:
     named = {VARIABLE.get(p.kind, "") + p.name: p for p in ours}
     for entry in expected:
         assert entry[0] in named, f"no parameter {entry[0]}"
-        if len(entry) == 2:  # what the original requires may have a default here
+        if len(entry) == 2:  # a required parameter may have a default here
             assert named[entry[0]].default == default_of(entry[1], module), f"default of {entry[0]}"
-    # Positional arguments are in the same places, and nothing new is required.
+    # Positional parameters are in the same order, and there are no new required ones.
     known = [entry[0] for entry in expected]
     if f"{module}.{name}" not in BY_KEYWORD:
         positional = list(itertools.takewhile(lambda name: not name.startswith("*"), known))

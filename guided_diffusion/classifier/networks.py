@@ -19,10 +19,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .. import dist_util
-from ..checkpoints import UNTRAINED, shapes_of
+from ..checkpoints import UNTRAINED
 from ..errors import UserError, first_line
 from ..runs.settings import weights_digest
-from ..system.checkpoint_files import Shapes, read_checkpoint
+from ..system.checkpoint_files import difference, read_checkpoint, shapes_of
 from .layers import WatchedLayer, find_layers
 
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")  # of GoogLeNet and Inception
@@ -217,18 +217,5 @@ def _load(model: nn.Module, found: dict[str, Tensor], path: str, name: str) -> N
     except (RuntimeError, ValueError) as error:  # the shapes, or a version that a network needs
         lacks, besides, refusal = [], [], " ".join(str(error).split())[:300]
     if lacks or besides or refusal:
-        difference = _difference(shapes, expected) or refusal
-        raise UserError(f"--classifier_path {path} does not fit --classifier_name {name}: {difference}")
-
-
-def _difference(found: Shapes, expected: Shapes) -> str:
-    """A line on how a file's names and shapes differ from the network's; "" if they do not."""
-    missing, besides = ([name for name in a if name not in b] for a, b in ((expected, found), (found, expected)))
-    if missing or besides:
-        counts = f"it lacks {len(missing)} of {len(expected)} weights and has {len(besides)} besides"
-        return f"{counts}\n(the first: {missing[0] if missing else besides[0]})"
-    wrong = [name for name in expected if found[name] != expected[name]]
-    if not wrong:
-        return ""
-    shapes = f"{wrong[0]} has shape {list(found[wrong[0]])}, and not {list(expected[wrong[0]])}"
-    return f"{shapes}\n({len(wrong)} of {len(expected)} weights have other shapes)"
+        problem = difference(shapes, expected) or refusal
+        raise UserError(f"--classifier_path {path} does not fit --classifier_name {name}: {problem}")

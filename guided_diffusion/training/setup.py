@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from .. import dist_util, logger
-from ..checkpoints import Network, Shapes, check_fit
+from ..checkpoints import Network, check_fit
 from ..command_line.stopping import when_stopped
 from ..compute.inference import compute_exactly
 from ..errors import UserError, first_line
@@ -26,6 +26,7 @@ from ..images.folder import list_images
 from ..images.io import read_image
 from ..runs.locks import Locks, hold
 from ..script_util import diffusion_from_flags
+from ..system.checkpoint_files import Shapes
 from ..system.files import remove_file
 from .checkpoints import newest_model
 from .data import DataStream, training_stream
@@ -181,7 +182,7 @@ def fit_to(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Shapes,
     """What tells, in the words of the flags, why a checkpoint is not of the network that they describe."""
 
     def explain(path: str, found: Shapes, expected: Shapes) -> None:
-        check_fit(network, path, found, expected, flags, "--resume_checkpoint")
+        check_fit(network, path, found, expected=expected, flags=flags, path_flag="--resume_checkpoint")
 
     return explain
 

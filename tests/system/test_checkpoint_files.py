@@ -1,4 +1,4 @@
-"""Files of weights as people have them: wrapped, among other things, old, in other formats, or no weights at all."""
+"""Real-world weight files: wrapped, among other entries, old, in other formats, or without weights."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_wrapper_s_prefix_is_taken_off(network, wrapper, models, tmp_path):
     torch.save(WRAPPERS[wrapper](models[network]).state_dict(), path)
     assert_same(LOADERS[network](path, flags_of(network)), models[network])
     flag = "classifier_depth" if network.kind.startswith("a classifier") else "num_res_blocks"
-    with pytest.raises(UserError, match=rf"Change your flags to: --{flag} 1$"):  # as without the prefix
+    with pytest.raises(UserError, match=rf"Change your flags to: --{flag} 1$"):  # prefixes do not matter
         LOADERS[network](path, {**flags_of(network), flag: 2})
 
 
@@ -81,9 +81,9 @@ def test_the_only_state_dict_of_the_network_is_found_in_a_file_with_other_things
     torch.save({key: nn.DataParallel(model).state_dict(), **more}, path)
     capsys.readouterr()
     assert_same(LOADERS[network](path, flags_of(network)), model)
-    told = f"{path} has the entries {key}, epoch, optimizer, args, loss: {key} is used"
+    told = f"{path} has the entries {key}, epoch, optimizer, args, loss: using {key}"
     assert told in capsys.readouterr().err
-    # The state dict of another network does not make it less clear, nor do flags that do not fit.
+    # Neither the state dict of another network nor flags that do not fit make it ambiguous.
     torch.save({"teacher": {"layer.weight": torch.zeros(3)}, key: model.state_dict()}, path)
     assert_same(LOADERS[network](path, flags_of(network)), model)
     flag = "classifier_depth" if network.kind.startswith("a classifier") else "num_res_blocks"
@@ -103,7 +103,7 @@ def test_several_state_dicts_that_fit_are_listed_and_the_advice_works(network, m
         f"{network.path_flag} {path} has the entries step, model, ema, and several are state dicts of this network: "
         "model, ema."
     )
-    advice = second.removeprefix("Save one in a file of its own: ")
+    advice = second.removeprefix("Save one of them to its own file: ")
     exec(advice, {"torch": torch, "FILE": path, "NEW_FILE": tmp_path / "alone.pt"})
     assert_same(LOADERS[network](str(tmp_path / "alone.pt"), flags_of(network)), model)
     # Of two sizes, only one fits.
@@ -120,7 +120,7 @@ def test_what_is_in_a_file_without_the_network_is_listed(network, tmp_path):
     for saved, message in (
         (
             {"model": resnet, "epoch": 1},
-            rf"^{flag} {path} holds 122 weights of some other network \(the first is 'conv1",
+            rf"^{flag} {path} contains 122 weights of another network \(the first is 'conv1",
         ),
         (
             {"a": resnet, "b": resnet},
@@ -128,12 +128,12 @@ def test_what_is_in_a_file_without_the_network_is_listed(network, tmp_path):
         ),
         (
             {"epoch": 1, "list": [1]},
-            rf"^{flag} {path} holds entries that are no tensors \('epoch': int, 'list': list\)",
+            rf"^{flag} {path} contains entries other than tensors \('epoch': int, 'list': list\)",
         ),
-        ({0: torch.zeros(1)}, rf"^{flag} {path} holds tensors without names; expected a dict of tensors"),
-        ([torch.zeros(1)], rf"^{flag} {path} holds a list; expected a dict of tensors"),
-        ({}, rf"^{flag} {path} holds an empty dict; expected a dict of tensors"),
-        ({"n_averaged": torch.tensor(3)}, rf"^{flag} {path} holds 0 weights of some other network"),
+        ({0: torch.zeros(1)}, rf"^{flag} {path} contains unnamed tensors; expected a dict of tensors"),
+        ([torch.zeros(1)], rf"^{flag} {path} contains a list; expected a dict of tensors"),
+        ({}, rf"^{flag} {path} contains an empty dict; expected a dict of tensors"),
+        ({"n_averaged": torch.tensor(3)}, rf"^{flag} {path} contains 0 weights of another network"),
     ):
         torch.save(saved, path)
         with pytest.raises(UserError, match=message):
@@ -152,11 +152,11 @@ def test_the_scripts_take_such_files(models, tmp_path):
     assert load_script("scripts/classifier_sample.py").main([*flags, *guided, "--output", str(tmp_path / "b")]) == 0
 
 
-# Classifiers of torchvision, and one's own
+# Classifiers of torchvision and the user
 
 
 class OldPickle:
-    """What torch.save is to write with, to make a file such as PyTorch 0.3 made."""
+    """Pickle module for torch.save, to write files like those of PyTorch 0.3."""
 
     class Pickler(pickle.Pickler):
         def reducer_override(self, value):
@@ -169,7 +169,7 @@ class OldPickle:
 
 
 def as_in_2017(state: dict) -> OrderedDict:
-    """A state dict as it was before batch normalisation counted batches, and before modules had versions."""
+    """A state dict from before batch normalisation counted batches and modules had versions."""
     return OrderedDict((name, w) for name, w in state.items() if "num_batches_tracked" not in name)
 
 
@@ -236,7 +236,7 @@ def test_auxiliary_heads_may_be_absent(name, tmp_path):
         assert found.state_dict().keys() == model.state_dict().keys()
     cut = {k: w for k, w in with_heads.state_dict().items() if not k.startswith("fc.")}
     torch.save(cut, tmp_path / "cut.pth")
-    with pytest.raises(UserError, match=r"it lacks 2 of \d+ weights and has 0 besides\n\(the first: fc\.weight\)"):
+    with pytest.raises(UserError, match=r"2 of \d+ weights are missing, such as fc\.weight$"):
         open_classifier(name, str(tmp_path / "cut.pth"))
 
 
@@ -253,7 +253,7 @@ def test_wrapped_classifiers(wrapper, tmp_path):
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
 def test_the_version_of_a_wrapped_network_is_kept(wrapper, tmp_path):
-    model, path = make("mnasnet0_5"), tmp_path / "x.pth"  # which does not load without
+    model, path = make("mnasnet0_5"), tmp_path / "x.pth"  # which requires its version
     torch.save(WRAPPERS[wrapper](model).state_dict(), path)
     assert_loaded("mnasnet0_5", path, model, ["classifier"])
     torch.save(dict(model.state_dict()), path)
@@ -283,7 +283,7 @@ def test_one_s_own_network(tmp_path, monkeypatch):
     ):
         open_classifier("own_resnet:ours", str(path))
     torch.save({**model.state_dict(), "fc.weight": torch.zeros(4, 512)}, path)
-    with pytest.raises(UserError, match=r"own_resnet:ours: fc.weight has shape \[4, 512\], and not \[3, 512\]"):
+    with pytest.raises(UserError, match=r"own_resnet:ours: fc.weight has shape \[4, 512\], expected \[3, 512\]"):
         open_classifier("own_resnet:ours", str(path))
 
 
@@ -316,7 +316,7 @@ def test_other_files_that_are_git_lfs_pointers(tmp_path):
 
 @pytest.fixture
 def safetensors(models, tmp_path):
-    """Files of that format, by network."""
+    """Files in the format, by network."""
     package = pytest.importorskip("safetensors.torch", reason="the extra safetensors is not installed")
     paths = {network: tmp_path / f"{i}.safetensors" for i, network in enumerate(SMALL)}
     for network, path in paths.items():
@@ -335,7 +335,7 @@ def test_safetensors(safetensors, models, tmp_path):
         assert_same(LOADERS[network](str(path), flags_of(network)), models[network])
         for size in (100, os.path.getsize(path) - 1):
             named_otherwise.write_bytes(path.read_bytes()[:size])
-            with pytest.raises(UserError, match=r"is a safetensors file that is truncated or damaged: ") as caught:
+            with pytest.raises(UserError, match=r"is a truncated or corrupted safetensors file: ") as caught:
                 LOADERS[network](str(named_otherwise), flags_of(network))
             assert len(str(caught.value).splitlines()) == 1
     model = make("resnet18")
@@ -344,7 +344,7 @@ def test_safetensors(safetensors, models, tmp_path):
 
 
 def test_safetensors_without_the_package(tmp_path):
-    """The extra is named, in one line. The file is written by hand, since the package may be missing here too."""
+    """The message names the extra. The file is written by hand, since the package may be missing here too."""
     header = b'{"x":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\0\0")
@@ -357,6 +357,6 @@ def test_safetensors_without_the_package(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr == (
-        f"error: --classifier_path {path} (66 bytes) is a safetensors file, which needs the extra safetensors: "
+        f"error: --classifier_path {path} (66 bytes) is a safetensors file, which requires the extra safetensors: "
         'pip install -e ".[safetensors]"\n'
     )

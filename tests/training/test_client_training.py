@@ -171,7 +171,7 @@ def test_any_file_of_tensors_is_loaded(tmp_path):
     assert dist_util.load_state_dict(str(tmp_path / "checkpoint.pt"))["epoch"] == 2
 
     torch.save({"begun": Path("x")}, tmp_path / "unsafe.pt")
-    with pytest.raises(ValueError, match="holds a Python object besides tensors"):
+    with pytest.raises(ValueError, match="contains a Python object other than tensors"):
         dist_util.load_state_dict(str(tmp_path / "unsafe.pt"))
 
 
