@@ -31,7 +31,7 @@ from guided_diffusion.script_util import (
 )
 from guided_diffusion.training.setup import (
     TrainingFolder,
-    fit_to,
+    fit_checker,
     loop_options,
     sample_grid,
     settings_of,
@@ -79,7 +79,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
         schedule_sampler=schedule_sampler,
         settings=settings_of(args, flags | args_to_dict(args, GRAMMAR_FLAGS), data),
         on_save=sample_grid(args, flags, args.image_size, folder.path, data),
-        check_fit=fit_to(DIFFUSION_MODEL, flags),
+        check_fit=fit_checker(DIFFUSION_MODEL, flags),
         **folder.options(),
         **loop_options(args),
     )
