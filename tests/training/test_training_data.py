@@ -200,16 +200,16 @@ def test_workers_end_with_the_stream_and_not_by_signals(greys):
 STUCK = """
 import sys, time
 import torch.utils.data
-from guided_diffusion import training_data
+from guided_diffusion.training import data as training_data
 
-read = training_data._Batches.__getitem__
+read = training_data.BatchDataset.__getitem__
 
 def stuck(self, positions):
     if positions.start >= 8:
         time.sleep(1e6)
     return read(self, positions)
 
-training_data._Batches.__getitem__ = stuck
+training_data.BatchDataset.__getitem__ = stuck
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds until torch loses patience with a worker
 stream = training_data.training_stream(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
 for _ in range(2):
@@ -315,7 +315,7 @@ def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(greys, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and sorted(lines) == [
         f"warning: image '{folder}/{i:02}.png' cannot be read: it is not one of {', '.join(image_io.FORMATS)}; "
-        "the next one takes its place"
+        "replaced by the next image"
         for i in sorted(bad)
     ]
 
