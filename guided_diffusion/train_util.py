@@ -46,12 +46,6 @@ Cond = dict[str, Tensor]  # inputs of the model besides the images, each (B, ...
 
 SKIPPED = "skipped_steps"  # log column: steps skipped by float16 loss scaling since the last line
 SAMPLER_NAMES = {UniformSampler: "uniform", LossSecondMomentResampler: "loss-second-moment"}
-# PyTorch 2.13 renamed the option to broadcast buffers before each forward pass.
-SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
 
 
 class TrainLoop:
@@ -542,10 +536,13 @@ class TrainLoop:
         """The model, wrapped to average its gradients over the processes."""
         if get_world_size() == 1:
             return model
+        # PyTorch 2.13 renamed the option to broadcast buffers before each forward pass.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            **{SYNC_BUFFERS: False},
+            **{sync_buffers: False},
             bucket_cap_mb=128,
             gradient_as_bucket_view=True,
         )

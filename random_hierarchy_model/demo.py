@@ -26,24 +26,9 @@ MODEL_FLAGS: dict[str, Any] = {
 }
 
 # Changes to `training_defaults`, for the U-Net and for the classifier.
-TRAINING_FLAGS: dict[str, Any] = {
-    "batch_size": 64,
-    "lr": 1e-3,
-    "lr_anneal_steps": 12000,
-    "ema_rate": "0.999",
-    "log_interval": 100,
-    "save_interval": 1000,
-    "sample_grid": 0,
-}
-CLASSIFIER_TRAINING_FLAGS: dict[str, Any] = {
-    "batch_size": 64,
-    "lr": 1e-3,
-    "weight_decay": 0.05,
-    "lr_anneal_steps": 3000,
-    "ema_rate": "0.999",
-    "log_interval": 100,
-    "save_interval": 1000,
-}
+_COMMON = {"batch_size": 64, "lr": 1e-3, "ema_rate": "0.999", "log_interval": 100, "save_interval": 1000}
+TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 12000, "sample_grid": 0}
+CLASSIFIER_TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 3000, "weight_decay": 0.05}
 
 # The weights; see README.md.
 UNET_FILE = Path(__file__).with_name("unet.pt")

@@ -132,23 +132,20 @@ def write_checkpoint(folder: str, step: int, model: State, optimizer: State, ave
     """
     states = {model_path(folder, step): model, opt_path(folder, step): optimizer}
     states |= {ema_path(folder, rate, step): state for rate, state in averages.items()}
-    try:
-        with ExitStack() as stack:  # renames the files at its end, in reverse order; by then all are on disk
-            for path, state in states.items():
-                file = stack.enter_context(whole_file(path))
-                with _named_write_errors(path):
-                    _save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            if bf.exists(model_path(folder, step)):
-                raise UserError(
-                    f"{model_path(folder, step)} was not there when this run started: another run is writing to "
-                    f"{folder}.\nNothing was overwritten. Choose another --output for one of them"
-                )
-            with _named_write_errors(folder):
-                set_aside(*states)  # left by a run that was killed while renaming
-    except OSError as error:
-        raise _write_error(error.filename or folder, error) from error
+    # The stack renames the files at its end, in reverse order; by then all are on disk.
+    with _named_write_errors(folder), ExitStack() as stack:
+        for path, state in states.items():
+            file = stack.enter_context(whole_file(path))
+            with _named_write_errors(path):
+                _save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        if bf.exists(model_path(folder, step)):
+            raise UserError(
+                f"{model_path(folder, step)} was not there when this run started: another run is writing to {folder}.\n"
+                "Nothing was overwritten. Choose another --output for one of them"
+            )
+        set_aside(*states)  # left by a run that was killed while renaming
 
 
 @contextmanager
@@ -156,14 +153,10 @@ def _named_write_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _write_error(path, error) from error
-
-
-def _write_error(path: str, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {path}: {error.strerror or error} (--output). The existing checkpoints are complete:\n"
-        "fix this, then rerun the same command to resume from the newest"
-    )
+        raise UserError(
+            f"cannot write {error.filename or path}: {error.strerror or error} (--output). The existing checkpoints "
+            "are complete:\nfix this, then rerun the same command to resume from the newest"
+        ) from error
 
 
 def _save(state: State, file: BinaryIO) -> None:

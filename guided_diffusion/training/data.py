@@ -73,14 +73,15 @@ def training_stream(
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}; expected 0 or more")
+    labels = classes = None
     try:
         paths = list_images(data_dir)
-        labelled = _label(data_dir, paths, labels_file, class_order, recorded) if class_cond else None
+        if class_cond:
+            labelled = _label(data_dir, paths, labels_file, class_order, recorded)
+            labels = [image.label for image in labelled]
+            classes = classes_of(labelled, recorded.order if recorded else class_order, data_dir)
     except UserError as error:
         raise type(error)(str(error).replace("--data_dir", flag)) from error
-    labels = None if labelled is None else [image.label for image in labelled]
-    order = recorded.order if recorded else class_order
-    classes = None if labelled is None else classes_of(labelled, order, data_dir)
     images = BatchDataset(data_dir, paths, labels, image_size, seed, deterministic, random_crop, random_flip)
     return DataStream(images, batch_size, num_workers, flag, classes)
 
@@ -178,7 +179,7 @@ class DataStream:
             generator=torch.Generator(),  # the default is torch's global one, which training may use
         )
         others = set(multiprocessing.active_children())
-        with _stop_signals_blocked(), _sigchld_handler_restored():  # until the workers ignore the signals
+        with _signals_protected():
             batches = iter(loader)
         self._workers = set(multiprocessing.active_children()) - others
         for worker in self._workers:
@@ -204,26 +205,19 @@ def _exit_with_parent() -> None:
 
 
 @contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
-    """Block stop signals, also in processes started within the block."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _sigchld_handler_restored() -> Iterator[None]:
-    """Undo the block's change to the SIGCHLD handler.
+def _signals_protected() -> Iterator[None]:
+    """Within the block, workers are started: stop signals wait until they ignore them; SIGCHLD keeps its handler.
 
     When a worker dies, torch's handler raises an exception wherever the main thread is, even in the middle of a
     training step or a save. Without it, the next batch reports the dead worker.
     """
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
+    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS), signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)
