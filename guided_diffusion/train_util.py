@@ -58,36 +58,31 @@ class TrainLoop:
     Args:
         model: network in float32, on its device, identical on all processes.
         diffusion: diffusion, which computes the losses.
-        data: batches (images (B, C, H, W) in [-1, 1], cond). If it has `seek` and `position`, as `load_data`'s stream
-            does, its position is saved and restored; that of any other iterator is up to the caller.
+        data: batches (images (B, C, H, W) in [-1, 1], cond). Its `position`, if any, is saved and restored by `seek`.
         batch_size: images per process and step; a batch may have another number of them.
         microbatch: images per forward and backward pass; -1: all.
         lr: learning rate of AdamW.
-        ema_rate: decays of the weights' moving averages, a number or comma-separated text; empty: no averages.
+        ema_rate: decays of the weights' moving averages, a number or comma-separated text.
         log_interval, save_interval: numbers of steps.
         resume_checkpoint: a modelNNNNNN.pt to start from, together with the files beside it. If `output` has
             checkpoints, the run resumes from the newest one; this must then name it, or the one the run started from.
         use_fp16, fp16_scale_growth: see `MixedPrecisionTrainer`.
         schedule_sampler: sampler of timesteps; None: uniform.
         weight_decay: weight decay of AdamW.
-        lr_anneal_steps: number of steps over which the learning rate falls linearly to 0 and after which training
-            ends; 0: constant rate.
-        iterations: number of steps after which training ends; 0: no limit.
+        lr_anneal_steps: last step, by which the learning rate falls linearly to 0; 0: no limit and a constant rate.
+        iterations: last step; 0: no limit.
         seed: seed of timesteps, noise and dropout.
         output: checkpoint folder; None: `get_blob_logdir()`.
         settings: settings that must not change when the run is resumed, by flag; None: `default_settings`.
-        on_start: called on rank 0 with whether the run is resumed, after the checkpoint was read and before anything
-            is written.
+        on_start: called on rank 0 with whether the run is resumed, before anything is written.
         before_save: called on rank 0 before a checkpoint is written.
         on_save: called on rank 0 after a checkpoint with (model, step); the model has the weights of the first moving
             average, if any.
-        check_fit: called with (path, shapes in the checkpoint, shapes in the model) if these differ; raises a
-            UserError that names the flags to change.
+        check_fit: called with (path, shapes in the checkpoint, shapes in the model) if these differ; raises UserError.
         extra_state: more entries for "training" in the optimizer's file.
 
     Raises:
-        UserError: a checkpoint does not fit, is unreadable, or belongs to a run with other settings; a number is out of
-            range.
+        UserError: a checkpoint is unreadable, does not fit, or is of other settings; a number is out of range.
 
     Attributes:
         step: number of steps taken, including those of earlier processes.
@@ -443,11 +438,10 @@ class TrainLoop:
     def _raise_misfit(self, path: str, found: Shapes, expected: Shapes) -> None:
         if self.check_fit is not None:
             self.check_fit(path, found, expected)
-        different = [name for name in {**expected, **found} if found.get(name) != expected.get(name)]
-        name = different[0]
+        name = next(name for name in {**expected, **found} if found.get(name) != expected.get(name))
         raise UserError(
             f"--resume_checkpoint {path} does not fit the network: {name} is {found.get(name, 'missing')} there and "
-            f"{expected.get(name, 'missing')} here ({len(different)} differences)"
+            f"{expected.get(name, 'missing')} here"
         )
 
     def _load_optimizer_state(self) -> None:

@@ -91,6 +91,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
     add = parser.add_argument_group("what to measure").add_argument
     count = {"default": 0, "type": whole_number(0), "metavar": "INT"}
+    compile_help = "also measure the compiled network; auto: on a GPU (default: %(default)s)"
     output_help = "file for all results, rewritten after each part (default: %(default)s)"
     add("--parts", default="", metavar="NAMES", help="parts, separated by commas (default: all)")
     add("--output", default="benchmark.json", metavar="FILE", help=output_help)
@@ -98,13 +99,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add("--repeats", default=3, type=whole_number(1), metavar="INT", help="number of rounds (default: %(default)s)")
     add("--steps", **count, help="denoising steps in loop and processes; 0: 125 on a GPU, 2 or 4 on a CPU (default: 0)")
     add("--contender", default="", help=argparse.SUPPRESS)  # for the processes that `network` starts
-    add(
-        "--compile",
-        default="auto",
-        type=bool_or_auto,
-        metavar="True|False|auto",
-        help="also measure the compiled network; auto: on a GPU (default: %(default)s)",
-    )
+    add("--compile", default="auto", type=bool_or_auto, metavar="True|False|auto", help=compile_help)
     add("--num_threads", **count, help="CPU threads; 0: one per core (default: 0)")
     add_flags(parser.add_argument_group("the network"), FLAGS)
     return parser

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..train_util import Cond, TrainLoop, step_seed
 
@@ -50,7 +50,18 @@ class ClassifierTrainLoop(TrainLoop):
 
     def compute_losses(self, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> dict[str, Tensor]:
         """Cross-entropy in nats, "loss", and top-1 and top-5 accuracy, "acc@1" and "acc@5": (B,) each."""
-        return self._losses_of(self.ddp_model, x, t, noise, cond["y"])
+        y = cond["y"]
+        if self.noised:
+            x = self.diffusion.q_sample(x, t, noise)
+        else:
+            t = torch.zeros_like(t)
+        logits = self.ddp_model(x, self.diffusion.scale_timesteps(t)).float()  # (B, classes)
+        hits = logits.detach().topk(5, dim=1).indices == y[:, None]  # (B, 5)
+        return {
+            "loss": F.cross_entropy(logits, y, reduction="none"),
+            "acc@1": hits[:, 0].float(),
+            "acc@5": hits.any(dim=1).float(),
+        }
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor, cond: Cond) -> None:
@@ -60,20 +71,7 @@ class ClassifierTrainLoop(TrainLoop):
         noise = self.draw_noise(batch.shape, seed)
         self.model.eval()
         with self.mp_trainer.autocast():
-            terms = self._losses_of(self.model, batch.to(self.device), t, noise, cond["y"].to(self.device))
+            terms = self.compute_losses(batch.to(self.device), t, noise, {"y": cond["y"].to(self.device)})
         self.model.train()
         weighted = {f"val_{name}": value * weights for name, value in terms.items()}
         self.meter.add(weighted, t, self.diffusion.num_timesteps)
-
-    def _losses_of(self, model: nn.Module, x: Tensor, t: Tensor, noise: Tensor, y: Tensor) -> dict[str, Tensor]:
-        if self.noised:
-            x = self.diffusion.q_sample(x, t, noise)
-        else:
-            t = torch.zeros_like(t)
-        logits = model(x, self.diffusion.scale_timesteps(t)).float()  # (B, classes)
-        hits = logits.detach().topk(5, dim=1).indices == y[:, None]  # (B, 5)
-        return {
-            "loss": F.cross_entropy(logits, y, reduction="none"),
-            "acc@1": hits[:, 0].float(),
-            "acc@5": hits.any(dim=1).float(),
-        }

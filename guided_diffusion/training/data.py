@@ -109,9 +109,7 @@ class DataStream:
 
     Attributes:
         position: number of images taken by all processes.
-        num_images: n, the images of an epoch.
         classes: classes of the images, if any.
-        class_names: class index -> name, of the same.
         digest: SHA-256, in hexadecimal, of paths and classes, to identify the data set.
         unreadable: path -> reason, of the unreadable images that this process has met.
     """
@@ -120,9 +118,7 @@ class DataStream:
         self, images: BatchDataset, batch_size: int, num_workers: int, flag: str, classes: Classes | None
     ) -> None:
         self.position = 0
-        self.num_images = len(images.paths)
         self.classes = classes
-        self.class_names = None if classes is None else classes.names
         self.digest = hashlib.sha256(json.dumps([images.paths, images.classes]).encode()).hexdigest()
         self.unreadable: dict[str, str] = {}
         self._images, self._batch_size, self._num_workers, self._flag = images, batch_size, num_workers, flag
@@ -249,11 +245,12 @@ class BatchDataset:
         Reasons are returned, not raised, since an exception loses its message on the way from a worker.
         """
         pixels, labels, unreadable = [], [], {}
+        augmentation = self.resolution, self.random_crop, self.random_flip
         for position in positions:
             for index in self._candidates(position):
-                path = self.paths[index]
+                path, rng = self.paths[index], random.Random(f"{self.seed} {position}")
                 try:
-                    pixels.append(self._read(path, position))
+                    pixels.append(read_augmented(os.path.join(self.data_dir, path), *augmentation, rng))
                 except UnreadableImage as error:
                     unreadable[path] = str(error)
                     continue
@@ -271,12 +268,6 @@ class BatchDataset:
         epoch, place = divmod(position, n)
         order = range(n) if self.deterministic else epoch_order(n, self.seed, epoch)
         return (order[(place + i) % n] for i in range(n))
-
-    def _read(self, path: str, position: int) -> np.ndarray:
-        rng = random.Random(f"{self.seed} {position}")
-        return read_augmented(
-            os.path.join(self.data_dir, path), self.resolution, self.random_crop, self.random_flip, rng
-        )
 
 
 @lru_cache(maxsize=4)  # a batch may span two epochs, and there may be two streams

@@ -45,17 +45,11 @@ class SampleGrid:
     def __call__(self, model: Callable[..., torch.Tensor], step: int) -> None:
         """Sample from `model` and write the picture for `step`."""
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
+        options = {"model_kwargs": self.model_kwargs, "device": self.device, "generator": noise}
         try:
             with enough_memory(self.shape[0], flag="--sample_grid"):
-                samples = self.diffusion.ddim_sample_loop(
-                    model,
-                    self.shape,
-                    noise=noise.randn(self.shape, device=self.device),
-                    model_kwargs=self.model_kwargs,
-                    device=self.device,
-                    generator=noise,
-                )
-                pixels = to_pixels(samples)
+                start = noise.randn(self.shape, device=self.device)
+                pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, noise=start, **options))
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)
             path = f"{self.output}/samples_{step:06d}.png"

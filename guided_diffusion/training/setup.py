@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -181,7 +181,7 @@ def sample_grid(
     device = dist_util.dev()
     model_kwargs: dict[str, torch.Tensor] = {}
     if args.class_cond:
-        classes = sorted(data.class_names)
+        classes = sorted(data.classes.names)
         model_kwargs["y"] = torch.tensor([classes[i % len(classes)] for i in range(count)], device=device)
     beside = None
     if hasattr(args, "small_size"):
@@ -198,10 +198,8 @@ def low_resolution_images(data_dir: str, count: int, large_size: int, small_size
     readable = []
     for path in paths:
         if len(readable) < count:
-            try:
+            with suppress(UserError):  # training reports it
                 readable.append(read_image(f"{data_dir}/{path}", large_size))
-            except UserError:  # training reports it
-                continue
     if not readable:
         raise UserError(f"none of the {len(paths)} images in {data_dir!r} (--data_dir) can be read")
     pixels = to_pixels(downsample(from_pixels(np.stack(readable)), small_size))

@@ -73,7 +73,8 @@ def choose_start(named: str, output: str, settings: Settings, ema_rates: Sequenc
             named = os.path.realpath(named)
     newest = _newest_checkpoint(output)
     if newest is None:
-        return Start(named, False, _identity(named)) if named else None
+        digest = file_digest(named) if named and not is_remote(named) else ""
+        return Start(named, False, {"path": named, "sha256": digest}) if named else None
     state = read_optimizer(newest, parse_resume_step_from_filename(newest)) or {}
     origin = state.get("training", {}).get("begun_from")
     if named and _is_checkpoint_in(output, named):
@@ -174,14 +175,8 @@ def _is_checkpoint_in(output: str, path: str) -> bool:
     return os.path.isdir(output) and os.path.isdir(folder) and os.path.samefile(folder, output)
 
 
-def _identity(path: str) -> dict[str, str]:
-    return {"path": path, "sha256": "" if is_remote(path) else file_digest(path)}
-
-
 def _same_checkpoint(path: str, recorded: Mapping[str, str] | None) -> bool:
     """Whether a file has the recorded content, or on remote storage the recorded path."""
-    if recorded is None:
-        return False
-    if is_remote(path):
-        return path == recorded["path"]
+    if recorded is None or is_remote(path):
+        return recorded is not None and path == recorded["path"]
     return bool(recorded["sha256"]) and file_digest(path) == recorded["sha256"]

@@ -11,7 +11,6 @@ from guided_diffusion.nn import GroupNorm32, PointwiseConv1d
 from guided_diffusion.unet import AttentionBlock, QKVAttention, ResBlock, UNetModel
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -25,13 +24,14 @@ def plain(model: UNetModel) -> UNetModel:
         ResBlock: PlainBlock,
         nn.Conv2d: PlainConv2d,
         PointwiseConv1d: PlainConv1d,
-        nn.SiLU: PlainSiLU,
     }
     model = copy.deepcopy(model, {id(w): w for w in model.parameters()})
     for module in model.modules():
         if isinstance(module, QKVAttention):
             module.heads_first = module.heads_first  # from its class, which changes
             module.__class__ = PlainAttention
+        elif isinstance(module, nn.SiLU):
+            module.inplace = False
         elif type(module) in classes:
             module.__class__ = classes[type(module)]
     return model
@@ -134,10 +134,3 @@ class PlainConv1d(PointwiseConv1d):
     """`nn.Conv1d` with float16 on CPUs."""
 
     forward = _convolve
-
-
-class PlainSiLU(nn.SiLU):
-    """SiLU that is never in-place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x)

@@ -90,8 +90,8 @@ def test_stream_is_its_definition(pictures, crop):
     images, labels = take(stream, 8)
     assert images.shape == (32, 3, SIZE, SIZE) and images.dtype == torch.float32 and images.is_contiguous()
     assert labels.dtype == torch.int64
-    assert stream.position == 32 and stream.num_images == 10 and stream.unreadable == {}
-    assert sorted(stream.class_names) == [0, 1]
+    assert stream.position == 32 and stream.unreadable == {}
+    assert sorted(stream.classes.names) == [0, 1]
 
     paths = sorted(pictures.glob("*/*.png"))
     flips = 0
@@ -361,7 +361,7 @@ def test_digest_tells_data_sets_apart(pictures, greys, tmp_path):
     labels.write_text("".join(f"{i} n01440764\n" for i in range(10)))
     paths = sorted(str(path.relative_to(pictures)) for path in pictures.glob("*/*.png"))
     plain = stream_of(pictures)
-    assert plain.digest == hashlib.sha256(json.dumps([paths, None]).encode()).hexdigest() and plain.class_names is None
+    assert plain.digest == hashlib.sha256(json.dumps([paths, None]).encode()).hexdigest() and plain.classes is None
     assert stream_of(f"{pictures}/", batch_size=1, seed=1).digest == plain.digest
     others = [stream_of(pictures, class_cond=True), stream_of(pictures, class_cond=True, labels_file=str(labels))]
     others += [stream_of(greys(2)), stream_of(greys(3))]
@@ -373,7 +373,7 @@ def test_classes_by_a_labels_file(greys, tmp_path):
     stream = stream_of(
         greys(3), batch_size=3, deterministic=True, class_cond=True, labels_file=str(tmp_path / "labels")
     )
-    assert next(stream)[1]["y"].tolist() == [1, 0, 999] and len(stream.class_names) == 3
+    assert next(stream)[1]["y"].tolist() == [1, 0, 999] and len(stream.classes.names) == 3
 
 
 def test_mistakes(greys, tmp_path):
@@ -393,7 +393,7 @@ def test_more_classes_than_a_model_knows(tmp_path):
     with pytest.raises(UserError, match=r"^1001 classes in .* \(--data_dir\); expected at most 1000"):
         stream_of(tmp_path, class_cond=True)
     (tmp_path / "1000_0.png").unlink()
-    assert stream_of(tmp_path, class_cond=True).class_names.keys() == set(range(1000))
+    assert stream_of(tmp_path, class_cond=True).classes.names.keys() == set(range(1000))
 
 
 # The map-style data set
