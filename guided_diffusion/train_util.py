@@ -42,7 +42,7 @@ from .training.checkpoints import parse_resume_step_from_filename as parse_resum
 from .training.optimizer_state import by_parameter, steps_taken
 from .training.start import changed_settings, choose_start, describe_newest
 
-Cond = dict[str, Tensor]  # inputs of the model besides the images, each (B, ...)
+Cond = dict[str, Tensor]  # other inputs of the model, each (B, ...)
 
 SKIPPED = "skipped_steps"  # log column: steps skipped by float16 loss scaling since the last line
 SAMPLER_NAMES = {UniformSampler: "uniform", LossSecondMomentResampler: "loss-second-moment"}
@@ -496,7 +496,7 @@ class TrainLoop:
         }
         for kind, tensors in checked.items():
             if not all(tensor.detach().isfinite().all() for tensor in tensors):
-                raise ResultError(self._divergence_message(f"{kind} is NaN or infinite"))
+                self._raise_divergence(f"{kind} is NaN or infinite")
         training = {
             "position": getattr(self.data, "position", self.step * self.global_batch),
             "settings": self.settings,
@@ -549,15 +549,12 @@ class TrainLoop:
             self._raise_divergence(f"{infinite[0]} is {numbers[infinite[0]]}")
 
     def _raise_divergence(self, reason: str) -> None:
-        error = ResultError(self._divergence_message(reason))
-        error.on_all_ranks = True
-        raise error
-
-    def _divergence_message(self, reason: str) -> str:
-        return (
+        error = ResultError(
             f"training has diverged: at step {self.step} {reason}. This step is not saved. Lower --lr and start again "
             "with another --output, from scratch or from an earlier checkpoint (--resume_checkpoint)"
         )
+        error.on_all_ranks = True
+        raise error
 
 
 # Published names

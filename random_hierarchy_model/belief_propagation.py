@@ -6,8 +6,8 @@ tree, belief propagation is exact. Upwards, let U of a symbol at a node be the l
     U_0(a) = psi(a),    U_l(a) = 1/m sum_k prod_j U_{l-1}^{(j)}(R_l(a, k)_j),
 
 where (j) is the j-th child of the node and R_l(a, k) are the grammar's rules. The evidence is p(x) = 1/v sum_a U_L(a).
-Downwards, given that a node of level l is a, what is below it is independent of everything else, and it produced tuple
-number k with probability
+Downwards, given symbol a at a node of level l, its subtree is independent of everything else, and its tuple is number k
+with probability
 
     q(k | a) = prod_j U_{l-1}^{(j)}(R_l(a, k)_j) / (m U_l(a)).
 
@@ -158,7 +158,7 @@ def read_symbols(images: TreeImages, x: Tensor, noise: float = READING_NOISE) ->
 
     One wrong patch, and a sample of a diffusion model has no derivation, although nearly all of it may fit one class.
     So symbols of level 1 and above are read as if the image were noisy: each is the most probable one given the pixels,
-    which minimizes the expected number of wrong symbols at this noise. For an image of the grammar this gives its
+    which minimises the expected number of wrong symbols at this noise. For an image of the grammar this gives its
     derivation; for `noise` -> 0, the derivation of the nearest image of the grammar. A leaf is the symbol of the
     nearest patch, grammatical or not.
 

@@ -48,17 +48,12 @@ class Grammar:
     def __post_init__(self) -> None:
         v, s, m = self.num_symbols, self.branching, self.num_synonyms
         if v < 1 or s < 1 or m < 1 or self.depth < 1:
-            raise UserError(
-                f"a grammar of {v} symbols, branching {s}, {m} synonyms and depth {self.depth}: "
-                "expected 1 or more of each"
-            )
+            raise UserError(f"{v} symbols, branching {s}, {m} synonyms, depth {self.depth}: expected 1 or more of each")
         if v**s > MAX_TUPLES:
             raise UserError(f"{v} symbols have {v}^{s} = {v**s} tuples; expected at most {MAX_TUPLES}")
         if m * v > v**s:
-            raise UserError(
-                f"{v} symbols have {v}^{s} = {v**s} tuples, too few for {m} each: expected at most "
-                f"{v ** (s - 1)} synonyms"
-            )
+            most = v ** (s - 1)
+            raise UserError(f"{v} symbols have {v}^{s} = {v**s} tuples, too few for {m} each; expected at most {most}")
         check_seed(self.seed)
 
     @property

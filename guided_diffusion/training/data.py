@@ -1,6 +1,6 @@
 """The stream of training images, which depends only on the run's seed.
 
-Position p = 0, 1, 2, ... of the stream is image order[p % n] of epoch p // n; the n images are shuffled anew for each
+Position p = 0, 1, 2, ... of the stream is image order[p % n] of epoch p // n; the n images are reshuffled for each
 epoch. Step s of a run takes the next batch of positions, and each process its own rows of it. So the images, crops and
 flips depend neither on interruptions of the run nor on the number of processes.
 """

@@ -32,13 +32,12 @@ from .data import DataStream, training_stream
 from .sample_grid import SampleGrid
 from .start import describe_newest
 
-# Flags that determine the course of a training run, besides those of the network and the diffusion. --iterations
-# matters only with --anneal_lr, --fp16_scale_growth only in half precision.
+# Flags that determine the course of a training run, in addition to those of the network and the diffusion.
+# --iterations matters only with --anneal_lr, --fp16_scale_growth only in half precision.
 DECISIVE_FLAGS = (
     *("lr", "weight_decay", "lr_anneal_steps", "anneal_lr", "ema_rate", "schedule_sampler"),
     *("seed", "random_crop", "random_flip", "noised", "use_fp16"),
 )
-WITHOUT_EFFECT = ("use_checkpoint",)  # flags of the network that do not change its numbers
 
 
 @dataclass
@@ -47,7 +46,7 @@ class TrainingFolder:
 
     Attributes:
         path: folder.
-        lock: lock, which rank 0 has for all ranks.
+        lock: lock of the folder, acquired by rank 0 for all ranks.
         data: image streams, by flag; a resumed run must have the same files.
     """
 
@@ -156,7 +155,7 @@ def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataSt
         names.append("iterations")
     if getattr(args, "use_fp16", False) or getattr(args, "classifier_use_fp16", False):
         names.append("fp16_scale_growth")
-    settings = {f"--{name}": value for name, value in flags.items() if name not in WITHOUT_EFFECT}
+    settings = {f"--{name}": value for name, value in flags.items() if name != "use_checkpoint"}
     settings |= {f"--{name}": getattr(args, name) for name in names}
     settings["images per step (--batch_size times processes)"] = args.batch_size * dist_util.get_world_size()
     if hasattr(args, "data_dir"):

@@ -54,7 +54,7 @@ class Bench:
         return args_to_dict(self.args, FLAGS)
 
     def checkpoint(self) -> str:
-        """A checkpoint file of random weights; those initialized to zero are random, too."""
+        """A checkpoint file of random weights; those initialised to zero are random, too."""
         path = self.folder / "model.pt"
         if not path.exists():
             model = load_network("untrained", self.flags)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 def plain(model: UNetModel) -> UNetModel:
     """The same network with shared weights, computed operation by operation.
 
-    Every operation makes a new tensor, normalization and softmax cast to float32 and back, and attention is not fused.
+    Every operation makes a new tensor, normalisation and softmax cast to float32 and back, and attention is not fused.
     """
     classes: dict[type, type] = {
         GroupNorm32: PlainNorm,

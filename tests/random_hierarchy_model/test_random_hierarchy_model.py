@@ -135,7 +135,7 @@ DEMO_DIGESTS = ["de392867", "590d5861", "cf35d51a", "e97ff18b", "d99a6120", "7c1
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"num_synonyms": 5}, "2 symbols have 2^2 = 4 tuples, too few for 5 each: expected at most 2 synonyms"),
+        ({"num_synonyms": 5}, "2 symbols have 2^2 = 4 tuples, too few for 5 each; expected at most 2"),
         ({"depth": 0}, "expected 1 or more"),
         ({"num_symbols": 4096, "branching": 4}, "expected at most"),
         ({"seed": -1}, "seed -1: expected a whole number from 0"),
