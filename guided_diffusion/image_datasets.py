@@ -1,6 +1,6 @@
-"""Images as scripts written for guided-diffusion list and load them, and those of the released experiment.
+"""Image data sets with the interface of guided-diffusion and of the released experiment.
 
-Our own scripts use `image_folder`, `image_io` and `training_data`.
+Our own scripts use `images.folder`, `images.io` and `training.data`.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from .images.io import center_crop_arr as center_crop_arr
 from .images.io import random_crop_arr as random_crop_arr
 from .images.io import to_float
 from .script_util import NUM_CLASSES
-from .training.data import DataStream, _Batches, read_augmented
+from .training.data import BatchDataset, DataStream, read_augmented
 
 
 class ImageDataset:
-    """A map-style dataset for torch: item i is (image, extra), the image float32 (3, resolution, resolution) in
-    [-1, 1], and extra {"y": class index} where there are `classes`, else {}.
+    """A map-style dataset for torch: item i is (image, extra), with image float32 (3, resolution, resolution) in
+    [-1, 1], and extra {"y": class index} if there are `classes`, else {}.
 
-    Holds every `num_shards`-th of the images, from number `shard` on. Its items raise UnreadableImage. Random crops
-    and flips draw from Python's `random`, which a DataLoader seeds from torch in each of its workers.
+    Contains every `num_shards`-th image, starting with number `shard`. Items raise UnreadableImage. Random crops and
+    flips use Python's `random`, which a DataLoader seeds from torch in each of its workers.
     """
 
     def __init__(
@@ -78,17 +78,17 @@ def load_data(
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
     """Endless batches (images, extra) of the images below a folder; our own scripts use `training_stream`.
 
-    By default it is such a stream, except that `extra["y"]` numbers what stands before the first "_" of the file names,
-    whatever the folders. With any of `list_images`, `drop_last=False` and `preprocess_fn` it is as the released
-    experiment has it: batches end with the epoch, and `extra["img_name"]` has the file names of the images.
+    By default the same stream, except that `extra["y"]` numbers the part of the file names before the first "_",
+    whatever the folders. With `list_images`, `drop_last=False` or `preprocess_fn` as in the released experiment:
+    batches end with the epoch, and `extra["img_name"]` has the images' file names.
 
     Args:
         data_dir, batch_size, image_size, deterministic, random_crop, random_flip, num_workers: see `training_stream`.
         class_cond: give each image its class.
-        list_images: paths of the images to take, instead of those below `data_dir`.
-        drop_last: leave out the last images of an epoch if they do not fill a batch.
-        preprocess_fn: applied to every image, (3, image_size, image_size) in [-1, 1].
-        seed: of a stream; what is not one draws from the global generators of torch and `random`.
+        list_images: paths of the images, instead of those below `data_dir`.
+        drop_last: drop the last images of an epoch if they do not fill a batch.
+        preprocess_fn: transform of each image, (3, image_size, image_size) in [-1, 1].
+        seed: seed of the stream; the released experiment's batches use the global generators of torch and `random`.
 
     Raises UserError if there are no images, or too few to fill a batch.
     """
@@ -97,13 +97,13 @@ def load_data(
     if names and len(names) > NUM_CLASSES:
         logger.warn(
             f"found {len(names)} classes in {data_dir!r}, more than the {NUM_CLASSES} of create_model: load_data takes "
-            'what stands before the first "_" of a file name for its class'
+            'the part of a file name before the first "_" as its class'
         )
     if list_images is None and drop_last and preprocess_fn is None:
         if seed < 0:
             raise UserError(f"--seed is {seed}; expected 0 or more")
         below = [path[len(os.path.join(data_dir, "")) :] for path in paths]
-        images = _Batches(data_dir, below, labels, image_size, seed, deterministic, random_crop, random_flip)
+        images = BatchDataset(data_dir, below, labels, image_size, seed, deterministic, random_crop, random_flip)
         return DataStream(images, batch_size, num_workers, "--data_dir", names and Classes(names, "text", data_dir))
     shard = dist_util.get_rank(), dist_util.get_world_size()
     images = _NamedImages(image_size, paths, labels, *shard, random_crop, random_flip, preprocess_fn=preprocess_fn)
@@ -117,19 +117,15 @@ def load_data(
 
 
 def _classes_by_prefix(paths: Sequence[str]) -> tuple[dict[int, str], list[int]]:
-    """Names of the classes by their numbers, and the number of each image: what precedes the first "_" of its name."""
+    """Class index -> name, and the class index of each image: the part of its name before the first "_"."""
     prefixes = [os.path.basename(path).split("_")[0] for path in paths]
-    numbers = {name: number for number, name in enumerate(sorted(set(prefixes)))}
-    return {number: name for name, number in numbers.items()}, [numbers[name] for name in prefixes]
+    names = sorted(set(prefixes))
+    index = {name: i for i, name in enumerate(names)}
+    return dict(enumerate(names)), [index[name] for name in prefixes]
 
 
 class _NamedImages(ImageDataset):
-    """An `ImageDataset` whose `extra` has the file name of the image, as "img_name".
-
-    Args:
-        args: those of `ImageDataset`.
-        preprocess_fn: applied to every image, (3, resolution, resolution) in [-1, 1].
-    """
+    """An `ImageDataset` whose `extra` includes the image's file name, "img_name"; `preprocess_fn` as in `load_data`."""
 
     def __init__(self, *args: Any, preprocess_fn: Callable[[torch.Tensor], torch.Tensor] | None) -> None:
         super().__init__(*args)
@@ -144,19 +140,19 @@ class _NamedImages(ImageDataset):
 
 
 def _list_image_files_recursively(data_dir: str) -> list[str]:
-    """The images below a folder: paths that begin with it, folder by folder in the order of their names.
+    """Paths, including the folder, of the images below it, sorted folder by folder.
 
-    Raises UserError where there is no such folder, or no image in it.
+    Raises UserError if the folder does not exist or has no images.
     """
     return [os.path.join(data_dir, path) for path in sorted(list_images(data_dir), key=lambda path: path.split("/"))]
 
 
 def _list_images_per_classes(data_dir: str, num_per_class: int, num_classes: int) -> list[str]:
-    """The images that forward_backward_dataset_sample.py takes, class by class: paths that begin with the folder.
+    """Paths, including the folder, of the images that forward_backward_dataset_sample.py takes, class by class.
 
-    If their classes are unknown, these are all images, with a warning.
+    If their classes are unknown: all images, with a warning.
 
-    Raises UserError where there is no such folder or no image in it, or a number is less than 1.
+    Raises UserError if the folder does not exist or has no images, or if a number is less than 1.
     """
     images, why_unknown = label_where_known(data_dir, list_images(data_dir))
     if why_unknown:
@@ -165,27 +161,27 @@ def _list_images_per_classes(data_dir: str, num_per_class: int, num_classes: int
 
 
 def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> list[str]:
-    """The starting image of each sample, in this order: paths that begin with `starting_data_dir`.
+    """Path, including `starting_data_dir`, of the starting image of each sample.
 
     Args:
         starting_data_dir: folder of the starting images.
-        samples: paths of their samples, [folders/]NAME_t0500.JPEG. The folders of a sample need not be those of its
-            starting image if there is only one image of that name.
+        samples: paths of the samples, [folders/]NAME_t0500.JPEG. Their folders may differ from those of the starting
+            images if file names are unique.
 
-    Raises UserError where a sample has no starting image, or several might be.
+    Raises UserError if a sample has no starting image, or several candidates.
     """
     starts: dict[str, set[str]] = defaultdict(set)
     for path in list_images(starting_data_dir):
         stem = without_extension(path)
         for name in (stem, os.path.basename(stem)):
             starts[name].add(os.path.join(starting_data_dir, path))
-    found: list[str] = []
+    starting_images: list[str] = []
     for path in samples:
-        those = find_entry(starts, re.sub(r"_t\d+$", "", without_extension(path))) or set()
-        if len(those) != 1:
+        candidates = find_entry(starts, re.sub(r"_t\d+$", "", without_extension(path))) or set()
+        if len(candidates) != 1:
             raise UserError(
-                f"{path!r} has {len(those) or 'no'} starting images in {starting_data_dir!r}; expected one, of the "
-                "same name without _tNNNN"
+                f"{path!r} has {len(candidates) or 'no'} starting images in {starting_data_dir!r}; expected one, of "
+                "the same name without _tNNNN"
             )
-        found += those
-    return found
+        starting_images += candidates
+    return starting_images

@@ -1,9 +1,8 @@
-"""Training: the loop that turns batches of images into steps of an optimiser, checkpoints and a log.
+"""Training: the loop that turns batches of images into optimizer steps, checkpoints and a log.
 
-Whatever is random in a step, the images, their time steps, their noise and dropout, depends on the seed and the number
-of the step alone: a run that was killed and started again follows the one that was not. And it belongs to a row of the
-global batch, not to a process: two processes with half of the batch each follow one with all of it, to rounding (but
-for dropout).
+All randomness of a step (images, timesteps, noise, dropout) depends only on the seed and the step number, so a run that
+was killed and resumed is identical to an uninterrupted one. Random numbers belong to rows of the global batch, not to
+processes: two processes with half of the batch each match one with all of it, up to rounding (and dropout).
 """
 
 from __future__ import annotations
@@ -37,73 +36,60 @@ from .nn import update_ema
 from .resample import LossAwareSampler, LossSecondMomentResampler, ScheduleSampler, UniformSampler
 from .system.checkpoint_files import Shapes, difference, shapes_of
 from .training.checkpoints import find_ema_checkpoint as find_ema_checkpoint
-from .training.checkpoints import find_resume_checkpoint as newest_checkpoint
-from .training.checkpoints import opt_path, read_optimizer, remove_unfinished, write_checkpoint
+from .training.checkpoints import newest_complete_model, opt_path, read_optimizer, remove_unfinished, write_checkpoint
 from .training.checkpoints import parse_rates as parse_rates
 from .training.checkpoints import parse_resume_step_from_filename as parse_resume_step_from_filename
 from .training.optimizer_state import by_parameter, steps_taken
-from .training.start import Start, changes_of, choose_start, describe_newest
+from .training.start import changed_settings, choose_start, describe_newest
 
-Cond = dict[str, Tensor]  # what the model is given besides the images, each (B, ...)
+Cond = dict[str, Tensor]  # other inputs of the model, each (B, ...)
 
-SKIPPED = "skipped_steps"  # in the log: those that float16's loss scaling has left out since the last line
+SKIPPED = "skipped_steps"  # log column: steps skipped by float16 loss scaling since the last line
 SAMPLER_NAMES = {UniformSampler: "uniform", LossSecondMomentResampler: "loss-second-moment"}
-# PyTorch 2.13 renamed the option of whether buffers are sent around before each forward pass.
-SYNC_BUFFERS = next(
-    name
-    for name in ("forward_sync_buffers", "broadcast_buffers")
-    if name in inspect.signature(DistributedDataParallel).parameters
-)
 
 
 class TrainLoop:
-    """Trains a diffusion model on the batches of `data`, on all processes together.
+    """Trains a diffusion model on the batches of `data`, with data parallelism.
 
-    Every `log_interval` steps a line is added to progress.csv and progress.json: the means since the last line of the
-    losses, over all images and over those of each quartile of t (q0: the least noise), and of the norms of gradient
-    and weights. Every `save_interval` steps, and at the end, the files of `training_checkpoints` are written.
+    Every `log_interval` steps, progress.csv and progress.json get a line of means since the previous line: the losses,
+    overall and by quartile of t (q0: the least noise), and the norms of gradient and weights. A checkpoint is written
+    every `save_interval` steps and at the end, see `training.checkpoints`.
 
     Args:
-        model: the network, in float32, on its device, the same on all processes.
-        diffusion: gives the losses.
-        data: batches (images (B, C, H, W) in [-1, 1], cond), B being `batch_size` or another number; an object with
-            `seek` and `position` such as `load_data` returns, or any iterator, whose position is then its owner's
-            business.
-        batch_size: images per process and step.
+        model: network in float32, on its device, identical on all processes.
+        diffusion: diffusion, which computes the losses.
+        data: batches (images (B, C, H, W) in [-1, 1], cond). Its `position`, if any, is saved and restored by `seek`.
+        batch_size: images per process and step; a batch may have another number of them.
         microbatch: images per forward and backward pass; -1: all.
         lr: learning rate of AdamW.
-        ema_rate: decays of the moving averages, a number or text with commas; empty: no averages.
+        ema_rate: decays of the weights' moving averages, a number or comma-separated text.
         log_interval, save_interval: numbers of steps.
-        resume_checkpoint: a modelNNNNNN.pt to begin from, with the files beside it. If `output` has checkpoints, the
-            run resumes from the newest one, and this may only name that or the one that the run was begun with.
+        resume_checkpoint: a modelNNNNNN.pt to start from, together with the files beside it. If `output` has
+            checkpoints, the run resumes from the newest one; this must then name it, or the one the run started from.
         use_fp16, fp16_scale_growth: see `MixedPrecisionTrainer`.
-        schedule_sampler: chooses time steps; uniformly if None.
-        weight_decay: of AdamW.
-        lr_anneal_steps: the learning rate falls linearly to 0 in so many steps, and training ends; 0: it is constant.
-        iterations: number of steps after which training ends; 0: no end.
-        seed: of time steps, noise and dropout.
-        output: folder of the checkpoints; `get_blob_logdir()` if None.
-        settings: what makes this run another one than one with other values, by the names of the flags. A run is not
-            resumed with other settings. None: what this class knows by itself, see `known_settings`.
-        on_start: called on rank 0 with whether the run is resumed, when all of the checkpoint has been read and before
-            anything is written.
+        schedule_sampler: sampler of timesteps; None: uniform.
+        weight_decay: weight decay of AdamW.
+        lr_anneal_steps: last step, by which the learning rate falls linearly to 0; 0: no limit and a constant rate.
+        iterations: last step; 0: no limit.
+        seed: seed of timesteps, noise and dropout.
+        output: checkpoint folder; None: `get_blob_logdir()`.
+        settings: settings that must not change when the run is resumed, by flag; None: `default_settings`.
+        on_start: called on rank 0 with whether the run is resumed, before anything is written.
         before_save: called on rank 0 before a checkpoint is written.
-        on_save: called on rank 0 after a checkpoint with (model, step), where the model has the weights of the first
-            moving average, if there is one.
-        check_fit: called with (path, shapes of a checkpoint, shapes of the model) if these differ; it raises a
-            UserError that says which flags to change.
-        more_state: further entries of "training" in the optimizer's file.
+        on_save: called on rank 0 after a checkpoint with (model, step); the model has the weights of the first moving
+            average, if any.
+        check_fit: called with (path, shapes in the checkpoint, shapes in the model) if these differ; raises UserError.
+        extra_state: more entries for "training" in the optimizer's file.
 
     Raises:
-        UserError: checkpoints that do not fit or cannot be read, or are those of a run with other settings; a number
-            out of range.
+        UserError: a checkpoint is unreadable, does not fit, or is of other settings; a number is out of range.
 
     Attributes:
-        step: number of steps that have been taken, in earlier processes too.
-        resume_step: 0. Subclasses written for guided-diffusion, whose `step` starts at 0 when a run is resumed, add it.
+        step: number of steps taken, including those of earlier processes.
+        resume_step: 0. Subclasses written for guided-diffusion, whose `step` restarts at 0, add it to `step`.
     """
 
-    prefix = ""  # of the names of losses in the log
+    prefix = ""  # of the losses' names in the log
 
     def __init__(
         self,
@@ -131,7 +117,7 @@ class TrainLoop:
         before_save: Callable[[], None] | None = None,
         on_save: Callable[[Callable[..., Tensor], int], None] | None = None,
         check_fit: Callable[[str, Shapes, Shapes], None] | None = None,
-        more_state: Mapping[str, Any] | None = None,
+        extra_state: Mapping[str, Any] | None = None,
     ):
         self.model = model
         self.diffusion = diffusion
@@ -151,17 +137,17 @@ class TrainLoop:
         self.lr_anneal_steps = lr_anneal_steps
         self.last_step = min(filter(None, (lr_anneal_steps, iterations)), default=None)
         self.seed = seed
-        self.settings = self.known_settings() if settings is None else dict(settings)
+        self.settings = self.default_settings() if settings is None else dict(settings)
         self.on_start, self.before_save, self.on_save = on_start, before_save, on_save
         self.check_fit = check_fit
-        self.more_state = dict(more_state or {})
+        self.extra_state = dict(extra_state or {})
         self.output: str = output or dist_util.on_main(get_blob_logdir)
         self.device = next(model.parameters()).device
         self.sync_cuda = torch.cuda.is_available()
 
         self.step = self.resume_step = 0
-        self.saved_step: int | None = None  # of the last checkpoint that this object has read or written
-        self.begun_from: dict[str, str] | None = None
+        self.saved_step: int | None = None  # step of the last checkpoint read or written
+        self.origin: dict[str, str] | None = None  # see `Start`
         self.meter = LossMeter(self.device)
         self.mp_trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth)
         self.opt = torch.optim.AdamW(
@@ -170,14 +156,14 @@ class TrainLoop:
         self.ema_params: list[list[Tensor]] = []
         self._continues_log = False
         self._request = StopRequest()
-        self._stopping = 0  # the signal by which all processes have agreed to stop
-        self._resume()
-        self._counted = self.step
+        self._stop_signal = 0  # signal that all processes have agreed to obey
+        self._load_start()
+        self._expected_step = self.step
         self.ddp_model = self._distributed(model)
         self.use_ddp = self.ddp_model is not model
 
-    def known_settings(self) -> dict[str, Any]:
-        """What decides the course of a run, as far as this class knows it, by the names that its user knows."""
+    def default_settings(self) -> dict[str, Any]:
+        """Settings that determine the course of a run, as far as this class knows them, by flag."""
         sampler = type(self.schedule_sampler)
         settings = {
             "--lr": float(self.lr),
@@ -193,21 +179,21 @@ class TrainLoop:
             settings["--fp16_scale_growth"] = self.fp16_scale_growth
         if hasattr(self.diffusion, "betas"):
             settings["noise schedule"] = "betas from {:.4g} to {:.4g}".format(*self.diffusion.betas[[0, -1]])
-        for what in ("model_mean_type", "model_var_type", "loss_type"):
-            if isinstance(value := getattr(self.diffusion, what, None), Enum):
-                settings[what.replace("_", " ")] = value.name
+        for kind in ("model_mean_type", "model_var_type", "loss_type"):
+            if isinstance(value := getattr(self.diffusion, kind, None), Enum):
+                settings[kind.replace("_", " ")] = value.name
         return settings
 
     def run_loop(self) -> None:
-        """Train until the last step, or until the process is asked to end, which saves a checkpoint first.
+        """Train until the last step, or until a stop signal arrives, which saves a checkpoint first.
 
         Raises:
-            UserError: checkpoints cannot be written.
-            ResultError: a loss, a norm or a weight is NaN or infinite; nothing of it is saved.
-            Stopped: a signal came.
+            UserError: a checkpoint cannot be written.
+            ResultError: a loss, a norm or a weight is NaN or infinite; that step is not saved.
+            Stopped: a signal arrived.
         """
         if self.done:
-            logger.info(f"already at step {self.step}: nothing is left to do")
+            logger.info(f"already at step {self.step}: nothing left to do")
             return
         when_stopped(partial(describe_newest, self.output, self.resume_checkpoint))
         self.model.train()
@@ -216,7 +202,7 @@ class TrainLoop:
             try:
                 self._take_steps(bar)
             except RuntimeError as error:
-                # Where the signal came at the start, another rank may have left already, and cannot be talked to.
+                # If the signal arrived before the loop, another rank may already have left and no longer answers.
                 if self._request.signum and get_world_size() > 1:
                     raise Stopped(self._request.signum) from error
                 raise
@@ -224,17 +210,17 @@ class TrainLoop:
     def _take_steps(self, bar: tqdm) -> None:
         while not self.done:
             dist_util.check_peers()
-            agreed = _maximum(self._request)
+            agreed_signal = _signal_of_any_rank(self._request)
             step = self.step
             self.run_step(*next(self.data))
-            if self.step == step:  # a subclass's own leaves the count to the loop, as that of guided-diffusion does
-                self.step = self._counted = step + 1
+            if self.step == step:  # a run_step written for guided-diffusion leaves counting to the loop
+                self.step = self._expected_step = step + 1
             bar.update()
             if self.step % self.log_interval == 0:
                 line = self.log()
                 if (name := f"{self.prefix}loss") in line:
                     bar.set_postfix(loss=f"{line[name]:.4g}")
-            signum = self._stopping = agreed()
+            signum = self._stop_signal = agreed_signal()
             if self.step % self.save_interval == 0 or self.done or signum:
                 self.save()
             if signum:
@@ -246,22 +232,26 @@ class TrainLoop:
         return self.last_step is not None and self.step >= self.last_step
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
-        """One step of the optimiser on this process's part (B, C, H, W) of the global batch."""
-        self._check_count()
+        """Take an optimizer step on this process's part (B, C, H, W) of the global batch."""
+        if self.step != self._expected_step:
+            raise UserError(
+                f"step is {self.step}, expected {self._expected_step}: run_step counts the steps, so the loop that "
+                "calls it must not"
+            )
         losses_and_t = self.forward_backward(batch, cond)
         self._anneal_lr()
         grad_norm, param_norm = self.mp_trainer.step(self.opt)
-        # In float16 the scaler skips a step whose gradients have overflowed: that is counted, and its losses are not.
+        # In float16, a step with overflowing gradients is skipped: it is counted, but its losses are not averaged.
         taken = grad_norm.isfinite() if self.mp_trainer.scaler.is_enabled() else None
-        if losses_and_t is not None:  # a subclass's own may log its losses itself
+        if losses_and_t is not None:  # a subclass may log its losses itself
             self.meter.add(*losses_and_t, self.diffusion.num_timesteps, taken)
-        self.meter.add_norms(taken, grad_norm=grad_norm)
-        self.meter.add_norms(param_norm=param_norm)
+        self.meter.add_number("grad_norm", grad_norm, taken)
+        self.meter.add_number("param_norm", param_norm)
         if taken is not None:
-            self.meter.add_total(**{SKIPPED: (~taken).double() * dist_util.is_main()})
+            self.meter.add_number(SKIPPED, (~taken).double() * dist_util.is_main())
         self._update_ema()
         self.step += 1
-        self._counted = self.step
+        self._expected_step = self.step
         self.log_step()
 
     def _update_ema(self) -> None:
@@ -270,19 +260,19 @@ class TrainLoop:
             update_ema(params, self.mp_trainer.master_params, rate=rate)
 
     def log_step(self) -> None:
-        """Record the number of the step; called after each. Subclasses add what they want to see in the log."""
+        """Log the step number, after each step. Subclasses may log more."""
         logger.logkv("step", self.step)
         logger.logkv("samples", self.step * self.global_batch)
 
     def forward_backward(self, batch: Tensor, cond: Cond) -> tuple[dict[str, Tensor], Tensor]:
         """Compute the gradients of the global batch's mean loss, microbatch by microbatch.
 
-        Returns the weighted terms of the loss by their names in the log, each (B,), and the indices t, (B,).
+        Returns the weighted loss terms by their names in the log, (B,) each, and the timesteps t, (B,).
         """
         batch = batch.to(self.device, non_blocking=True)
         cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
-        t, weights = self.time_steps(self.seed, len(batch))  # (B,), (B,)
-        noise = self.noise(batch.shape, self.seed)
+        t, weights = self.draw_timesteps(self.seed, len(batch))  # (B,), (B,)
+        noise = self.draw_noise(batch.shape, self.seed)
         torch.manual_seed(step_seed(self.seed, self.step, get_rank()))  # for dropout
 
         self.mp_trainer.zero_grad()
@@ -290,7 +280,7 @@ class TrainLoop:
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
             last = start + self.microbatch >= len(batch)
-            # Gradients of the processes are averaged once, in the last backward pass.
+            # Gradients are averaged over the processes once, in the last backward pass.
             with nullcontext() if last or self.ddp_model is self.model else self.ddp_model.no_sync():
                 with self.mp_trainer.autocast():
                     losses = self.compute_losses(
@@ -305,86 +295,86 @@ class TrainLoop:
         return {f"{self.prefix}{name}": value * weights for name, value in joined.items()}, t
 
     def compute_losses(self, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> dict[str, Tensor]:
-        """Terms of the loss, each (B,), among them "loss", of images x (B, C, H, W) at the indices t (B,)."""
+        """Loss terms, (B,) each, including "loss", of images x (B, C, H, W) at timesteps t (B,)."""
         return self.diffusion.training_losses(self.ddp_model, x, t, model_kwargs=cond, noise=noise)
 
     def log(self) -> dict[str, Any]:
-        """Write a line of the log: the means since the last, over all processes. Returns it.
+        """Write and return a line of the log: means since the previous line, over all processes.
 
-        Raises ResultError, on all processes, and writes nothing, if a number is NaN or infinite.
+        Raises ResultError, on all processes and before writing, if a number is NaN or infinite.
         """
         means, scaling = self.meter.means(), {}
         self._check_finite(means)
         if self.mp_trainer.scaler.is_enabled():
             scale = self.mp_trainer.scaler.get_scale()
             if SKIPPED in means and f"{self.prefix}loss" not in means and scale < 1:
-                self._not_finite(f"every step since the last line overflowed, although the loss scale is {scale}")
+                self._raise_divergence(f"every step since the last line overflowed, although the loss scale is {scale}")
             scaling["lg_loss_scale"] = float(np.log2(scale))
-        TrainLoop.log_step(self)  # whatever a subclass calls step, a resumed run cuts the log by this count
+        TrainLoop.log_step(self)  # resuming cuts the log by this count, whatever a subclass logs as "step"
         logger.logkvs(scaling | means)
         return logger.dumpkvs()
 
     def save(self) -> None:
-        """Write the checkpoint of this step, on rank 0; all processes call this.
+        """Write the checkpoint of this step, on rank 0; all processes must call this.
 
-        Raises UserError if it cannot be written, and ResultError if there are numbers in it that are NaN or infinite.
+        Raises UserError if it cannot be written, ResultError if it would contain NaN or infinity.
         """
         if self.step == self.saved_step:
             return
-        counted = self.meter.over_all_ranks()
-        self._check_finite(self.meter.means_of(counted))
-        dist_util.on_main(self._write_checkpoint, counted)
+        totals = self.meter.over_all_ranks()
+        self._check_finite(self.meter.means_of(totals))
+        dist_util.on_main(self._write_checkpoint, totals)
         self.saved_step = self.step
-        if self.on_save is not None and dist_util.is_main() and not self._stopping:
+        if self.on_save is not None and dist_util.is_main() and not self._stop_signal:
             self.model.eval()
             self.on_save(self._averaged_model, self.step)
             self.model.train()
 
-    # A step's randomness
+    # Randomness of a step
 
-    def _rows(self, count: int) -> list[int]:
-        """The rows of the global batch of this process's `count` images; those beyond `batch_size` follow it."""
+    def _global_rows(self, count: int) -> list[int]:
+        """Rows of the global batch for this process's `count` images; any beyond `batch_size` come after all others."""
         rank, processes = get_rank(), get_world_size()
         own = range(rank * self.batch_size, (rank + 1) * self.batch_size)
         more = range(self.global_batch + rank, self.global_batch + rank + processes * count, processes)
         return [*own, *more][:count]
 
-    def time_steps(self, seed: int, count: int | None = None) -> tuple[Tensor, Tensor]:
-        """Indices t and weights of the losses, (count,) each: this process's rows of what is drawn for all.
+    def draw_timesteps(self, seed: int, count: int | None = None) -> tuple[Tensor, Tensor]:
+        """Timesteps t and loss weights, (count,) each: this process's rows of the global draw.
 
-        `count` is the number of images, `batch_size` by default.
+        `count` is the number of images, by default `batch_size`.
         """
         generator = np.random.default_rng(step_seed(seed, self.step))
-        rows = self._rows(self.batch_size if count is None else count)
+        rows = self._global_rows(self.batch_size if count is None else count)
         drawn = max(self.global_batch, rows[-1] + 1)
         t, weights = self.schedule_sampler.sample(drawn, torch.device("cpu"), generator)
         return t[rows].to(self.device), weights[rows].to(self.device)
 
-    def noise(self, shape: Sequence[int], seed: int) -> Tensor:
+    def draw_noise(self, shape: Sequence[int], seed: int) -> Tensor:
         """Standard normal noise (B, ...) for this process's rows."""
-        streams = NoiseStreams(seed, [f"row {row}" for row in self._rows(shape[0])], self.step, self.device)
+        streams = NoiseStreams(seed, [f"row {row}" for row in self._global_rows(shape[0])], self.step, self.device)
         return streams.randn(shape, device=self.device)
 
     def _anneal_lr(self) -> None:
-        """Set the learning rate of this step: a straight line from `lr` at step 0 to 0 after `lr_anneal_steps`."""
+        """Set the learning rate of this step: linear from `lr` at step 0 to 0 at `lr_anneal_steps`."""
         left = 1 - self.step / self.lr_anneal_steps if self.lr_anneal_steps else 1.0
         for group in self.opt.param_groups:
             group["lr"] = self.lr * left
 
     # Checkpoints
 
-    def _resume(self) -> None:
-        """Take up the newest checkpoint in the output folder, else `resume_checkpoint`, else begin."""
+    def _load_start(self) -> None:
+        """Resume from the newest checkpoint in the output folder, else start from `resume_checkpoint` or scratch."""
         args = self.resume_checkpoint, self.output, self.settings, self.ema_rate
         self._start = start = dist_util.on_main(choose_start, *args)
-        self._order: list[str] | None = None
-        self.begun_from = None if start is None else start.begun_from
+        self._file_order: list[str] | None = None
+        self.origin = None if start is None else start.origin
         self._load_and_sync_parameters()
         overridden = type(self)._load_and_sync_parameters is not TrainLoop._load_and_sync_parameters
         if start is not None and start.resumed and overridden:
-            self._load_weights()  # a subclass loads what its run begins with, and this one has its own checkpoint
-        # Weights loaded by a subclass start a new run, unless it sets `resume_step`: then they resume one.
-        if start is not None and (self._order is not None or self.resume_step):
+            self._load_weights()  # the subclass loads the weights of a new run, but this run has its own checkpoint
+        # Weights loaded by a subclass start a new run, unless it sets `resume_step`.
+        if start is not None and (self._file_order is not None or self.resume_step):
             self.step = start.number if start.resumed else self.resume_step or start.number
             self.ema_params = [self._load_ema_parameters(rate) for rate in self.ema_rate]
             self._load_optimizer_state()
@@ -393,25 +383,26 @@ class TrainLoop:
             self.ema_params = [_copies(self.mp_trainer.master_params) for _ in self.ema_rate]
         self.resume_step = 0
         if not self.done:
-            dist_util.on_main(self._open_folder, start)
+            dist_util.on_main(self._start_in_folder)
         if start is not None and start.resumed:
             self.saved_step = self.step
 
     def _load_and_sync_parameters(self) -> None:
-        """Give the model the weights to begin with, the same on all processes. Subclasses may load others."""
+        """Load the initial weights, identical on all processes. Subclasses may load others."""
         if self._start is None:
             dist_util.sync_params(self.model.parameters())
         else:
             self._load_weights()
 
-    def _open_folder(self, start: Start | None) -> None:
-        """The first changes in the output folder, when nothing speaks against this run there."""
+    def _start_in_folder(self) -> None:
+        """The first changes to the output folder, after all checks have passed."""
+        start = self._start
         resumed = start is not None and start.resumed
         if self.on_start is not None:
             self.on_start(resumed)
         remove_unfinished(self.output)
         if start is not None:
-            verb = "resuming" if resumed else "beginning"
+            verb = "resuming" if resumed else "starting"
             logger.info(f"{verb} from {start.path}, after {self.step} steps")
         if self._continues_log:
             logger.rewind("step", self.step)
@@ -419,56 +410,58 @@ class TrainLoop:
             logger.set_aside_files()
 
     def _load_weights(self) -> None:
-        """Load the weights to start from, and note the names of the parameters in the order of the file."""
-        weights = self._read_weights(self._start.path, self._start)
+        """Load the initial weights, and note the order of the parameters in their file."""
+        weights = self._read_weights(self._start.path)
         self.model.load_state_dict(weights)
         parameters = dict(self.model.named_parameters())
-        self._order = [name for name in weights if name in parameters]
+        self._file_order = [name for name in weights if name in parameters]
 
     def _load_ema_parameters(self, rate: float) -> list[Tensor]:
-        """The moving average beside the weights to start from; if there is none, a copy of the model's weights."""
+        """The moving average beside the initial weights, else a copy of the weights."""
         start = self._start
         average = dist_util.on_main(find_ema_checkpoint, start.path, start.number, rate)
         if average is None:
-            logger.warn(f"no moving average of decay {rate} beside {start.path}: it begins with the model's weights")
+            logger.warn(f"no moving average of decay {rate} beside {start.path}: it starts from the model's weights")
             return _copies(self.mp_trainer.master_params)
-        weights = self._read_weights(average, start)
+        weights = self._read_weights(average)
         return _copies(value.to(self.device) for value in self.mp_trainer.state_dict_to_master_params(weights))
 
-    def _load_optimizer_state(self) -> None:
-        """Restore the optimizer and the other state saved beside the initial weights, if there is any."""
-        start = self._start
-        state = dist_util.on_every_rank(read_optimizer, start.path, start.number)
-        if state is None:
-            logger.warn(f"no {opt_path('', start.number)} beside {start.path}: the optimizer starts anew")
-            return
-        order = self._order or [name for name, _ in self.model.named_parameters()]
-        self._load_optimizer(start, state, order)
-
-    def _read_weights(self, path: str, start: Start) -> dict[str, Tensor]:
-        """Raises UserError, on all processes, if a file has the weights of another network than the model."""
+    def _read_weights(self, path: str) -> dict[str, Tensor]:
+        """Weights of this network. Raises UserError, on all processes, if the file is of another network."""
+        flag = "the checkpoint" if self._start.resumed else "--resume_checkpoint"
         expected = shapes_of(self.model.state_dict())
-        weights = dist_util.load_weights(path, flag=_flag(start), expected=expected)
+        weights = dist_util.load_weights(path, flag=flag, expected=expected)
         if shapes_of(weights) != expected:
-            dist_util.on_every_rank(self._refuse, path, shapes_of(weights), expected)
+            dist_util.on_every_rank(self._raise_misfit, path, shapes_of(weights), expected)
         return weights
 
-    def _refuse(self, path: str, found: Shapes, expected: Shapes) -> None:
+    def _raise_misfit(self, path: str, found: Shapes, expected: Shapes) -> None:
         if self.check_fit is not None:
             self.check_fit(path, found, expected)
         raise UserError(f"--resume_checkpoint {path} does not fit your flags: {difference(found, expected)}")
 
-    def _load_optimizer(self, start: Start, state: dict[str, Any], order: list[str]) -> None:
+    def _load_optimizer_state(self) -> None:
+        """Restore the optimizer and the rest of the state saved beside the initial weights, if any."""
+        start = self._start
+        state = dist_util.on_every_rank(read_optimizer, start.path, start.number)
+        if state is None:
+            logger.warn(f"no {opt_path('', start.number)} beside {start.path}: the optimizer starts afresh")
+            return
         training = state.get("training", {})
-        if not start.resumed and (changes := changes_of(training.get("settings", {}), self.settings)):
-            logger.info(f"other settings than those of {start.path}: {'; '.join(changes)}")
-        parameters = dict(self.model.named_parameters())
-        states = dist_util.on_every_rank(self._states_by_parameter, start, state, order)
-        numbered = {index: states[name] for index, name in enumerate(parameters) if name in states}
-        # Its own groups, since learning rate and weight decay may be others now.
+        if not start.resumed and (changes := changed_settings(training.get("settings", {}), self.settings)):
+            logger.info(f"settings differ from those of {start.path}: {'; '.join(changes)}")
+        states = dist_util.on_every_rank(self._optimizer_state_by_parameter, state)
+        names = [name for name, _ in self.model.named_parameters()]
+        numbered = {index: states[name] for index, name in enumerate(names) if name in states}
+        # With the current param_groups, since learning rate and weight decay may have changed.
         self.opt.load_state_dict({"state": numbered, "param_groups": self.opt.state_dict()["param_groups"]})
-        if "training" not in state:
-            self._take_up_original(start, steps_taken(states))
+        if "training" not in state:  # guided-diffusion numbers its files one step lower
+            taken = steps_taken(states)
+            self.step = max(start.number, taken)
+            logger.info(
+                f"{start.path} was written by another program after {taken} optimizer steps: the next step is number "
+                f"{self.step + 1}"
+            )
         if scaler := training.get("scaler"):
             self.mp_trainer.scaler.load_state_dict(scaler)
         if isinstance(self.schedule_sampler, LossAwareSampler) and "schedule_sampler" in training:
@@ -479,43 +472,35 @@ class TrainLoop:
         if hasattr(self.data, "seek"):
             self.data.seek(training.get("position", self.step * self.global_batch))
 
-    def _states_by_parameter(self, start: Start, state: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    def _optimizer_state_by_parameter(self, state: Mapping[str, Any]) -> dict[str, Any]:
         parameters = dict(self.model.named_parameters())
         try:
-            return by_parameter(state, {name: tuple(parameters[name].shape) for name in order})
+            return by_parameter(state, {name: tuple(parameters[name].shape) for name in self._file_order or parameters})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            path = opt_path(bf.dirname(start.path), start.number)
-            raise UserError(f"{path} is not the optimizer's state of {start.path}: {error}") from error
-
-    def _take_up_original(self, start: Start, taken: int) -> None:
-        """Count on from the steps that the original's optimizer has taken: its files are numbered a step lower."""
-        self.step = max(start.number, taken)
-        logger.info(
-            f"{start.path} is of another program, whose optimizer has taken {taken} steps: the next step is number "
-            f"{self.step + 1} here"
-        )
+            path = opt_path(bf.dirname(self._start.path), self._start.number)
+            raise UserError(f"{path} is not the optimizer state of {self._start.path}: {error}") from error
 
     def _write_checkpoint(self, meter: dict[str, Any]) -> None:
         if self.before_save is not None:
             self.before_save()
-        params, optimizer = self.mp_trainer.master_params, self.opt.state_dict()
-        states = [value for state in optimizer["state"].values() for value in state.values()]
+        optimizer = self.opt.state_dict()
         averages = dict(zip(self.ema_rate, self.ema_params, strict=True))
-        for what, tensors in [
-            ("a weight", params),
-            ("a number of the optimizer", states),
-            *((f"a weight of the moving average of decay {rate}", average) for rate, average in averages.items()),
-        ]:
-            if not _are_finite(tensors):
-                raise ResultError(self._divergence(f"{what} is NaN or infinite"))
+        checked = {
+            "a weight": self.mp_trainer.master_params,
+            "a number of the optimizer": [value for state in optimizer["state"].values() for value in state.values()],
+            **{f"a weight of the moving average of decay {rate}": average for rate, average in averages.items()},
+        }
+        for kind, tensors in checked.items():
+            if not all(tensor.detach().isfinite().all() for tensor in tensors):
+                self._raise_divergence(f"{kind} is NaN or infinite")
         training = {
             "position": getattr(self.data, "position", self.step * self.global_batch),
             "settings": self.settings,
             "ema_rates": self.ema_rate,
-            "begun_from": self.begun_from,
+            "begun_from": self.origin,
             "meter": meter,
             "scaler": self.mp_trainer.scaler.state_dict(),
-            **self.more_state,
+            **self.extra_state,
         }
         if isinstance(self.schedule_sampler, LossAwareSampler):
             training["schedule_sampler"] = self.schedule_sampler.state_dict()
@@ -529,7 +514,7 @@ class TrainLoop:
 
     def _averaged_model(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call the model with the weights of the first moving average."""
-        if self._request.signum:  # the checkpoint is written: a picture of samples is not worth the time that is left
+        if self._request.signum:  # the checkpoint is written; drawing samples would only delay the exit
             raise UserError("the run is being stopped")
         with torch.no_grad(), self.mp_trainer.autocast():
             if not self.ema_params:
@@ -537,63 +522,52 @@ class TrainLoop:
             weights = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
             return functional_call(self.model, weights, args, kwargs)
 
-    # The rest
-
     def _distributed(self, model: nn.Module) -> nn.Module:
-        """The model, whose gradients are averaged over the processes."""
+        """The model, wrapped to average its gradients over the processes."""
         if get_world_size() == 1:
             return model
+        # PyTorch 2.13 renamed the option to broadcast buffers before each forward pass.
+        known = inspect.signature(DistributedDataParallel).parameters
+        sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            **{SYNC_BUFFERS: False},
+            **{sync_buffers: False},
             bucket_cap_mb=128,
             gradient_as_bucket_view=True,
         )
 
-    def _check_count(self) -> None:
-        """Steps are counted once. Raises UserError if a loop of another kind counts them too."""
-        if self.step != self._counted:
-            raise UserError(
-                f"step is {self.step}, expected {self._counted}: run_step counts the steps, so the loop that calls it "
-                "must not"
-            )
+    # Divergence
 
     def _check_finite(self, numbers: Mapping[str, float]) -> None:
-        """Raise ResultError, on all processes, which have the same numbers, if one is NaN or infinite."""
-        if wrong := [name for name, value in numbers.items() if not np.isfinite(value)]:
-            self._not_finite(f"{wrong[0]} is {numbers[wrong[0]]}")
+        """Raise ResultError if one of these numbers, which are equal on all processes, is NaN or infinite."""
+        if infinite := [name for name, value in numbers.items() if not np.isfinite(value)]:
+            self._raise_divergence(f"{infinite[0]} is {numbers[infinite[0]]}")
 
-    def _not_finite(self, what: str) -> None:
-        error = ResultError(self._divergence(what))
+    def _raise_divergence(self, reason: str) -> None:
+        error = ResultError(
+            f"training has diverged: at step {self.step} {reason}. This step is not saved. Lower --lr and start again "
+            "with another --output, from scratch or from an earlier checkpoint (--resume_checkpoint)"
+        )
         error.on_all_ranks = True
         raise error
 
-    def _divergence(self, what: str) -> str:
-        return (
-            f"training has diverged: at step {self.step} {what}. This step is not saved. Lower --lr and start again "
-            "with another --output, from scratch or from an earlier checkpoint (--resume_checkpoint)"
-        )
 
-
-# For scripts of guided-diffusion
+# Published names
 
 
 def get_blob_logdir() -> str:
-    """The folder of the checkpoints: the one that DIFFUSION_BLOB_LOGDIR names, else the logger's."""
+    """The checkpoint folder: DIFFUSION_BLOB_LOGDIR if set, else the logger's folder."""
     return os.environ.get("DIFFUSION_BLOB_LOGDIR") or logger.get_dir()
 
 
 def find_resume_checkpoint(folder: str | None = None, ema_rates: Sequence[float | str] = ()) -> str | None:
-    """The model's file of the newest step in `folder`, by default `get_blob_logdir()`, of which all files are whole.
-
-    None without any.
-    """
-    return newest_checkpoint(folder or get_blob_logdir(), ema_rates)
+    """Model file of the newest complete checkpoint in `folder`, by default `get_blob_logdir()`; None without any."""
+    return newest_complete_model(folder or get_blob_logdir(), ema_rates)
 
 
 def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: Mapping[str, Tensor]) -> None:
-    """Log the means of losses, (B,) each, at the indices ts (B,): of all as NAME, by quartile of t as NAME_q0 to q3."""
+    """Log means of losses, (B,) each, at timesteps ts (B,): overall as NAME, by quartile of t as NAME_q0 to NAME_q3."""
     quartiles = (4 * ts // diffusion.num_timesteps).tolist()
     for name, values in losses.items():
         logger.logkv_mean(name, values.mean().item())
@@ -602,67 +576,55 @@ def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: Mapping[str,
 
 
 class LossMeter:
-    """Means of what happens between two lines of the log. Sums stay on the device, so that no step waits for it."""
+    """Means over the steps between two lines of the log. Sums stay on the device, so that no step waits for them."""
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.sums: dict[str, Tensor] = {}  # name -> (5,): over all images, and over each quartile of t
-        self.counts: dict[str, Tensor] = {}  # name -> (5,): of how many
+        # name -> (2, 5): sum and count, over all images and over each quartile of t
+        self.totals: dict[str, Tensor] = {}
 
     def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int, taken: Tensor | None = None) -> None:
-        """Count in the terms (B,) of the losses of images at the indices t (B,) of `num_timesteps`.
+        """Add loss terms (B,) of images at timesteps t (B,) of `num_timesteps`.
 
-        `taken` (0-d) tells whether their step was taken: the losses of one that was not do not count. None: it was.
+        `taken` (0-d): whether the optimizer took the step; losses of skipped steps do not count. None: it did.
         """
         quartile = nn.functional.one_hot(4 * t // num_timesteps, 4).double()  # (B, 4)
         groups = torch.cat([torch.ones_like(quartile[:, :1]), quartile], dim=1)  # (B, 5)
         for name, values in terms.items():
-            self._count(name, values.double() @ groups, groups.sum(dim=0), taken)
+            self._add(name, torch.stack([values.double() @ groups, groups.sum(dim=0)]), taken)
 
-    def add_norms(self, taken: Tensor | None = None, **norms: Tensor) -> None:
-        """Log numbers (0-d) of one step that are the same on all processes; `taken` as in `add`."""
-        for name, norm in norms.items():
-            self._count(name, self._only(norm), self._only(1.0), taken)
+    def add_number(self, name: str, number: Tensor, taken: Tensor | None = None) -> None:
+        """Add a number (0-d) of the whole step, equal on all processes (`SKIPPED`: summed); `taken` as in `add`."""
+        total = torch.zeros(2, 5, dtype=torch.float64, device=self.device)
+        total[0, 0], total[1, 0] = number, float(name != SKIPPED)
+        self._add(name, total, taken)
 
-    def add_total(self, **numbers: Tensor) -> None:
-        """Log numbers (0-d) of this process, summed rather than averaged."""
-        for name, number in numbers.items():
-            self._count(name, self._only(number), self._only(0.0))
-
-    def _only(self, number: Tensor | float) -> Tensor:
-        """(5,): a number that belongs to no quartile."""
-        values = torch.zeros(5, dtype=torch.float64, device=self.device)
-        values[0] = number
-        return values
-
-    def _count(self, name: str, sums: Tensor, counts: Tensor, taken: Tensor | None = None) -> None:
+    def _add(self, name: str, total: Tensor, taken: Tensor | None) -> None:
         if taken is not None:
-            sums, counts = (torch.where(taken, value, 0.0) for value in (sums, counts))
-        self.sums[name] = self.sums[name] + sums if name in self.sums else sums
-        self.counts[name] = self.counts[name] + counts if name in self.counts else counts
+            total = torch.where(taken, total, 0.0)
+        self.totals[name] = self.totals[name] + total if name in self.totals else total
 
     def over_all_ranks(self) -> dict[str, dict[str, Tensor]]:
-        """Sums and counts of all processes together, on the CPU."""
-        if not self.sums:
+        """{"sums": ..., "counts": ...}: (5,) by name, summed over all processes, on the CPU."""
+        if not self.totals:
             return {"sums": {}, "counts": {}}
-        both = torch.stack([torch.stack([self.sums[name], self.counts[name]]) for name in self.sums]).cpu()
+        both = torch.stack(list(self.totals.values())).cpu()  # (names, 2, 5)
         if get_world_size() > 1:
             dist.all_reduce(both)
-        sums, counts = both.unbind(dim=1)
         return {
-            "sums": dict(zip(self.sums, sums.unbind(), strict=True)),
-            "counts": dict(zip(self.sums, counts.unbind(), strict=True)),
+            kind: dict(zip(self.totals, values.unbind(), strict=True))
+            for kind, values in zip(("sums", "counts"), both.unbind(dim=1), strict=True)
         }
 
     def means(self) -> dict[str, float]:
-        """The means over all processes, by name, those of quartiles as NAME_q0 .. NAME_q3; and begin anew."""
+        """The means over all processes, see `means_of`; resets the meter."""
         totals = self.over_all_ranks()
-        self.sums, self.counts = {}, {}
+        self.totals = {}
         return self.means_of(totals)
 
     @staticmethod
     def means_of(totals: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
-        """The means, by name, of sums and counts that `over_all_ranks` returned; of `SKIPPED` the sum."""
+        """Means by name, and by quartile as NAME_q0 to NAME_q3, from `over_all_ranks`; for `SKIPPED` the sum."""
         means = {}
         for name, sums in totals["sums"].items():
             if name == SKIPPED:
@@ -674,19 +636,11 @@ class LossMeter:
         return means
 
     def load(self, totals: Mapping[str, Mapping[str, Tensor]], keep: bool) -> None:
-        """Go on with the sums and counts of a checkpoint; a process that does not `keep` them starts from 0."""
-        factor = float(keep)
-        self.sums = {name: factor * value.to(self.device) for name, value in totals["sums"].items()}
-        self.counts = {name: factor * value.to(self.device) for name, value in totals["counts"].items()}
-
-
-def _flag(start: Start) -> str:
-    """What a message about the file begins with."""
-    return "the checkpoint" if start.resumed else "--resume_checkpoint"
-
-
-def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.detach().isfinite().all()) for tensor in tensors)
+        """Load what `over_all_ranks` returned; processes that do not `keep` it start from 0."""
+        self.totals = {
+            name: float(keep) * torch.stack([sums, totals["counts"][name]]).to(self.device)
+            for name, sums in totals["sums"].items()
+        }
 
 
 def _copies(params: Iterable[Tensor]) -> list[Tensor]:
@@ -698,8 +652,8 @@ def step_seed(*parts: int | str) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
-def _maximum(request: StopRequest) -> Callable[[], int]:
-    """Begin to ask all processes whether a signal came; the answer, the same on all, is there when it is called for."""
+def _signal_of_any_rank(request: StopRequest) -> Callable[[], int]:
+    """Start asking all processes for a stop signal; the returned function waits for the answer, equal on all."""
     if get_world_size() == 1:
         return lambda: request.signum
     signum = torch.tensor([request.signum])

@@ -1,4 +1,4 @@
-"""The Random Hierarchy Model: data whose hierarchy is known exactly, and exact inference for it."""
+"""The Random Hierarchy Model: data with an exactly known hierarchy, and exact inference for it."""
 
 from .belief_propagation import image_posterior, read_symbols
 from .denoiser import ExactDenoiser, posterior_mean

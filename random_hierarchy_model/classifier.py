@@ -13,28 +13,29 @@ from .demo import GRAMMAR_FLAGS
 
 WIDTHS = (24, 48, 96, 128, 192)  # channels of the stages, one per level of the tree, leaves first
 BLOCKS = (2, 2, 2, 1, 1)
-STEM = 4  # pixels: the side of the squares that torchvision's first layer cuts images into
+STEM = 4  # side, in pixels, of the squares seen by torchvision's first layer
 
 
 def small_convnext() -> tuple[ConvNeXt, Callable[[np.ndarray], Tensor]]:
-    """The network, with random weights, and its preprocessing, as --classifier_name takes them.
+    """The network, with random weights, and its preprocessing, as for --classifier_name.
 
-    The first layer sees one leaf at a time, each later stage four symbols of the one before, the last the whole image.
+    The first layer sees one leaf at a time, each later stage four symbols of the previous one, the last the whole
+    image.
     """
     stages = [
         CNBlockConfig(width, wider, blocks)
         for width, wider, blocks in zip(WIDTHS, (*WIDTHS[1:], None), BLOCKS, strict=True)
     ]
-    # Layer scales start at 1, not at 1e-6: a network this shallow needs no help to begin as the identity.
+    # A network this shallow need not start near the identity: layer scales start at 1, not at 1e-6.
     return ConvNeXt(stages, layer_scale=1.0, num_classes=GRAMMAR_FLAGS["num_symbols"]), preprocess
 
 
 def preprocess(image: np.ndarray) -> Tensor:
-    """The network's input: float32 (3, S, S) in [-1, 1], of the pixels (H, W, 3) of uint8; see `enlarge`."""
+    """The network's input, float32 (3, S, S) in [-1, 1], from uint8 pixels (H, W, 3); see `enlarge`."""
     return enlarge(torch.from_numpy(image).permute(2, 0, 1) / 127.5 - 1)
 
 
 def enlarge(images: Tensor) -> Tensor:
-    """Images (..., H, W) of which each pixel became a square, so that a patch is what the first layer sees at once."""
-    times = STEM // GRAMMAR_FLAGS["patch_size"]
-    return images.repeat_interleave(times, dim=-2).repeat_interleave(times, dim=-1)
+    """Images (..., H, W) with every pixel repeated, so that the first layer sees one patch at a time."""
+    factor = STEM // GRAMMAR_FLAGS["patch_size"]
+    return images.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)

@@ -1,8 +1,8 @@
-"""What is left of an image's symbols, level by level, after the way forward and back: exactly, and in samples.
+"""Fraction of an image's symbols that survive noising to step k and denoising back, by level: exact, and of samples.
 
-Given the noised image x_k, the image that exact reverse time makes of it is a sample of the posterior of x_0. So the
-exact curve of the forward-backward experiment is the probability, under that posterior, of the symbols that were there:
-Sclocchi, Favero and Wyart, PNAS 122, e2408799121 (2025).
+Exact denoising of the noised image x_k gives a sample of the posterior of x_0. So the exact curve of the
+forward-backward experiment is the posterior probability of the original symbols: Sclocchi, Favero and Wyart, PNAS 122,
+e2408799121 (2025).
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ from .images import TreeImages
 
 
 def probability_kept(images: TreeImages, x: Tensor, signal: float, true: Sequence[Tensor]) -> Tensor:
-    """The probability that an exact posterior sample has the true symbols, a mean over each level: float64 (B, L + 1).
+    """Posterior probability of the true symbols, averaged over each level: float64 (B, L + 1), the class first.
 
     Args:
-        images: how derivations look.
+        images: rendering of the derivations.
         x: noised images, (B, 3, H, W).
         signal: their abar, in [0, 1].
-        true: the symbols of what was noised, level 0 first: int64 (B, 4^L), ..., (B, 1).
-
-    Returns:
-        per image, the class first, the leaves last.
+        true: symbols of the original images, level 0 first: int64 (B, 4^L), ..., (B, 1).
     """
     if signal == 1:
         return torch.ones(len(x), len(true), dtype=torch.float64)
@@ -38,10 +35,10 @@ def probability_kept(images: TreeImages, x: Tensor, signal: float, true: Sequenc
 
 
 def fraction_kept(images: TreeImages, x: Tensor, true: Sequence[Tensor]) -> Tensor:
-    """The fraction of each level's symbols that images x (B, 3, H, W), not noised, have: float64 (B, L + 1).
+    """Fraction of true symbols in images x (B, 3, H, W) without noise, by level: float64 (B, L + 1), the class first.
 
-    `true` and the order of the result are those of `probability_kept`.
+    `true` is as in `probability_kept`.
     """
     read = read_symbols(images, x)
-    kept = [(found == symbols).double().mean(1) for found, symbols in zip(read, true, strict=True)]
+    kept = [(shown == symbols).double().mean(1) for shown, symbols in zip(read, true, strict=True)]
     return torch.stack(kept[::-1], dim=1)

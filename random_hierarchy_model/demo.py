@@ -1,11 +1,11 @@
-"""The example that comes with small weights: which grammar it is, how its images look, which network learns them."""
+"""The bundled example: its grammar, its networks, their training flags and weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-# The flags of `training.images_from_flags`: leaves are pixels, of the eight colours that three channels make.
+# For `training.images_from_flags`. Leaves are pixels, in the eight colours of three binary channels.
 GRAMMAR_FLAGS: dict[str, int] = {
     "num_symbols": 8,
     "num_synonyms": 2,
@@ -14,9 +14,8 @@ GRAMMAR_FLAGS: dict[str, int] = {
     "grammar_seed": 0,
 }
 
-# What differs from the defaults of `guided_diffusion.script_util.model_and_diffusion_defaults`. The sides of the
-# U-Net's levels, 16 to 1, are those of the tree's. A prediction of the image, each of whose pixels is one of a few
-# colours, is learned faster than one of the noise.
+# Changes to `model_and_diffusion_defaults`. The levels of the U-Net have the sides of those of the tree, 16 to 1. With
+# only a few colours, the image is learned faster than the noise.
 MODEL_FLAGS: dict[str, Any] = {
     "image_size": 16,
     "num_channels": 32,
@@ -26,29 +25,12 @@ MODEL_FLAGS: dict[str, Any] = {
     "predict_xstart": True,
 }
 
-# What differs from the defaults of `guided_diffusion.script_util.training_defaults`, and of the model's precision.
-TRAINING_FLAGS: dict[str, Any] = {
-    "batch_size": 64,
-    "lr": 1e-3,
-    "lr_anneal_steps": 12000,
-    "ema_rate": "0.999",
-    "log_interval": 100,
-    "save_interval": 1000,
-    "sample_grid": 0,
-}
+# Changes to `training_defaults`, for the U-Net and for the classifier.
+_COMMON = {"batch_size": 64, "lr": 1e-3, "ema_rate": "0.999", "log_interval": 100, "save_interval": 1000}
+TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 12000, "sample_grid": 0}
+CLASSIFIER_TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 3000, "weight_decay": 0.05}
 
-# The same, of the classifier.
-CLASSIFIER_TRAINING_FLAGS: dict[str, Any] = {
-    "batch_size": 64,
-    "lr": 1e-3,
-    "weight_decay": 0.05,
-    "lr_anneal_steps": 3000,
-    "ema_rate": "0.999",
-    "log_interval": 100,
-    "save_interval": 1000,
-}
-
-# The weights that come with it; see the README.md beside them.
+# The weights; see README.md.
 UNET_FILE = Path(__file__).with_name("unet.pt")
 CLASSIFIER_FILE = Path(__file__).with_name("convnext.pt")
 CLASSIFIER = "random_hierarchy_model.classifier:small_convnext"  # as --classifier_name

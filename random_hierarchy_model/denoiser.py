@@ -1,8 +1,8 @@
-"""The best possible denoiser of the images of a grammar, which is known exactly.
+"""The optimal denoiser of images of a grammar, which is known exactly.
 
-Among all functions of x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the mean of the posterior has the least squared
-error. Patch by patch it is E[x_0 | x_t] = sum_a P(a | x_t) c_a, with P the posterior of the leaf and c_a the patch of
-symbol a. The best prediction of the noise follows,
+Among all functions of x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps, the posterior mean has the least squared error.
+Patch by patch it is E[x_0 | x_t] = sum_a P(a | x_t) c_a, with P the posterior of the leaf and c_a the patch of symbol
+a. The optimal prediction of the noise follows,
 
     E[eps | x_t] = (x_t - sqrt(abar_t) E[x_0 | x_t]) / sqrt(1 - abar_t),
 
@@ -23,26 +23,25 @@ from .images import TreeImages
 
 
 def posterior_mean(images: TreeImages, x: Tensor, signal: Tensor | float, dtype: torch.dtype = torch.float64) -> Tensor:
-    """E[x_0 | x_t], of `dtype`, of noised images x (B, 3, H, W) with signal abar, one number or (B,), in [0, 1)."""
+    """E[x_0 | x_t], in `dtype`, for noised images x (B, 3, H, W) with signal abar, one number or (B,), in [0, 1)."""
     leaves = image_posterior(images, x, signal, dtype).marginals()[0]  # (B, 4^L, v)
     return images.from_patches(leaves @ images.palette.to(leaves))
 
 
-def best_eps(images: TreeImages, x: Tensor, signal: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
-    """E[eps | x_t], of the shape and dtype of the noised images x (B, 3, H, W), with signal abar (B,) in [0, 1)."""
+def optimal_eps(images: TreeImages, x: Tensor, signal: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """E[eps | x_t], in the shape and dtype of the noised images x (B, 3, H, W), with signal abar (B,) in [0, 1)."""
     abar = signal.double().view(-1, 1, 1, 1)
     mean = posterior_mean(images, x, signal, dtype)
     return ((x.double() - abar.sqrt() * mean) / (1 - abar).sqrt()).to(x.dtype)
 
 
 class ExactDenoiser:
-    """The best noise prediction as a model that the diffusion loops accept: model(x, t).
+    """The optimal noise prediction as a model for the diffusion loops: model(x, t).
 
     Args:
-        images: how derivations look.
-        alphas_cumprod: abar of the time steps that the model is told. A respaced diffusion tells those of the original
-            one: so these are the original's, (diffusion_steps,).
-        dtype: of the computation, see `infer`.
+        images: rendering of the derivations.
+        alphas_cumprod: abar by timestep, (diffusion_steps,); those of the original diffusion, not of a respaced one.
+        dtype: dtype of the computation, see `infer`.
     """
 
     def __init__(
@@ -52,8 +51,8 @@ class ExactDenoiser:
         self.alphas_cumprod = torch.as_tensor(np.asarray(alphas_cumprod), dtype=torch.float64)
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
-        """E[eps | x_t], of the shape and dtype of x (B, 3, H, W), at the time steps t (B,), whole numbers.
+        """E[eps | x_t], in the shape and dtype of x (B, 3, H, W), at timesteps t (B,), whole numbers.
 
-        Other arguments, such as a class, are not looked at.
+        Other arguments, such as a class, are ignored.
         """
-        return best_eps(self.images, x, self.alphas_cumprod.to(x.device)[t.long()], self.dtype)
+        return optimal_eps(self.images, x, self.alphas_cumprod.to(x.device)[t.long()], self.dtype)

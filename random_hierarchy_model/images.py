@@ -1,8 +1,8 @@
 """Images of the Random Hierarchy Model: leaves as patches of pixels, the tree as a tree of quadrants.
 
 The grammar has branching s = 4. The four children of a symbol are the quadrants of its square: top left, top right,
-bottom left, bottom right. So a class is at the scale of the whole image, of 2^L by 2^L patches, and a leaf at that of
-one patch, whose p by p pixels of three channels are a row of the palette, each +1 or -1.
+bottom left, bottom right. So the class spans the whole image, of 2^L by 2^L patches, and a leaf is one patch: p by p
+pixels of three channels, +1 or -1, a row of the palette.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ CHANNELS = 3
 
 @dataclass(frozen=True)
 class TreeImages:
-    """How derivations of a grammar look.
+    """Renders derivations of a grammar.
 
     Attributes:
-        grammar: of branching 4.
-        patch_size: p, the side of a patch in pixels.
+        grammar: grammar of branching 4.
+        patch_size: p, side of a patch in pixels.
 
-    Raises UserError where the grammar has another branching, or more symbols than there are patches.
+    Raises UserError if the grammar has another branching, or more symbols than there are patches.
     """
 
     grammar: Grammar
@@ -48,15 +48,12 @@ class TreeImages:
 
     @property
     def image_size(self) -> int:
-        """The side of an image in pixels, 2^L p."""
+        """Side of an image in pixels, 2^L p."""
         return 2**self.grammar.depth * self.patch_size
 
     @cached_property
     def palette(self) -> Tensor:
-        """The pixels of every leaf symbol, float32 (v, 3 p^2), each +1 or -1; not to be changed.
-
-        They are drawn independently of each other in all pixels and channels, again where a patch is there already.
-        """
+        """Pixels of each leaf symbol, float32 (v, 3 p^2), +1 or -1: distinct random patches. Do not modify."""
         size = CHANNELS * self.patch_size**2
         per_patch = -(-size // 64)  # words
         patches: list[np.ndarray] = []
@@ -71,21 +68,21 @@ class TreeImages:
 
     @cached_property
     def _row_major(self) -> Tensor:
-        """The place of every leaf among the patches read row by row: int64 (4^L,)."""
+        """Row-major index of each leaf's patch: int64 (4^L,)."""
         leaf = np.arange(self.grammar.num_leaves)
         row, column = np.zeros_like(leaf), np.zeros_like(leaf)
-        for level in range(self.grammar.depth):  # two bits per level, those of the smallest square last
+        for level in range(self.grammar.depth):  # two bits per level, the smallest square's last
             row |= (leaf >> (2 * level + 1) & 1) << level
             column |= (leaf >> 2 * level & 1) << level
         return torch.from_numpy(row * 2**self.grammar.depth + column)
 
     def render(self, leaves: np.ndarray | Tensor) -> Tensor:
-        """The images (n, 3, H, W), float32, +1 or -1, of the leaves (n, 4^L) of derivations; on the leaves' device."""
+        """Images (n, 3, H, W), float32, +1 or -1, from leaves (n, 4^L); on their device."""
         leaves = torch.as_tensor(leaves)
         return self.from_patches(self.palette.to(leaves.device)[leaves])
 
     def from_patches(self, patches: Tensor) -> Tensor:
-        """Images (n, 3, H, W) of the patches (n, 4^L, 3 p^2) of their leaves."""
+        """Images (n, 3, H, W) from patches (n, 4^L, 3 p^2), one per leaf."""
         side, p = 2**self.grammar.depth, self.patch_size
         in_rows = torch.empty_like(patches)
         in_rows[:, self._row_major.to(patches.device)] = patches
@@ -93,23 +90,20 @@ class TreeImages:
         return grid.permute(0, 3, 1, 4, 2, 5).reshape(-1, CHANNELS, side * p, side * p)
 
     def patches(self, images: Tensor) -> Tensor:
-        """The patches (n, 4^L, 3 p^2), in the order of leaves, of images (n, 3, H, W).
-
-        Raises UserError for images of another size.
-        """
+        """Patches (n, 4^L, 3 p^2), in the order of leaves, of images (n, 3, H, W). Raises UserError for other sizes."""
         side, p = 2**self.grammar.depth, self.patch_size
         if images.shape[1:] != (CHANNELS, side * p, side * p):
             raise UserError(
-                f"found images of shape {tuple(images.shape[1:])}, expected {(CHANNELS, side * p, side * p)}, of "
+                f"found images of shape {tuple(images.shape[1:])}, expected {(CHANNELS, side * p, side * p)}: "
                 f"{side}x{side} patches of {p}x{p} pixels"
             )
         grid = images.reshape(-1, CHANNELS, side, p, side, p).permute(0, 2, 4, 1, 3, 5)
         return grid.reshape(len(images), side * side, -1)[:, self._row_major.to(images.device)]
 
     def read_leaves(self, images: Tensor) -> Tensor:
-        """The symbol of the nearest patch of the palette, leaf by leaf: int64 (n, 4^L), of images (n, 3, H, W).
+        """Symbol of the nearest patch of the palette, for each leaf of images (n, 3, H, W): int64 (n, 4^L).
 
-        No grammar is asked: the leaves need not be those of a derivation.
+        The leaves need not be those of a derivation.
         """
-        # All patches of the palette have the same length: the nearest is that with the largest product.
+        # Palette patches have equal norms, so the nearest has the largest inner product.
         return (self.patches(images) @ self.palette.to(images).T).argmax(dim=2)

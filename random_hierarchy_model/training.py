@@ -1,4 +1,4 @@
-"""Training a network on images of a grammar, towards the best prediction, which is known exactly."""
+"""Training a network on images of a grammar towards the optimal prediction, which is known exactly."""
 
 from __future__ import annotations
 
@@ -14,31 +14,30 @@ from guided_diffusion.train_util import Cond, TrainLoop
 import torch
 from torch import Tensor
 
-from .denoiser import best_eps, posterior_mean
+from .denoiser import optimal_eps, posterior_mean
 from .grammar import Grammar
 from .images import TreeImages
 
 
 def images_from_flags(flags: Mapping[str, Any]) -> TreeImages:
-    """The images that the flags of `demo.GRAMMAR_FLAGS` describe. Raises UserError where there are none such."""
+    """Renderer described by flags such as `demo.GRAMMAR_FLAGS`. Raises UserError if they are out of range."""
     grammar = Grammar(flags["num_symbols"], 4, flags["depth"], flags["num_synonyms"], flags["grammar_seed"])
     return TreeImages(grammar, flags["patch_size"])
 
 
 class ImageStream:
-    """Batches of images of a grammar, for ever: (images, {}), with images float32 (batch_size, 3, H, W), +1 or -1.
+    """Endless batches of images of a grammar: (images, {}), with images float32 (batch_size, 3, H, W), +1 or -1.
 
-    The image at a position depends on the seed and the position alone, and no two positions share their random numbers.
-    Processes take the positions in turn, a batch each.
+    Each image depends only on the seed and its position. Processes take the positions in turn, a batch each.
 
     Attributes:
-        position: how many images all processes together have been handed.
-        digest: by which the images are recognised.
+        position: number of images taken by all processes.
+        digest: identity of the images.
 
     Args:
-        images: how derivations look.
+        images: rendering of the derivations.
         batch_size: images per batch of each process.
-        seed: of the derivations.
+        seed: seed of the derivations.
     """
 
     def __init__(self, images: TreeImages, batch_size: int, seed: int):
@@ -47,7 +46,7 @@ class ImageStream:
         self._images, self._batch_size, self._seed = images, batch_size, seed
 
     def seek(self, position: int) -> None:
-        """Let the next batch begin at `position`."""
+        """Start the next batch at `position`."""
         self.position = position
 
     def __iter__(self) -> ImageStream:
@@ -60,36 +59,35 @@ class ImageStream:
 
 
 class ExactTargetLoop(TrainLoop):
-    """Trains a model on images of a grammar, with E[x_0 | x_t] as its target instead of x_0, or E[eps | x_t] for eps.
+    """Trains a model on images of a grammar, with target E[x_0 | x_t] instead of x_0, or E[eps | x_t] instead of eps.
 
-    The usual loss is |model(x_t) - x_0|^2, and x_0 = E[x_0 | x_t] + what x_t does not tell. The latter has mean 0 given
-    x_t, whatever the model says. So in expectation
+    The difference x_0 - E[x_0 | x_t] has mean 0 given x_t, so in expectation
 
-        |model(x_t) - x_0|^2 = |model(x_t) - E[x_0 | x_t]|^2 + a constant:
+        |model(x_t) - x_0|^2 = |model(x_t) - E[x_0 | x_t]|^2 + a constant.
 
-    both losses have the same gradient on average, hence the same minimum, but that of the second has less noise, and
-    none where the model is right. And its least value is known: it is 0. Likewise for the noise.
+    Both losses have the same expected gradient and the same minimum, but the second has less noisy gradients (none for
+    the optimal model), and its minimum is 0. The same applies to eps.
 
     Args:
-        images: how derivations look.
+        images: rendering of the derivations.
         kwargs: see `TrainLoop`.
 
-    Raises UserError where the model predicts something else, or a variance too.
+    Raises UserError if the model predicts something else, or also a variance.
     """
 
     def __init__(self, *, images: TreeImages, diffusion: GaussianDiffusion, **kwargs: Any):
         if diffusion.model_mean_type is ModelMeanType.PREVIOUS_X or diffusion.loss_type.is_vb():
-            raise UserError("--use_kl True: here the loss is a squared error, of the image or of the noise")
+            raise UserError("--use_kl True: expected a squared error of the image or of the noise as the loss")
         if diffusion.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
-            raise UserError("--learn_sigma True: here the model learns no variance")
+            raise UserError("--learn_sigma True: expected a model that learns no variance")
         self.images = images
         super().__init__(diffusion=diffusion, **kwargs)
         self._signal = torch.from_numpy(diffusion.alphas_cumprod).to(self.device)
 
     def compute_losses(self, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> dict[str, Tensor]:
-        """The mean squared error "loss", (B,), of images x (B, 3, H, W) at the indices t (B,)."""
+        """The mean squared error "loss", (B,), of images x (B, 3, H, W) at timesteps t (B,)."""
         x_t = self.diffusion.q_sample(x, t, noise)
-        best = posterior_mean if self.diffusion.model_mean_type is ModelMeanType.START_X else best_eps
-        target = best(self.images, x_t, self._signal[t]).to(x.dtype)
+        optimum = posterior_mean if self.diffusion.model_mean_type is ModelMeanType.START_X else optimal_eps
+        target = optimum(self.images, x_t, self._signal[t]).to(x.dtype)
         prediction = self.ddp_model(x_t, self.diffusion.scale_timesteps(t), **cond)
         return {"loss": mean_flat((prediction - target) ** 2)}

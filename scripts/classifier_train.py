@@ -35,12 +35,12 @@ from guided_diffusion.system.files import folder_name
 from guided_diffusion.training.classifier import ClassifierTrainLoop
 from guided_diffusion.training.setup import (
     TrainingFolder,
-    end,
-    fit_to,
-    images_for,
+    classes_entry,
+    fit_checker,
+    image_stream,
     loop_options,
-    more_state,
     record_classes,
+    report_unreadable,
     settings_of,
     training_folder,
     training_images,
@@ -66,7 +66,7 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
     streams = [data]
     if args.val_data_dir:
         options = {"image_size": args.image_size, "random_flip": False, "flag": "--val_data_dir"}
-        streams.append(images_for(args, args.val_data_dir, class_cond=True, recorded=data.classes, **options))
+        streams.append(image_stream(args, args.val_data_dir, class_cond=True, recorded=data.classes, **options))
         folder.data["--val_data_dir"] = streams[1]
     model = dist_util.on_every_rank(load_noisy_classifier, "untrained", flags, args.seed)
 
@@ -81,14 +81,14 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
         use_fp16=args.classifier_use_fp16,
         lr_anneal_steps=args.iterations if args.anneal_lr else 0,
         settings=settings_of(args, flags, data),
-        check_fit=fit_to(CLASSIFIER, flags),
-        more_state=more_state(data),
+        check_fit=fit_checker(CLASSIFIER, flags),
+        extra_state=classes_entry(data),
         **folder.options(),
         **loop_options(args),
     )
     record_classes(folder.path, data)
     loop.run_loop()
-    return end(*streams)
+    return report_unreadable(*streams)
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -1,7 +1,7 @@
 """Train the demo's classifier, a small ConvNeXt, on intact and corrupted images of its grammar.
 
-Images are made on the fly, from the seed and the position in the stream. Rerun the same command to resume from the
-newest checkpoint. The defaults are those that the demo's weights were trained with.
+Images are generated on the fly, from the seed and the position in the stream. Rerun the same command to resume from
+the newest checkpoint. The defaults are those of the demo's weights.
 
   python scripts/demo_classifier_train.py --output results/demo_classifier
 """
@@ -17,7 +17,7 @@ from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import to_device
 from guided_diffusion.script_util import add_flags, create_gaussian_diffusion, training_defaults
-from guided_diffusion.training.setup import TrainingFolder, loop_options, settings_of, training_folder
+from guided_diffusion.training.setup import loop_options, settings_of, training_folder
 from random_hierarchy_model.classifier import small_convnext
 from random_hierarchy_model.classifier_training import ReadingLoop
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
@@ -29,28 +29,22 @@ import torch
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-
     with training_folder(args, "results/demo_classifier") as folder:
-        return train(args, folder)
+        images = images_from_flags(GRAMMAR_FLAGS)
+        data = ImageStream(images, args.batch_size, args.seed)
+        torch.manual_seed(args.seed)
+        model, _ = small_convnext()
 
-
-def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
-    """Train with the script's flags in the folder of results; as `main`."""
-    images = images_from_flags(GRAMMAR_FLAGS)
-    data = ImageStream(images, args.batch_size, args.seed)
-    torch.manual_seed(args.seed)
-    model, _ = small_convnext()
-
-    loop = ReadingLoop(
-        images=images,
-        model=to_device(model, args.batch_size, args.microbatch),
-        diffusion=create_gaussian_diffusion(),
-        data=data,
-        settings=settings_of(args, GRAMMAR_FLAGS, data),
-        **folder.options(),
-        **loop_options(args),
-    )
-    loop.run_loop()
+        loop = ReadingLoop(
+            images=images,
+            model=to_device(model, args.batch_size, args.microbatch),
+            diffusion=create_gaussian_diffusion(),
+            data=data,
+            settings=settings_of(args, GRAMMAR_FLAGS, data),
+            **folder.options(),
+            **loop_options(args),
+        )
+        loop.run_loop()
     return 0
 
 

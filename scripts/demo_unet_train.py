@@ -1,9 +1,9 @@
-"""Train the demo's U-Net on images of a random hierarchy model, which are made on the fly.
+"""Train the demo's U-Net on images of a random hierarchy model, generated on the fly.
 
 Flags, files and resuming are as in image_train.py, but there is no data_dir: the images depend on the flags of the
-grammar, the seed and the position in the stream. The target is the best prediction, which is known exactly: a perfect
-model has a loss of 0. The minimum is that of the usual loss, without its noise. The defaults are those that the demo's
-weights were trained with.
+grammar, the seed and the position in the stream. The target is the optimal prediction, which is known exactly: the
+minimum is the same as that of the usual loss, but less noisy, and a perfect model has a loss of 0. The defaults are
+those of the demo's weights.
 
   python scripts/demo_unet_train.py --output results/demo_unet
 """
@@ -29,14 +29,7 @@ from guided_diffusion.script_util import (
     model_and_diffusion_defaults,
     training_defaults,
 )
-from guided_diffusion.training.setup import (
-    TrainingFolder,
-    fit_to,
-    loop_options,
-    sample_grid,
-    settings_of,
-    training_folder,
-)
+from guided_diffusion.training.setup import fit_checker, loop_options, sample_grid, settings_of, training_folder
 from random_hierarchy_model.demo import GRAMMAR_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
 from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
 
@@ -52,38 +45,32 @@ HELP = {
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
-
     with training_folder(args, "results/demo_unet") as folder:
-        return train(args, folder)
+        flags = args_to_dict(args, model_and_diffusion_defaults())
+        images = dist_util.on_every_rank(images_from_flags, vars(args))
+        if images.image_size != args.image_size:
+            raise UserError(
+                f"--image_size {args.image_size}: --depth {args.depth} and --patch_size {args.patch_size} make images "
+                f"of {images.image_size}"
+            )
+        diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+        schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
+        data = ImageStream(images, args.batch_size, args.seed)
+        model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed)
 
-
-def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
-    """Train with the script's flags in the folder of results; as `main`."""
-    flags = args_to_dict(args, model_and_diffusion_defaults())
-    images = dist_util.on_every_rank(images_from_flags, vars(args))
-    if images.image_size != args.image_size:
-        raise UserError(
-            f"--image_size {args.image_size}: --depth {args.depth} and --patch_size {args.patch_size} make images of "
-            f"{images.image_size}"
+        loop = ExactTargetLoop(
+            images=images,
+            model=to_device(model, args.batch_size, args.microbatch),
+            diffusion=diffusion,
+            data=data,
+            schedule_sampler=schedule_sampler,
+            settings=settings_of(args, flags | args_to_dict(args, GRAMMAR_FLAGS), data),
+            on_save=sample_grid(args, flags, args.image_size, folder.path, data),
+            check_fit=fit_checker(DIFFUSION_MODEL, flags),
+            **folder.options(),
+            **loop_options(args),
         )
-    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
-    schedule_sampler = dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
-    data = ImageStream(images, args.batch_size, args.seed)
-    model = dist_util.on_every_rank(load_model, "untrained", flags, args.seed)
-
-    loop = ExactTargetLoop(
-        images=images,
-        model=to_device(model, args.batch_size, args.microbatch),
-        diffusion=diffusion,
-        data=data,
-        schedule_sampler=schedule_sampler,
-        settings=settings_of(args, flags | args_to_dict(args, GRAMMAR_FLAGS), data),
-        on_save=sample_grid(args, flags, args.image_size, folder.path, data),
-        check_fit=fit_to(DIFFUSION_MODEL, flags),
-        **folder.options(),
-        **loop_options(args),
-    )
-    loop.run_loop()
+        loop.run_loop()
     return 0
 
 

@@ -35,11 +35,11 @@ from guided_diffusion.system.files import folder_name
 from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.setup import (
     TrainingFolder,
-    end,
-    fit_to,
+    classes_entry,
+    fit_checker,
     loop_options,
-    more_state,
     record_classes,
+    report_unreadable,
     sample_grid,
     settings_of,
     training_folder,
@@ -72,14 +72,14 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
         schedule_sampler=schedule_sampler,
         settings=settings_of(args, flags, data),
         on_save=sample_grid(args, flags, args.image_size, folder.path, data),
-        check_fit=fit_to(DIFFUSION_MODEL, flags),
-        more_state=more_state(data),
+        check_fit=fit_checker(DIFFUSION_MODEL, flags),
+        extra_state=classes_entry(data),
         **folder.options(),
         **loop_options(args),
     )
     record_classes(folder.path, data)
     loop.run_loop()
-    return end(data)
+    return report_unreadable(data)
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -34,12 +34,12 @@ from guided_diffusion.train_util import TrainLoop
 from guided_diffusion.training.data import DataStream
 from guided_diffusion.training.setup import (
     TrainingFolder,
-    end,
-    fit_to,
+    classes_entry,
+    downsample,
+    fit_checker,
     loop_options,
-    more_state,
     record_classes,
-    reduce,
+    report_unreadable,
     sample_grid,
     settings_of,
     training_folder,
@@ -74,14 +74,14 @@ def train(args: argparse.Namespace, folder: TrainingFolder) -> int:
         schedule_sampler=schedule_sampler,
         settings=settings_of(args, flags, data),
         on_save=sample_grid(args, flags, args.large_size, folder.path, data),
-        check_fit=fit_to(UPSAMPLER, flags),
-        more_state=more_state(data),
+        check_fit=fit_checker(UPSAMPLER, flags),
+        extra_state=classes_entry(data),
         **folder.options(),
         **loop_options(args),
     )
     record_classes(folder.path, data)
     loop.run_loop()
-    return end(data)
+    return report_unreadable(data)
 
 
 class WithSmallImages:
@@ -95,7 +95,7 @@ class WithSmallImages:
 
     def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         images, cond = next(self.data)
-        return images, {**cond, "low_res": reduce(images, self.size)}
+        return images, {**cond, "low_res": downsample(images, self.size)}
 
     @property
     def position(self) -> int:

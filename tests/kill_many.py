@@ -210,7 +210,7 @@ class Training:
         newest = self.newest()
         if self.launcher != "rough":  # which leaves no time to say anything
             claims = re.findall(r"stopped by SIG\w+: (.*)", said)
-            saved = [re.match(r"step (\d+) is saved in (.*?)\. Run", claim) for claim in claims]
+            saved = [re.match(r"step (\d+) is saved in (.*?)\. Rerun", claim) for claim in claims]
             steps = {int(match[1]) for match in saved if match}
             if steps:
                 check(steps == {newest}, f"said {steps}, newest is {newest}")

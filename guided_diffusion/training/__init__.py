@@ -1,1 +1,1 @@
-"""What only training needs."""
+"""Training: loops, data, checkpoints."""

@@ -1,8 +1,8 @@
-"""The files of a training run: modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt after NNNNNN steps.
+"""Files of a training run after NNNNNN steps: modelNNNNNN.pt, ema_RATE_NNNNNN.pt and optNNNNNN.pt.
 
-Model and averages are state dicts in the published layout, in float32. The optimiser's file is its state dict, with
-one more entry, "training": what else a run needs to go on as if it had never stopped. Each file is whole or absent;
-the model appears last, so that where it is, the others are. No file that a run has written is ever replaced.
+Model and moving averages are state dicts in the published layout, in float32. The optimizer's file is its state dict
+with an extra entry, "training": the rest of the state that a resumed run needs. Each file is complete or absent. The
+model appears last, so if it exists, the others do. Files of a run are never overwritten.
 """
 
 from __future__ import annotations
@@ -23,45 +23,38 @@ from ..system.files import SCRATCH, is_remote, set_aside, whole_file
 
 State = Mapping[str, Any]
 
-BEFORE_ZIP = b"\x80\x02\x8a\nl\xfc\x9c"  # how files of PyTorch before 1.6 begin, whose end cannot be recognised
+LEGACY_MAGIC = b"\x80\x02\x8a\nl\xfc\x9c"  # first bytes of files of PyTorch before 1.6, whose end has no marker
 
 
 def model_path(folder: str, step: int) -> str:
-    """The file of the weights after `step` steps."""
+    """File of the weights after `step` steps."""
     return bf.join(folder, f"model{step:06d}.pt")
 
 
 def ema_path(folder: str, rate: float | str, step: int) -> str:
-    """The file of the weights' moving average, of decay `rate`."""
+    """File of the weights' moving average of decay `rate`."""
     return bf.join(folder, f"ema_{rate}_{step:06d}.pt")
 
 
 def opt_path(folder: str, step: int) -> str:
-    """The file of the optimiser's state, and of the rest of the run's."""
+    """File of the optimizer's state and the rest of the run's state."""
     return bf.join(folder, f"opt{step:06d}.pt")
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
-    """The number of steps that a file name such as path/modelNNNNNN.pt tells; 0 where it tells none."""
+    """Number of steps in a file name such as path/modelNNNNNN.pt; 0 if it has none."""
     match = re.search(r"model(\d+)\.pt$", filename)
     return int(match[1]) if match else 0
 
 
 def find_ema_checkpoint(main_checkpoint: str, step: int, rate: float) -> str | None:
-    """The moving average that lies beside a model's file, if there is one."""
+    """The moving average's file beside a model's file, if there is one."""
     path = ema_path(bf.dirname(main_checkpoint), rate, step)
     return path if bf.exists(path) else None
 
 
-def find_resume_checkpoint(folder: str, ema_rates: Sequence[float | str] = ()) -> str | None:
-    """The model's file of the newest step in `folder` of which every file is there and whole; None without any."""
-    steps = sorted(checkpoint_files(folder), reverse=True)
-    whole = (step for step in steps if not first_broken(folder, step, ema_rates))
-    return next((model_path(folder, step) for step in whole), None)
-
-
 def parse_rates(ema_rate: float | str) -> list[float]:
-    """The decays in "0.9999,0.99", or in a number. Raises UserError."""
+    """The decays in a number or in comma-separated text such as "0.9999,0.99". Raises UserError."""
     try:
         rates = [float(rate) for rate in str(ema_rate).split(",") if rate.strip()]
     except ValueError:
@@ -72,7 +65,7 @@ def parse_rates(ema_rate: float | str) -> list[float]:
 
 
 def checkpoint_files(folder: str) -> dict[int, list[str]]:
-    """Names of the files of each step's checkpoint in a folder, complete or not."""
+    """File names of each step's checkpoint in a folder, complete or not."""
     files: dict[int, list[str]] = {}
     for name in sorted(bf.listdir(folder)) if bf.isdir(folder) else []:
         if match := re.fullmatch(r"(?:model|opt|ema_(.+)_)(\d{6,})\.pt", name):
@@ -81,40 +74,43 @@ def checkpoint_files(folder: str) -> dict[int, list[str]]:
 
 
 def newest_model(folder: str) -> str | None:
-    """The model's file of the newest checkpoint in a folder; None if it has none."""
-    steps = [step for step, names in checkpoint_files(folder).items() if _model_name(step) in names]
+    """Model file of the newest checkpoint in a folder, complete or not; None if there is none."""
+    steps = [step for step, names in checkpoint_files(folder).items() if model_path("", step) in names]
     return model_path(folder, max(steps)) if steps else None
 
 
+def newest_complete_model(folder: str, ema_rates: Sequence[float | str] = ()) -> str | None:
+    """Model file of the newest complete checkpoint in a folder; None if there is none."""
+    steps = sorted(checkpoint_files(folder), reverse=True)
+    complete = (step for step in steps if not first_incomplete_file(folder, step, ema_rates))
+    return next((model_path(folder, step) for step in complete), None)
+
+
 def ema_rates_beside(folder: str, step: int) -> list[str]:
-    """Decays, as text, of the moving averages that a step's checkpoint has, in the order of the files' names."""
-    found = (re.fullmatch(r"ema_(.+)_\d{6,}\.pt", name) for name in checkpoint_files(folder).get(step, []))
-    return [match[1] for match in found if match]
+    """Decays, as text, of the moving averages in a step's checkpoint, ordered by file name."""
+    matches = (re.fullmatch(r"ema_(.+)_\d{6,}\.pt", name) for name in checkpoint_files(folder).get(step, []))
+    return [match[1] for match in matches if match]
 
 
-def first_broken(folder: str, step: int, ema_rates: Sequence[float | str]) -> str | None:
-    """The first file of a step's checkpoint that is missing or has no end; None if the checkpoint is complete."""
+def first_incomplete_file(folder: str, step: int, ema_rates: Sequence[float | str]) -> str | None:
+    """The first file of a step's checkpoint that is missing or truncated; None if the checkpoint is complete."""
     paths = [model_path(folder, step), opt_path(folder, step), *(ema_path(folder, rate, step) for rate in ema_rates)]
-    return next((path for path in paths if not _is_whole(path)), None)
+    return next((path for path in paths if not _is_complete(path)), None)
 
 
-def _model_name(step: int) -> str:
-    return os.path.basename(model_path("", step))
-
-
-def _is_whole(path: str) -> bool:
-    """Whether there is such a file, and its end is: the directory of its parts is the last that torch.save writes."""
+def _is_complete(path: str) -> bool:
+    """Whether a file exists and has its end, the zip directory, which torch.save writes last."""
     if not bf.exists(path):
         return False
     with bf.BlobFile(path, "rb", streaming=True) as f:
-        if f.read(len(BEFORE_ZIP)) == BEFORE_ZIP:
+        if f.read(len(LEGACY_MAGIC)) == LEGACY_MAGIC:
             return True
         f.seek(0)
         return zipfile.is_zipfile(f)
 
 
 def remove_unfinished(folder: str) -> None:
-    """Remove what a killed run had begun to write into its folder: checkpoints, its log, pictures of samples."""
+    """Remove partly written files of a killed run: checkpoints, log, sample grids."""
     if is_remote(folder) or not os.path.isdir(folder):
         return
     for name in os.listdir(folder):
@@ -123,63 +119,53 @@ def remove_unfinished(folder: str) -> None:
 
 
 def write_checkpoint(folder: str, step: int, model: State, optimizer: State, averages: Mapping[float, State]) -> None:
-    """Save a checkpoint: all of its files, each whole, or none of them. The model's appears last.
+    """Write all files of a checkpoint, or none of them. The model's file appears last.
 
     Args:
-        folder: where to.
-        step: number of steps that were taken.
+        folder: output folder.
+        step: number of steps taken.
         model: state dict of the network.
-        optimizer: state dict of the optimiser, with the entry "training".
+        optimizer: state dict of the optimizer, with the entry "training".
         averages: decay -> state dict of the moving average.
 
-    Raises UserError if a file cannot be written, or if there is a checkpoint of this step.
+    Raises UserError if a file cannot be written, or if the step already has a checkpoint.
     """
     states = {model_path(folder, step): model, opt_path(folder, step): optimizer}
     states |= {ema_path(folder, rate, step): state for rate, state in averages.items()}
-    try:
-        with ExitStack() as stack:  # whose files are renamed in the reverse order, quickly, since they are on the disk
-            for path, state in states.items():
-                file = stack.enter_context(whole_file(path))
-                with _plain_write_errors(path):
-                    _save(state, file)
-                    file.flush()
-                    os.fsync(file.fileno())
-            if bf.exists(model_path(folder, step)):
-                raise UserError(
-                    f"{model_path(folder, step)} was not there when this run began: another run writes into {folder}.\n"
-                    "Nothing was overwritten. Choose another --output for one of them"
-                )
-            with _plain_write_errors(folder):
-                set_aside(*states)  # what a run that was killed in the middle of this left of its checkpoint
-    except OSError as error:
-        raise _not_written(error.filename or folder, error) from error
+    # The stack renames the files at its end, in reverse order; by then all are on disk.
+    with _named_write_errors(folder), ExitStack() as stack:
+        for path, state in states.items():
+            file = stack.enter_context(whole_file(path))
+            with _named_write_errors(path):
+                _save(state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        if bf.exists(model_path(folder, step)):
+            raise UserError(
+                f"{model_path(folder, step)} was not there when this run started: another run is writing to {folder}.\n"
+                "Nothing was overwritten. Choose another --output for one of them"
+            )
+        set_aside(*states)  # left by a run that was killed while renaming
 
 
 @contextmanager
-def _plain_write_errors(path: str) -> Iterator[None]:
+def _named_write_errors(path: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _not_written(path, error) from error
+        raise UserError(
+            f"cannot write {error.filename or path}: {error.strerror or error} (--output). The existing checkpoints "
+            "are complete:\nfix this, then rerun the same command to resume from the newest"
+        ) from error
 
 
-def _not_written(path: str, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {path}: {error.strerror or error} (--output). The existing checkpoints are complete:\n"
-        "once that is fixed, the same command resumes from the newest"
-    )
-
-
-def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
-    """torch.save, but what interrupts it is raised as it is: torch would only say that something is missing.
-
-    That is an OSError if the disk is full, and `Stopped` if the user insists.
-    """
+def _save(state: State, file: BinaryIO) -> None:
+    """torch.save that raises the original error (OSError if the disk is full, `Stopped`) instead of torch's own."""
     failure: list[BaseException] = []
 
     class Watched:
         def write(self, data: bytes) -> int:
-            if failure:  # torch would write the end of the file all the same
+            if failure:  # torch tries to write the end of the file nevertheless
                 raise failure[0]
             try:
                 return file.write(data)
@@ -199,7 +185,7 @@ def _save(state: Mapping[str, Any], file: BinaryIO) -> None:
 
 
 def read_optimizer(model_checkpoint: str, step: int) -> dict[str, Any] | None:
-    """The state beside a model's file, None where there is none. Raises UserError where the file is something else."""
+    """The optimizer's state beside a model's file; None if there is none. Raises UserError if it is something else."""
     path = opt_path(bf.dirname(model_checkpoint), step)
     if not bf.exists(path):
         return None

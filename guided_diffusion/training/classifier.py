@@ -7,21 +7,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..train_util import Cond, TrainLoop, step_seed
 
 
 class ClassifierTrainLoop(TrainLoop):
-    """Trains a classifier on images noised to random times, each with its class cond["y"].
+    """Trains a classifier on images noised to random timesteps, each with its class cond["y"].
 
-    The log has the means of train_loss, train_acc@1 and train_acc@5, over all images and by quartile of t, and the same
-    of the validation images as val_...
+    Logs the means of train_loss, train_acc@1 and train_acc@5, overall and by quartile of t, and of the same for
+    validation images as val_...
 
     Args:
-        noised: whether the images are noised; if not, the classifier is told t = 0.
-        val_data: validation images, as `data`; None: no validation.
-        eval_interval: number of steps between two batches of validation images.
+        noised: whether to noise the images; if not, the classifier gets t = 0.
+        val_data: validation batches, like `data`; None: no validation.
+        eval_interval: number of steps between validation batches.
         kwargs: see `TrainLoop`.
     """
 
@@ -43,35 +43,35 @@ class ClassifierTrainLoop(TrainLoop):
             self.val_data.seek(self.step // eval_interval * self.global_batch)
 
     def run_step(self, batch: Tensor, cond: Cond) -> None:
-        """One step of the optimiser, and after every `eval_interval` of them a batch of validation images."""
+        """Take an optimizer step; every `eval_interval` steps, evaluate a validation batch."""
         super().run_step(batch, cond)
         if self.val_data is not None and self.step % self.eval_interval == 0:
             self.evaluate(*next(self.val_data))
 
     def compute_losses(self, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> dict[str, Tensor]:
-        """Cross-entropy in nats, "loss", and whether the class is the first ("acc@1") or among five: each (B,)."""
-        return self._terms(self.ddp_model, x, t, noise, cond["y"])
+        """Cross-entropy in nats, "loss", and top-1 and top-5 accuracy, "acc@1" and "acc@5": (B,) each."""
+        y = cond["y"]
+        if self.noised:
+            x = self.diffusion.q_sample(x, t, noise)
+        else:
+            t = torch.zeros_like(t)
+        logits = self.ddp_model(x, self.diffusion.scale_timesteps(t)).float()  # (B, classes)
+        hits = logits.detach().topk(5, dim=1).indices == y[:, None]  # (B, 5)
+        return {
+            "loss": F.cross_entropy(logits, y, reduction="none"),
+            "acc@1": hits[:, 0].float(),
+            "acc@5": hits.any(dim=1).float(),
+        }
 
     @torch.no_grad()
     def evaluate(self, batch: Tensor, cond: Cond) -> None:
-        """Count a batch of validation images into the log, noised by other noise than that of training."""
+        """Add a validation batch to the log, with noise independent of training's."""
         seed = step_seed(self.seed, "validation")
-        t, weights = self.time_steps(seed, len(batch))
-        noise = self.noise(batch.shape, seed)
+        t, weights = self.draw_timesteps(seed, len(batch))
+        noise = self.draw_noise(batch.shape, seed)
         self.model.eval()
         with self.mp_trainer.autocast():
-            terms = self._terms(self.model, batch.to(self.device), t, noise, cond["y"].to(self.device))
+            terms = self.compute_losses(batch.to(self.device), t, noise, {"y": cond["y"].to(self.device)})
         self.model.train()
         weighted = {f"val_{name}": value * weights for name, value in terms.items()}
         self.meter.add(weighted, t, self.diffusion.num_timesteps)
-
-    def _terms(self, model: nn.Module, x: Tensor, t: Tensor, noise: Tensor, y: Tensor) -> dict[str, Tensor]:
-        t = t if self.noised else torch.zeros_like(t)
-        x = self.diffusion.q_sample(x, t, noise) if self.noised else x
-        logits = model(x, self.diffusion.scale_timesteps(t)).float()  # (B, classes)
-        best = logits.detach().topk(5, dim=1).indices == y[:, None]  # (B, 5)
-        return {
-            "loss": F.cross_entropy(logits, y, reduction="none"),
-            "acc@1": best[:, 0].float(),
-            "acc@5": best.any(dim=1).float(),
-        }

@@ -1,8 +1,8 @@
-"""The stream of training images, which depends on the run's seed alone.
+"""The stream of training images, which depends only on the run's seed.
 
-Position p = 0, 1, 2, ... of the stream is image order[p % n] of epoch p // n, where n images are shuffled anew for each
-epoch. Step s of a run takes the next batch of positions, and each process its own rows of it. So a run that was killed
-and goes on from position p, or one on any number of processes, meets the images, crops and flips of a run that was not.
+Position p = 0, 1, 2, ... of the stream is image order[p % n] of epoch p // n; the n images are reshuffled for each
+epoch. Step s of a run takes the next batch of positions, and each process its own rows of it. So the images, crops and
+flips depend neither on interruptions of the run nor on the number of processes.
 """
 
 from __future__ import annotations
@@ -56,36 +56,37 @@ def training_stream(
     """The images below a folder, local or remote, as an endless stream of batches; see `DataStream`.
 
     Args:
-        data_dir: the folder; every process lists it by itself.
+        data_dir: folder of images; every process lists it.
         batch_size: images per batch of each process.
         image_size: side of the square images, in pixels.
-        class_cond: give each image its class, by `label_images`.
-        deterministic: take the images in the order of their paths, instead of shuffled anew in each epoch.
-        random_crop: cut a random square out of the image, instead of its middle one.
+        class_cond: give each image its class, see `label_images`.
+        deterministic: take the images in the order of their paths instead of shuffling.
+        random_crop: crop a random square instead of the central one.
         random_flip: mirror half of the images.
-        labels_file: classes of the images where names do not tell; see `read_labels_file`.
-        class_order, recorded: how classes are numbered; see `label_images`.
-        seed: of the order, the crops and the flips; 0 or more.
-        num_workers: worker processes, for each process, that read images ahead; 0: none.
-        flag: the flag that gave `data_dir`, for the messages.
+        labels_file: file of the images' classes, see `read_labels_file`.
+        class_order, recorded: numbering of the classes, see `label_images`.
+        seed: seed of the order, the crops and the flips; 0 or more.
+        num_workers: number of processes that read ahead, for each process; 0: none.
+        flag: flag that gave `data_dir`, for messages.
 
-    Raises UserError where `data_dir` has no images, or, with `class_cond`, no classes, too many or unknown ones.
+    Raises UserError if `data_dir` has no images, or, with `class_cond`, no classes, too many or unknown ones.
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}; expected 0 or more")
+    labels = classes = None
     try:
         paths = list_images(data_dir)
-        labelled = _find_classes(data_dir, paths, labels_file, class_order, recorded) if class_cond else None
+        if class_cond:
+            labelled = _label(data_dir, paths, labels_file, class_order, recorded)
+            labels = [image.label for image in labelled]
+            classes = classes_of(labelled, recorded.order if recorded else class_order, data_dir)
     except UserError as error:
         raise type(error)(str(error).replace("--data_dir", flag)) from error
-    labels = None if labelled is None else [image.label for image in labelled]
-    order = recorded.order if recorded else class_order
-    classes = None if labelled is None else classes_of(labelled, order, data_dir)
-    images = _Batches(data_dir, paths, labels, image_size, seed, deterministic, random_crop, random_flip)
+    images = BatchDataset(data_dir, paths, labels, image_size, seed, deterministic, random_crop, random_flip)
     return DataStream(images, batch_size, num_workers, flag, classes)
 
 
-def _find_classes(
+def _label(
     data_dir: str, paths: Sequence[str], labels_file: str | None, class_order: str, recorded: Classes | None
 ) -> list[LabelledImage]:
     labelled = label_images(data_dir, paths, labels_file, class_order, recorded)
@@ -93,41 +94,36 @@ def _find_classes(
     if None in classes:
         raise UserError(f"nothing in {data_dir!r} (--data_dir) names the images' classes; --class_cond needs them")
     if max(classes) >= NUM_CLASSES:
-        raise UserError(
-            f"{max(classes) + 1} classes in {data_dir!r} (--data_dir); expected at most {NUM_CLASSES}, one for each "
-            "class that a model knows"
-        )
+        raise UserError(f"{max(classes) + 1} classes in {data_dir!r} (--data_dir); expected at most {NUM_CLASSES}")
     return labelled
 
 
 class DataStream:
-    """Batches of training images, for ever: (images, extra).
+    """Endless batches of training images: (images, extra).
 
     The images are float32 (batch_size, 3, image_size, image_size) in [-1, 1], on the CPU. `extra` is {"y": int64
-    (batch_size,)}, the class indices, where the images have classes; else {}.
+    (batch_size,)}, the class indices, if the images have classes; else {}.
 
-    An image that cannot be read is named, and the next one of its epoch takes its place. The next batch raises
-    UserError where no image can be read.
+    An unreadable image is reported and replaced by the next one of its epoch. The next batch raises UserError if no
+    image is readable.
 
     Attributes:
-        position: how many images all processes together have been handed.
-        num_images: n, the images of an epoch.
-        classes: the classes that they have; None where they have none.
-        class_names: class index -> name, of these.
-        digest: SHA-256, in hexadecimal, of their paths and classes, by which the data set is recognised.
-        unreadable: of the images that this process could not read so far, path -> why.
+        position: number of images taken by all processes.
+        classes: classes of the images, if any.
+        digest: SHA-256, in hexadecimal, of paths and classes, to identify the data set.
+        unreadable: path -> reason, of the unreadable images that this process has met.
     """
 
-    def __init__(self, images: _Batches, batch_size: int, num_workers: int, flag: str, classes: Classes | None) -> None:
+    def __init__(
+        self, images: BatchDataset, batch_size: int, num_workers: int, flag: str, classes: Classes | None
+    ) -> None:
         self.position = 0
-        self.num_images = len(images.paths)
         self.classes = classes
-        self.class_names = None if classes is None else classes.names
         self.digest = hashlib.sha256(json.dumps([images.paths, images.classes]).encode()).hexdigest()
         self.unreadable: dict[str, str] = {}
         self._images, self._batch_size, self._num_workers, self._flag = images, batch_size, num_workers, flag
         self._rank, self._world_size = dist_util.get_rank(), dist_util.get_world_size()
-        self._batches: Iterator | None = None  # what the workers have begun to read
+        self._batches: Iterator | None = None  # of the loader that reads ahead
         self._workers: set[multiprocessing.Process] = set()
 
     def compare_with_record(self, record: str, owner: str) -> bool:
@@ -135,7 +131,7 @@ class DataStream:
         return compare_with_record(self._images.data_dir, self._images.paths, self._flag, record, owner)
 
     def seek(self, position: int) -> None:
-        """Let the next batch begin at `position`."""
+        """Start the next batch at `position`."""
         self.position, self._batches = position, None
 
     def __iter__(self) -> DataStream:
@@ -143,99 +139,91 @@ class DataStream:
 
     def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         if self._batches is None:
-            self._batches = self._read_ahead()
+            self._batches = self._start_loader()
         try:
             images, extra, unreadable = next(self._batches)
-        except (RuntimeError, OSError, EOFError) as error:  # some of what the end of a worker looks like from here
-            ended = wait([worker.sentinel for worker in self._workers], timeout=1)
-            if not ended:
+        except (RuntimeError, OSError, EOFError) as error:  # possible symptoms of a dead worker
+            if not wait([worker.sentinel for worker in self._workers], timeout=1):
                 raise
             raise UserError(
                 f"a process that reads images of {self._images.data_dir!r} ({self._flag}) was killed.\n"
-                "If this machine's memory was full, lower --num_workers"
+                "If this machine ran out of memory, lower --num_workers"
             ) from error
         new = {path: why for path, why in unreadable.items() if path not in self.unreadable}
         self.unreadable |= new
         if images is None:
-            self._batches = None  # ends the workers; the stream stays where it is
+            self._batches = None  # ends the workers; the stream keeps its position
             raise UserError(
                 f"none of the images in {self._images.data_dir!r} ({self._flag}) can be read; "
                 f"the first: {next(iter(unreadable.values()))}"
             )
         for why in new.values():
-            logger.warn(f"{why}; the next one takes its place")
+            logger.warn(f"{why}; replaced by the next image")
         self.position += self._batch_size * self._world_size
         return images, extra
 
-    def _read_ahead(self) -> Iterator:
-        size, of_all = self._batch_size, self._batch_size * self._world_size
-        starts = itertools.count(self.position + self._rank * size, of_all)
+    def _start_loader(self) -> Iterator:
+        size = self._batch_size
+        starts = itertools.count(self.position + self._rank * size, size * self._world_size)
         loader = DataLoader(
             self._images,
             batch_size=None,  # an item is a batch
-            sampler=(range(start, start + size) for start in starts),  # without `self`, lest it keep itself alive
+            sampler=(range(start, start + size) for start in starts),  # a reference to `self` would keep it alive
             num_workers=self._num_workers,
             pin_memory=dist_util.dev().type == "cuda",
-            worker_init_fn=_outlive_signals,
-            generator=torch.Generator(),  # else it draws from torch's own, which may be the training's
+            worker_init_fn=_init_worker,
+            generator=torch.Generator(),  # the default is torch's global one, which training may use
         )
         others = set(multiprocessing.active_children())
-        with _signals_held(), _child_handler_kept():  # workers must not be stopped before they ignore signals
+        with _signals_protected():
             batches = iter(loader)
         self._workers = set(multiprocessing.active_children()) - others
         for worker in self._workers:
-            # torch and Python wait for its end, then send SIGTERM, which it ignores.
+            # torch and Python wait for a worker to end, then send SIGTERM, which it ignores.
             worker._popen.terminate = worker._popen.kill
         return batches
 
 
-# Launchers send signals to all processes of a job, and a terminal's Ctrl-C reaches a whole group. When a worker ends is
-# up to the process that it reads for, which may want a few more batches before it saves a checkpoint.
+# Launchers send signals to all processes of a job, and Ctrl-C reaches a whole process group. But the process that a
+# worker reads for decides when the worker ends: it may need more batches before it saves a checkpoint.
 
 
-def _outlive_signals(worker: int) -> None:
-    """Have a worker process ignore the signals that ask a run to stop, and end with the process that it reads for."""
+def _init_worker(worker: int) -> None:
+    """Have a worker ignore the stop signals, and exit with its parent."""
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
 @contextmanager
-def _signals_held() -> Iterator[None]:
-    """Within the block, signals that ask to stop wait; so do they in processes that begin there."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+def _signals_protected() -> Iterator[None]:
+    """Within the block, workers are started: stop signals wait until they ignore them; SIGCHLD keeps its handler.
+
+    When a worker dies, torch's handler raises an exception wherever the main thread is, even in the middle of a
+    training step or a save. Without it, the next batch reports the dead worker.
+    """
+    mask, handler = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS), signal.getsignal(signal.SIGCHLD)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _child_handler_kept() -> Iterator[None]:
-    """Undo the block's change to the SIGCHLD handler.
-
-    torch's handler raises an exception wherever the main thread happens to be when a worker dies: in the middle of a
-    training step or of a save. Without it, the next batch reports the dead worker.
-    """
-    before = signal.getsignal(signal.SIGCHLD)
-    yield
-    if before is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, before)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)
-class _Batches:
-    """A map-style dataset for torch: positions of the stream -> their batch.
+class BatchDataset:
+    """A map-style dataset for torch: positions of the stream -> batch.
 
     Attributes:
-        data_dir: what `paths` are relative to.
-        paths: the n images.
-        classes: their class indices, or None.
+        data_dir: folder of images.
+        paths: paths of the n images, relative to the folder.
+        classes: class indices of the images, if any.
         resolution: side of the square images, in pixels.
         seed, deterministic, random_crop, random_flip: see `training_stream`.
     """
@@ -252,15 +240,17 @@ class _Batches:
     def __getitem__(
         self, positions: Sequence[int]
     ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor], dict[str, str]]:
-        """Images (B, 3, resolution, resolution), None where no image can be read; extra; and path -> why of the images
-        that could not be. Only data, since an exception would lose its words on the way from a worker.
+        """Images (B, 3, resolution, resolution), or None if none is readable; extra; path -> reason if unreadable.
+
+        Reasons are returned, not raised, since an exception loses its message on the way from a worker.
         """
         pixels, labels, unreadable = [], [], {}
+        augmentation = self.resolution, self.random_crop, self.random_flip
         for position in positions:
             for index in self._candidates(position):
-                path = self.paths[index]
+                path, rng = self.paths[index], random.Random(f"{self.seed} {position}")
                 try:
-                    pixels.append(self._read(path, position))
+                    pixels.append(read_augmented(os.path.join(self.data_dir, path), *augmentation, rng))
                 except UnreadableImage as error:
                     unreadable[path] = str(error)
                     continue
@@ -273,20 +263,14 @@ class _Batches:
         return torch.from_numpy(to_float(images)), extra, unreadable
 
     def _candidates(self, position: int) -> Iterator[int]:
-        """The image at a position, then those that may take its place."""
+        """The image at a position, then its possible replacements."""
         n = len(self.paths)
         epoch, place = divmod(position, n)
         order = range(n) if self.deterministic else epoch_order(n, self.seed, epoch)
         return (order[(place + i) % n] for i in range(n))
 
-    def _read(self, path: str, position: int) -> np.ndarray:
-        rng = random.Random(f"{self.seed} {position}")
-        return read_augmented(
-            os.path.join(self.data_dir, path), self.resolution, self.random_crop, self.random_flip, rng
-        )
 
-
-@lru_cache(maxsize=4)  # a batch may begin in one epoch and end in the next, and there may be two streams
+@lru_cache(maxsize=4)  # a batch may span two epochs, and there may be two streams
 def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
     """The order of the images in one epoch: a permutation of 0 .. num_images - 1."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch]))).permutation(num_images)
@@ -295,7 +279,7 @@ def epoch_order(num_images: int, seed: int, epoch: int) -> np.ndarray:
 def read_augmented(
     path: str, resolution: int, random_crop: bool, random_flip: bool, rng: random.Random | ModuleType
 ) -> np.ndarray:
-    """Read an image file as a square, uint8 (resolution, resolution, 3), cropped and mirrored as `rng` draws.
+    """Read an image file as a square, uint8 (resolution, resolution, 3), cropped and flipped at random by `rng`.
 
     Raises UnreadableImage.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,12 +18,13 @@ from ..sampling import image_grid
 from ..system.files import set_aside, write_whole
 
 
+@dataclass
 class SampleGrid:
     """Draws a grid of samples, always from the same noise: OUTPUT/samples_NNNNNN.png after NNNNNN steps.
 
     Samples are made by deterministic DDIM. If a grid cannot be made, there is a warning, and training continues.
 
-    Args:
+    Attributes:
         diffusion: diffusion, respaced to the few steps of a sample.
         shape: (n, 3, H, W), shape of the samples.
         output: folder for the pictures.
@@ -33,31 +34,26 @@ class SampleGrid:
         beside: (n, H, W, 3) uint8 images to show to the left of the samples.
     """
 
-    def __init__(
-        self,
-        diffusion: GaussianDiffusion,
-        shape: tuple[int, int, int, int],
-        output: str,
-        seed: int,
-        device: torch.device,
-        model_kwargs: dict[str, torch.Tensor] | None = None,
-        beside: np.ndarray | None = None,
-    ):
-        self.diffusion, self.shape, self.output = diffusion, shape, output
-        self.seed, self.device, self.model_kwargs, self.beside = seed, device, model_kwargs, beside
+    diffusion: GaussianDiffusion
+    shape: tuple[int, int, int, int]
+    output: str
+    seed: int
+    device: torch.device
+    model_kwargs: dict[str, torch.Tensor] | None = None
+    beside: np.ndarray | None = None
 
     def __call__(self, model: Callable[..., torch.Tensor], step: int) -> None:
         """Sample from `model` and write the picture for `step`."""
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
-        options: dict[str, Any] = {"model_kwargs": self.model_kwargs, "device": self.device, "generator": noise}
+        options = {"model_kwargs": self.model_kwargs, "device": self.device, "generator": noise}
         try:
             with enough_memory(self.shape[0], flag="--sample_grid"):
-                options["noise"] = noise.randn(self.shape, device=self.device)
-                pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, **options))
+                start = noise.randn(self.shape, device=self.device)
+                pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, noise=start, **options))
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)
             path = f"{self.output}/samples_{step:06d}.png"
-            set_aside(path)  # one left by an earlier run whose checkpoints have been moved
+            set_aside(path)  # left by an earlier run whose checkpoints have been moved away
             write_whole(path, encode(image_grid(pixels), "png", 100))
         except (UserError, OSError) as error:
             logger.warn(f"no sample grid at step {step} (--sample_grid): {error}")

@@ -1,4 +1,4 @@
-"""What the training scripts have in common: how they begin, which settings make a run what it is, how they end."""
+"""What the training scripts share: output folder, images, settings, sample grids, exit status."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from ..checkpoints import Network, check_fit
 from ..command_line.stopping import when_stopped
 from ..compute.inference import compute_exactly
 from ..errors import UserError, first_line
-from ..forward_backward import from_pixels
+from ..forward_backward import from_pixels, to_pixels
 from ..images.classes import OtherClasses, read_classes, write_classes
 from ..images.folder import list_images
 from ..images.io import read_image
@@ -33,33 +33,22 @@ from .data import DataStream, training_stream
 from .sample_grid import SampleGrid
 from .start import describe_newest
 
-# The flags that decide, with those of the network and the diffusion, the course of a training run. That of --iterations
-# depends on --anneal_lr, and that of --fp16_scale_growth on the precision.
+# Flags that determine the course of a training run, in addition to those of the network and the diffusion.
+# --iterations matters only with --anneal_lr, --fp16_scale_growth only in half precision.
 DECISIVE_FLAGS = (
-    "lr",
-    "weight_decay",
-    "lr_anneal_steps",
-    "anneal_lr",
-    "ema_rate",
-    "schedule_sampler",
-    "seed",
-    "random_crop",
-    "random_flip",
-    "noised",
-    "use_fp16",
+    *("lr", "weight_decay", "lr_anneal_steps", "anneal_lr", "ema_rate", "schedule_sampler"),
+    *("seed", "random_crop", "random_flip", "noised", "use_fp16"),
 )
-# Flags that change how numbers are computed, but not which.
-WITHOUT_EFFECT = ("use_checkpoint",)
 
 
 @dataclass
 class TrainingFolder:
-    """The folder of a run's results, which belongs to this run until it ends.
+    """The output folder of a run, locked until the run ends.
 
     Attributes:
-        path: of the folder.
-        lock: held by rank 0 for all ranks.
-        data: streams of images whose files have to be those that the run was begun with, by the names of their flags.
+        path: folder.
+        lock: lock of the folder, acquired by rank 0 for all ranks.
+        data: image streams, by flag; a resumed run must have the same files.
     """
 
     path: str
@@ -67,79 +56,76 @@ class TrainingFolder:
     data: dict[str, DataStream] = field(default_factory=dict)
 
     def options(self) -> dict[str, Any]:
-        """The arguments of `TrainLoop` that guard the folder."""
+        """The arguments of `TrainLoop` that protect the folder."""
         return {"output": self.path, "on_start": self.compare_data, "before_save": self.lock.check}
 
     def compare_data(self, resumed: bool) -> None:
-        """Compare the images with those that the run was begun with, by content, or record them.
-
-        Raises UserError if they differ.
-        """
+        """Record the content of the images; if the run is resumed, compare it. Raises UserError if they differ."""
         for flag, stream in self.data.items():
             record = f"{self.path}/{flag.strip('-').removesuffix('_dir')}_inputs.json"
-            if not resumed:  # else what an earlier run recorded that ended before its first checkpoint
+            if not resumed:  # left by a run that ended before its first checkpoint
                 remove_file(record)
             recorded = stream.compare_with_record(record, f"the training in {self.path}")
             if resumed and not recorded:
-                logger.warn(f"{self.path} had no record of the content of the images ({flag}): made now")
+                logger.warn(f"{self.path} had no record of the content of the images ({flag}): recorded now")
 
 
 @contextmanager
-def training_folder(args: argparse.Namespace, otherwise: str) -> Iterator[TrainingFolder]:
-    """Join the other processes, take the folder of results, by the flags, else `otherwise`, and open the log there.
+def training_folder(args: argparse.Namespace, default: str) -> Iterator[TrainingFolder]:
+    """Join the other processes, lock the output folder (--output, or `default`), and open the log there.
 
-    Raises UserError for flags that make no sense, or if another run is using the folder.
+    Raises UserError if a flag is out of range, or if another run is using the folder.
     """
-    if getattr(args, "data_dir", None) == "":  # some scripts make their images themselves
+    if getattr(args, "data_dir", None) == "":  # scripts that generate their images lack the flag
         raise UserError("no folder of images was given: --data_dir FOLDER")
     if not (0 < args.lr < math.inf and 0 <= args.weight_decay < math.inf):
         raise UserError(f"--lr {args.lr} --weight_decay {args.weight_decay}: expected lr > 0 and weight_decay >= 0")
     if not 0 < args.fp16_scale_growth < math.inf:
         raise UserError(f"--fp16_scale_growth {args.fp16_scale_growth}: expected a number above 0, such as 0.001")
     if args.microbatch == 0 or args.microbatch < -1:
-        raise UserError(f"--microbatch {args.microbatch}: expected a number of images from 1 on, or -1 for all")
+        raise UserError(f"--microbatch {args.microbatch}: expected a number of images (1 or more), or -1 for all")
     dist_util.setup_dist(args.device)
-    output = logger.choose_dir(args.output, otherwise)
+    output = logger.choose_dir(args.output, default)
     when_stopped(partial(describe_newest, output, args.resume_checkpoint))
     with hold({f"{output}/training.lock": f"the training folder {output}"}) as lock:
-        # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
+        # The progress bar shows the loss, so metrics are not printed by default.
         formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
         dist_util.on_every_rank(logger.configure, output, formats)
         torch.set_num_threads(args.num_threads or dist_util.cores_per_rank())
         compute_exactly()
-        torch.backends.cudnn.benchmark = True  # the images of a run are all of one size
+        torch.backends.cudnn.benchmark = True  # all images of a run have one size
         yield TrainingFolder(output, lock)
 
 
 def training_images(args: argparse.Namespace, class_cond: bool, output: str, **options: Any) -> DataStream:
-    """The stream of images in --data_dir; if the run is resumed from a checkpoint, its record numbers the classes."""
+    """The stream of images in --data_dir. Classes are numbered as recorded with the checkpoint, if there is one."""
     if not class_cond:
-        return images_for(args, args.data_dir, False, **options)
+        return image_stream(args, args.data_dir, False, **options)
     own = dist_util.on_main(newest_model, output)
     recorded = dist_util.on_main(read_classes, own or args.resume_checkpoint)
     try:
-        return images_for(args, args.data_dir, True, recorded=recorded, **options)
+        return image_stream(args, args.data_dir, True, recorded=recorded, **options)
     except OtherClasses as error:
         if own:
             raise
         if not args.class_order:
-            raise OtherClasses(f"{error}. --class_order text numbers the folder's classes anew") from error
-        logger.warn(f"{first_line(error).removesuffix('.')}: they are numbered anew (--class_order)")
-        return images_for(args, args.data_dir, True, **options)
+            raise OtherClasses(f"{error}. --class_order text renumbers the folder's classes") from error
+        logger.warn(f"{first_line(error).removesuffix('.')}: renumbered (--class_order)")
+        return image_stream(args, args.data_dir, True, **options)
 
 
-def more_state(data: DataStream) -> dict[str, Any]:
-    """What the optimizer's file records besides the loop's own state: the classes, where the images have any."""
+def classes_entry(data: DataStream) -> dict[str, Any]:
+    """The entry of the optimizer's file that records the classes, if the images have any."""
     return {"classes": data.classes.as_json()} if data.classes else {}
 
 
 def record_classes(output: str, data: DataStream) -> None:
-    """Write the classes of a run into its folder, where the images have any."""
+    """Write classes.json into a run's folder, if the images have classes."""
     if data.classes:
         dist_util.on_main(write_classes, output, data.classes)
 
 
-def images_for(args: argparse.Namespace, data_dir: str, class_cond: bool, **options: Any) -> DataStream:
+def image_stream(args: argparse.Namespace, data_dir: str, class_cond: bool, **options: Any) -> DataStream:
     """The stream of training images that the flags describe."""
     return dist_util.on_every_rank(
         partial(
@@ -164,13 +150,13 @@ def loop_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataStream) -> dict[str, Any]:
-    """What decides the course of a run, by the names that the user knows."""
+    """Settings that must not change when the run is resumed, by flag; `flags` are those of network and diffusion."""
     names = [name for name in DECISIVE_FLAGS if hasattr(args, name)]
     if getattr(args, "anneal_lr", False):
         names.append("iterations")
     if getattr(args, "use_fp16", False) or getattr(args, "classifier_use_fp16", False):
         names.append("fp16_scale_growth")
-    settings = {f"--{name}": value for name, value in flags.items() if name not in WITHOUT_EFFECT}
+    settings = {f"--{name}": value for name, value in flags.items() if name != "use_checkpoint"}
     settings |= {f"--{name}": getattr(args, name) for name in names}
     settings["images per step (--batch_size times processes)"] = args.batch_size * dist_util.get_world_size()
     if hasattr(args, "data_dir"):
@@ -178,19 +164,15 @@ def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataSt
     return settings
 
 
-def fit_to(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Shapes, Shapes], None]:
-    """What tells, in the words of the flags, why a checkpoint is not of the network that they describe."""
-
-    def explain(path: str, found: Shapes, expected: Shapes) -> None:
-        check_fit(network, path, found, expected=expected, flags=flags, path_flag="--resume_checkpoint")
-
-    return explain
+def fit_checker(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Shapes, Shapes], None]:
+    """`check_fit` of `TrainLoop`: compares --resume_checkpoint with the network that the flags describe."""
+    return partial(check_fit, network, flags=flags, path_flag="--resume_checkpoint")
 
 
 def sample_grid(
     args: argparse.Namespace, flags: Mapping[str, Any], image_size: int, output: str, data: DataStream
 ) -> SampleGrid | None:
-    """What draws samples after every checkpoint; None where no samples are wanted."""
+    """The sample grid to draw after each checkpoint; None if --sample_grid is 0."""
     count = args.sample_grid
     if not count:
         return None
@@ -199,43 +181,40 @@ def sample_grid(
     device = dist_util.dev()
     model_kwargs: dict[str, torch.Tensor] = {}
     if args.class_cond:
-        classes = sorted(data.class_names)
+        classes = sorted(data.classes.names)
         model_kwargs["y"] = torch.tensor([classes[i % len(classes)] for i in range(count)], device=device)
     beside = None
     if hasattr(args, "small_size"):
-        small = dist_util.on_main(small_images, args.data_dir, count, args.large_size, args.small_size)
+        small = dist_util.on_main(low_resolution_images, args.data_dir, count, args.large_size, args.small_size)
         model_kwargs["low_res"] = from_pixels(small).to(device)
         side = (args.large_size, args.large_size)
         beside = np.stack([np.asarray(Image.fromarray(i).resize(side, Image.Resampling.NEAREST)) for i in small])
     return SampleGrid(diffusion, (count, 3, image_size, image_size), output, args.seed, device, model_kwargs, beside)
 
 
-def small_images(data_dir: str, count: int, large_size: int, small_size: int) -> np.ndarray:
-    """The first images of a folder, reduced as in training: (count, small_size, small_size, 3) of uint8."""
+def low_resolution_images(data_dir: str, count: int, large_size: int, small_size: int) -> np.ndarray:
+    """The first images of a folder, downsampled as in training: (count, small_size, small_size, 3) uint8."""
     paths = list_images(data_dir)
     readable = []
     for path in paths:
         if len(readable) < count:
-            try:
+            with suppress(UserError):  # training reports it
                 readable.append(read_image(f"{data_dir}/{path}", large_size))
-            except UserError:  # it is named in training
-                continue
     if not readable:
         raise UserError(f"none of the {len(paths)} images in {data_dir!r} (--data_dir) can be read")
-    small = reduce(from_pixels(np.stack(readable)), small_size)
-    pixels = ((small + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
+    pixels = to_pixels(downsample(from_pixels(np.stack(readable)), small_size))
     return pixels[np.arange(count) % len(pixels)]
 
 
-def reduce(images: torch.Tensor, size: int) -> torch.Tensor:
-    """The images (B, 3, H, W) that an upsampler is given for these: (B, 3, size, size), means over areas."""
+def downsample(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The low-resolution input (B, 3, size, size) of an upsampler, from images (B, 3, H, W), by area averaging."""
     return torch.nn.functional.interpolate(images, (size, size), mode="area")
 
 
-def end(*streams: DataStream) -> int:
-    """Say which images could not be read. Returns the script's status: 1 where there were such, else 0."""
-    of_all_ranks = dist_util.gather_objects([stream.unreadable for stream in streams])
-    unreadable = {path: why for of_rank in of_all_ranks for stream in of_rank for path, why in stream.items()}
-    if unreadable and dist_util.is_main():
-        logger.error(f"{len(unreadable)} images could not be read, others stood in: {', '.join(sorted(unreadable))}")
-    return 1 if unreadable else 0
+def report_unreadable(*streams: DataStream) -> int:
+    """Report unreadable images of all processes. Returns the script's exit status: 1 if there were any, else 0."""
+    gathered = dist_util.gather_objects([stream.unreadable for stream in streams])
+    paths = sorted({path for of_rank in gathered for unreadable in of_rank for path in unreadable})
+    if paths and dist_util.is_main():
+        logger.error(f"{len(paths)} images could not be read and were replaced by others: {', '.join(paths)}")
+    return 1 if paths else 0

@@ -1,9 +1,10 @@
-"""What the measurements have in common: flags, networks, a checkpoint and pictures."""
+"""What the measurements share: flags, networks, a checkpoint and pictures."""
 
 from __future__ import annotations
 
 import argparse
 import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,21 @@ FLAGS = {  # the published model's network
 N = 250  # denoising steps after respacing
 
 
+@dataclass
 class Bench:
-    """What every measurement needs.
+    """The environment of a measurement.
 
     Attributes:
         args: flags of the benchmark.
-        device: where to compute.
-        threads: CPU threads.
+        device: device to compute on.
+        threads: number of CPU threads.
         folder: folder for temporary files.
     """
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, threads: int, folder: Path):
-        self.args, self.device, self.threads, self.folder = args, device, threads, folder
+    args: argparse.Namespace
+    device: torch.device
+    threads: int
+    folder: Path
 
     @property
     def flags(self) -> dict[str, Any]:
@@ -50,7 +54,7 @@ class Bench:
         return args_to_dict(self.args, FLAGS)
 
     def checkpoint(self) -> str:
-        """A checkpoint file of random weights. Unlike those of a newly initialised network, none is zero."""
+        """A checkpoint file of random weights; those initialised to zero are random, too."""
         path = self.folder / "model.pt"
         if not path.exists():
             model = load_network("untrained", self.flags)
@@ -62,7 +66,7 @@ class Bench:
         return str(path)
 
     def pictures(self, count: int) -> str:
-        """A folder of JPEG images of the network's size: smooth ones, because noise is slow to decode."""
+        """A folder of JPEG images of the network's size; they are smooth, because noise is slow to decode."""
         folder, size = self.folder / f"pictures_{count}" / "class_0", self.args.image_size
         folder.mkdir(parents=True, exist_ok=True)
         random = np.random.default_rng(0)
@@ -73,21 +77,21 @@ class Bench:
 
 
 def load_network(path: str, flags: dict[str, Any]) -> UNetModel:
-    """The network of a checkpoint, in float32 on the CPU."""
+    """The network of a checkpoint, in float32 on the CPU, for inference."""
     model = load_model(path, flags).eval().requires_grad_(False)
     model.convert_to_fp32()
     return model
 
 
-def half(model: UNetModel, dtype: torch.dtype) -> UNetModel:
-    """A copy whose torso is in half precision."""
+def half_copy(model: UNetModel, dtype: torch.dtype) -> UNetModel:
+    """A copy with its torso in half precision."""
     model = copy.deepcopy(model)
     model.convert_to_fp16(dtype)
     return model
 
 
-def prepared(model: UNetModel, use_fp16: bool, threads: int, compiled: bool = False) -> UNetModel:
-    """A copy in the precision and memory layout that the scripts would use."""
+def optimized_copy(model: UNetModel, use_fp16: bool, threads: int, compiled: bool = False) -> UNetModel:
+    """A copy in the precision and memory layout that the scripts use."""
     model = copy.deepcopy(model)
     prepare(model, use_fp16, threads, compiled)
     return model

@@ -19,53 +19,54 @@ from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from .bench import FLAGS, Bench, N, half, load_network, prepared
-from .other_networks import diffusers_unet, exact, plain
-from .timing import Row, ratio, run_script, take_turns, time_and_memory
+from .bench import FLAGS, Bench, N, half_copy, load_network, optimized_copy
+from .other_networks import diffusers_unet, float64_network, plain
+from .timing import Row, interleaved_seconds, ratio, run_script, time_and_memory
 
 
 def network(bench: Bench) -> list[Row]:
-    """a forward pass; each contender in its own processes, since one that uses memory well would help the others"""
-    half_name = name_of(half_precision_dtype(bench.device))
-    compiled = bench.args.compile is True or (bench.args.compile == "auto" and bench.device.type == "cuda")
-    ways = ["plain", "this project", *(["this project, compiled"] if compiled else []), "diffusers", "matrix product"]
-    contenders = [(way, precision) for precision in dict.fromkeys(["float32", half_name]) for way in ways]
-    contenders = [c for c in contenders if c != ("this project, compiled", "float32")]
-    found: dict[tuple[str, str], list[Row]] = {contender: [] for contender in contenders}
+    """a forward pass; each contender in its own processes, so that they do not share memory"""
+    precisions = list(dict.fromkeys(["float32", dtype_name(half_precision_dtype(bench.device))]))
+    ways = ["plain", "this project", "diffusers", "matrix product"]
+    contenders = [(way, precision) for precision in precisions for way in ways]
+    if bench.args.compile is True or (bench.args.compile == "auto" and bench.device.type == "cuda"):
+        contenders += [("this project, compiled", precision) for precision in precisions[1:]]
+    runs: dict[tuple[str, str], list[Row]] = {contender: [] for contender in contenders}
     flags = bench.flags | {"batch_size": bench.args.batch_size, "num_threads": bench.threads}
     flags["device"] = bench.args.device
-    rows: list[Row] = []
+    failed: list[Row] = []
     for _ in range(bench.args.repeats):
-        for contender in list(found):
+        for way, precision in list(runs):
+            contender = {"contender": f"{bench.checkpoint()}:{way}:{precision}"}
             try:
-                own = {"contender": f"{bench.checkpoint()}:{':'.join(contender)}"}
-                found[contender].append(json.loads(run_script("scripts/benchmark.py", flags | own)))
+                runs[way, precision].append(json.loads(run_script("scripts/benchmark.py", flags | contender)))
             except UserError as error:
-                if contender[0] != "diffusers":
+                if way != "diffusers":
                     raise
-                del found[contender]
-                rows.append({"network": "diffusers", "precision": contender[1], "seconds": f"not measured: {error}"})
+                del runs[way, precision]
+                failed.append({"network": way, "precision": precision, "seconds": f"not measured: {error}"})
 
-    seconds = {contender: [run["seconds"] for run in runs] for contender, runs in found.items()}
+    seconds = {contender: [run["seconds"] for run in each] for contender, each in runs.items()}
     flops = count_flops(bench) * bench.args.batch_size
-    product = 2 * matrix_side(bench.device) ** 3  # floating-point operations
-    peak = {p: product / min(all_) for (way, p), all_ in seconds.items() if way == "matrix product"}
-    measured: list[Row] = []
-    for (way, precision), runs in found.items():
+    product_flops = 2 * matrix_side(bench.device) ** 3
+    peak = {precision: product_flops / min(seconds["matrix product", precision]) for precision in precisions}
+    rows: list[Row] = []
+    for (way, precision), each in runs.items():
         if way == "matrix product":
             continue
         median = statistics.median(seconds[way, precision])
         row = {"network": way, "precision": precision, "seconds": median, "images/s": bench.args.batch_size / median}
         row |= {"TFLOP/s": flops / median / 1e12, "share of peak": flops / median / peak[precision]}
-        for against in dict.fromkeys(["float32", half_name]):
-            row[f"times plain {against}"] = ratio(seconds["plain", against], seconds[way, precision])
-        memory = {"peak memory, GiB": max(run["memory"] for run in runs) / 2**30} if "memory" in runs[0] else {}
-        measured.append(row | memory)
-    rows = measured + rows
-    return rows + [{"network": "matrix product", "precision": p, "TFLOP/s": rate / 1e12} for p, rate in peak.items()]
+        for other in precisions:
+            row[f"times plain {other}"] = ratio(seconds["plain", other], seconds[way, precision])
+        if "memory" in each[0]:
+            row["peak memory, GiB"] = max(run["memory"] for run in each) / 2**30
+        rows.append(row)
+    products = [{"network": "matrix product", "precision": p, "TFLOP/s": rate / 1e12} for p, rate in peak.items()]
+    return rows + failed + products
 
 
-def contend(args: argparse.Namespace, device: torch.device, threads: int) -> dict[str, float]:
+def measure_contender(args: argparse.Namespace, device: torch.device, threads: int) -> dict[str, float]:
     """The measurement of one process of `network`: args.contender is FILE:WAY:PRECISION. Raises UserError."""
     path, way, precision = args.contender.rsplit(":", 2)
     dtype, batch, size = getattr(torch, precision), args.batch_size, args.image_size
@@ -77,12 +78,12 @@ def contend(args: argparse.Namespace, device: torch.device, threads: int) -> dic
     t = torch.full((batch,), 500, device=device)
     use_fp16 = dtype != torch.float32
     if way == "plain":
-        network = plain(half(model, dtype) if use_fp16 else model)
+        network = plain(half_copy(model, dtype) if use_fp16 else model)
     elif way == "diffusers":
         network, x = diffusers_unet(model).to(device, dtype), x.to(dtype)
     else:
         compiled = way == "this project, compiled"
-        network = prepared(model, use_fp16, threads, compiled)
+        network = optimized_copy(model, use_fp16, threads, compiled)
         if compiled:
             network = compile_network(network, create_gaussian_diffusion(timestep_respacing=str(N)), batch, size)
     del model
@@ -90,7 +91,7 @@ def contend(args: argparse.Namespace, device: torch.device, threads: int) -> dic
 
 
 def matrix_side(device: torch.device) -> int:
-    """Rows, and columns, of the matrices whose product is timed."""
+    """Side of the square matrices whose product is timed."""
     return 8192 if device.type == "cuda" else 4096
 
 
@@ -103,70 +104,65 @@ def count_flops(bench: Bench) -> int:
 
 
 def small(bench: Bench) -> list[Row]:
-    """the demo's U-Net: a batch of 64, and a single image, which bounds the cost of the calls alone"""
+    """the demo's U-Net: a batch of 64, and a single image, whose time is an upper bound on the overhead of the calls"""
     model, device = demo_unet(), bench.device
     size = model.image_size
     calls: dict[tuple[int, str], Callable[[], Any]] = {}
     for batch in (64, 1):
         x, t = torch.randn(batch, 3, size, size, device=device), torch.full((batch,), 500, device=device)
         for use_fp16 in (False, True):
-            network = prepared(model, use_fp16, bench.threads)
-            calls[batch, name_of(network.dtype)] = partial(network, x, t)
-    medians = {of: statistics.median(seconds) for of, seconds in take_turns(calls, bench.args.repeats).items()}
-    return [
-        {
-            "network": f"demo's U-Net, batch {batch}",
-            "precision": precision,
-            "milliseconds": 1000 * seconds,
-            "images/s": batch / seconds,
-        }
-        for (batch, precision), seconds in medians.items()
-    ]
+            network = optimized_copy(model, use_fp16, bench.threads)
+            calls[batch, dtype_name(network.dtype)] = partial(network, x, t)
+    rows = []
+    for (batch, precision), all_seconds in interleaved_seconds(calls, bench.args.repeats).items():
+        seconds = statistics.median(all_seconds)
+        row = {"network": f"demo's U-Net, batch {batch}", "precision": precision, "milliseconds": 1000 * seconds}
+        rows.append(row | {"images/s": batch / seconds})
+    return rows
 
 
 def precision(bench: Bench) -> list[Row]:
     """relative error against float64, of a forward pass and of a trajectory of all 250 steps with the same noise"""
     device, dtype = bench.device, half_precision_dtype(bench.device)
-    big, little = load_network(bench.checkpoint(), bench.flags).to(device), demo_unet().to(device)
+    large, little = load_network(bench.checkpoint(), bench.flags).to(device), demo_unet().to(device)
     diffusion = create_gaussian_diffusion(timestep_respacing=str(N), predict_xstart=True)
 
     def networks(model: UNetModel) -> dict[str, UNetModel]:
-        channels_last = partial(torch.nn.Module.to, memory_format=torch.channels_last)
-        made = {"plain, float32": plain(model), "plain, float16": plain(half(model, torch.float16))}
+        variants = {"plain, float32": plain(model), "plain, float16": plain(half_copy(model, torch.float16))}
         if dtype not in (torch.float16, torch.float32):
-            made[f"plain, {name_of(dtype)}"] = plain(half(model, dtype))
-        made["this project, float32"] = prepared(model, False, bench.threads)
+            variants[f"plain, {dtype_name(dtype)}"] = plain(half_copy(model, dtype))
+        variants["this project, float32"] = optimized_copy(model, False, bench.threads)
         if dtype != torch.float32:
-            made[f"this project, {name_of(dtype)}"] = half(model, dtype)
-            made[f"this project, {name_of(dtype)}, channels last"] = channels_last(half(model, dtype))
-        return made
+            ours = f"this project, {dtype_name(dtype)}"
+            variants[ours] = half_copy(model, dtype)
+            variants[f"{ours}, channels last"] = half_copy(model, dtype).to(memory_format=torch.channels_last)
+        return variants
 
     side = min(64, bench.args.image_size)
     x, t = torch.randn(2, 3, side, side, device=device), torch.tensor([900, 100], device=device)
+    start = torch.randn(16, 3, little.image_size, little.image_size, device=device)
 
-    def one_pass(model: Callable) -> torch.Tensor:
+    def forward_pass(model: Callable) -> torch.Tensor:
         with torch.inference_mode():
             return model(x, t)
-
-    start = torch.randn(16, 3, little.image_size, little.image_size, device=device)
 
     def trajectory(model: Callable) -> torch.Tensor:
         noise = torch.Generator(device).manual_seed(0)
         return diffusion.p_sample_loop(model, tuple(start.shape), noise=start, device=device, generator=noise)
 
     def errors(model: UNetModel, compute: Callable[[Callable], torch.Tensor]) -> dict[str, float]:
-        right = compute(exact(model)).double()
-        found = {name: compute(network).double() for name, network in networks(model).items()}
-        return {name: ((y - right).norm() / right.norm()).item() for name, y in found.items()}
+        exact = compute(float64_network(model)).double()
+        outputs = {name: compute(network).double() for name, network in networks(model).items()}
+        return {name: ((y - exact).norm() / exact.norm()).item() for name, y in outputs.items()}
 
-    passes, drifts = errors(big, one_pass), errors(little, trajectory)
+    of_passes, of_trajectories = errors(large, forward_pass), errors(little, trajectory)
     return [
         {
             "network": name,
-            f"error of a forward pass, these flags, {side} pixels": passes[name],
-            "error of a trajectory, the demo's trained U-Net": drifts[name],
+            f"error of a forward pass, these flags, {side} pixels": of_passes[name],
+            "error of a trajectory, the demo's trained U-Net": of_trajectories[name],
         }
-        for name in passes
+        for name in of_passes
     ]
 
 
@@ -175,6 +171,6 @@ def demo_unet() -> UNetModel:
     return load_network(str(UNET_FILE), {**model_defaults(), "learn_sigma": False, **MODEL_FLAGS})
 
 
-def name_of(dtype: torch.dtype) -> str:
-    """The name of a precision: float32."""
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, such as float32."""
     return str(dtype).removeprefix("torch.")

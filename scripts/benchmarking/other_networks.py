@@ -1,4 +1,4 @@
-"""Other ways to compute the U-Net, for comparison: operation by operation, in float64, and by the library diffusers."""
+"""Other ways to compute the U-Net, for comparison: operation by operation, in float64, with diffusers."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from guided_diffusion.nn import GroupNorm32, PointwiseConv1d
 from guided_diffusion.unet import AttentionBlock, QKVAttention, ResBlock, UNetModel
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def plain(model: UNetModel) -> UNetModel:
-    """The same network, sharing its weights, computed operation by operation.
+    """The same network with shared weights, computed operation by operation.
 
     Every operation makes a new tensor, normalisation and softmax cast to float32 and back, and attention is not fused.
     """
@@ -25,20 +24,21 @@ def plain(model: UNetModel) -> UNetModel:
         ResBlock: PlainBlock,
         nn.Conv2d: PlainConv2d,
         PointwiseConv1d: PlainConv1d,
-        nn.SiLU: PlainSiLU,
     }
     model = copy.deepcopy(model, {id(w): w for w in model.parameters()})
     for module in model.modules():
         if isinstance(module, QKVAttention):
-            module.heads_first = module.heads_first  # copied from its class, which changes
+            module.heads_first = module.heads_first  # from its class, which changes
             module.__class__ = PlainAttention
+        elif isinstance(module, nn.SiLU):
+            module.inplace = False
         elif type(module) in classes:
             module.__class__ = classes[type(module)]
     return model
 
 
-def exact(model: UNetModel) -> Callable[..., Tensor]:
-    """The network in float64, except for the sines and cosines of the timestep; its input and output are float32."""
+def float64_network(model: UNetModel) -> Callable[..., Tensor]:
+    """The network in float64, except for the timestep embedding; its input and output are float32."""
     network = plain(copy.deepcopy(model).double())
     network.dtype = torch.float64
     network.time_embed.register_forward_pre_hook(lambda _module, embedding: (embedding[0].double(),))
@@ -46,16 +46,16 @@ def exact(model: UNetModel) -> Callable[..., Tensor]:
 
 
 def diffusers_unet(model: UNetModel) -> nn.Module:
-    """`diffusers.UNet2DModel` of the same architecture, with random float32 weights, called in the same way.
+    """`diffusers.UNet2DModel` of the same architecture, with random float32 weights and the same call signature.
 
-    Raises UserError if diffusers is not installed or does not have the architecture.
+    Raises UserError if diffusers is not installed or lacks the architecture.
     """
     if importlib.util.find_spec("diffusers") is None:
         raise UserError("diffusers is not installed (pip install -e .[bench])")
     blocks = [module for module in model.modules() if isinstance(module, AttentionBlock)]
     heads = {block.norm.num_channels // block.num_heads for block in blocks}  # channels per head
     if not (model.resblock_updown and model.use_scale_shift_norm and len(heads) == 1):
-        raise UserError("it needs --resblock_updown, --use_scale_shift_norm and --num_head_channels")
+        raise UserError("diffusers needs --resblock_updown, --use_scale_shift_norm and --num_head_channels")
     from diffusers import UNet2DModel  # optional, and slow to import
 
     attends = [2**level in model.attention_resolutions for level in range(len(model.channel_mult))]
@@ -91,7 +91,7 @@ class PlainNorm(GroupNorm32):
 
 
 class PlainBlock(ResBlock):
-    """`ResBlock` whose operations share no memory."""
+    """`ResBlock` without in-place operations."""
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
@@ -106,38 +106,31 @@ class PlainBlock(ResBlock):
 
 
 class PlainAttention(QKVAttention):
-    """`QKVAttention` that is not fused: it keeps all weights (B, heads, T, T) in memory."""
+    """`QKVAttention` that is not fused: all weights (B, heads, T, T) are in memory."""
 
     def forward(self, qkv: Tensor) -> Tensor:
         order = (self.n_heads, 3, -1) if self.heads_first else (3, self.n_heads, -1)
         q, k, v = qkv.unflatten(1, order).unbind(2 if self.heads_first else 1)  # each (B, heads, C, T)
-        scale = q.shape[2] ** -0.25  # applied to both, so that float16 does not overflow
+        scale = q.shape[2] ** -0.25  # applied to both to avoid float16 overflow
         weights = torch.einsum("bhct,bhcs->bhts", q * scale, k * scale)
         weights = _at_least_float32(weights).softmax(-1).to(q.dtype)
         return torch.einsum("bhts,bhcs->bhct", weights, v).flatten(1, 2)
 
 
-class PlainConv2d(nn.Conv2d):
-    """A convolution. CPUs have no float16 kernel: there, float16 is summed in float32, as on a GPU."""
+def _convolve(self: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
+    """The convolution of torch. CPUs have no float16 kernel, so float16 is summed in float32, as on a GPU."""
+    if x.device.type == "cpu" and x.dtype == torch.float16:
+        return self._conv_forward(x.float(), self.weight.float(), self.bias.float()).half()
+    return self._conv_forward(x, self.weight, self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float16:
-            weight, bias = self.weight.float(), self.bias.float()
-            return F.conv2d(x.float(), weight, bias, self.stride, self.padding).half()
-        return super().forward(x)
+
+class PlainConv2d(nn.Conv2d):
+    """`nn.Conv2d` with float16 on CPUs."""
+
+    forward = _convolve
 
 
 class PlainConv1d(PointwiseConv1d):
-    """A convolution as `nn.Conv1d` computes it; float16 on a CPU as in `PlainConv2d`."""
+    """`nn.Conv1d` with float16 on CPUs."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype == torch.float16:
-            return F.conv1d(x.float(), self.weight.float(), self.bias.float()).half()
-        return nn.Conv1d.forward(self, x)
-
-
-class PlainSiLU(nn.SiLU):
-    """SiLU into a new tensor, whatever `inplace` is."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.silu(x)
+    forward = _convolve

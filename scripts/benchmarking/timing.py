@@ -1,4 +1,4 @@
-"""Timing of calls, of scripts and of the network within them; tables of the results."""
+"""Timing of calls, scripts and the network within them; tables of results."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def seconds_per_call(call: Callable[[], Any], least: float = 0.2) -> float:
-    """Median seconds per call, over at least `least` seconds, after a call to warm up."""
+    """Median seconds per call, over at least `least` seconds, after a warm-up call."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
     with torch.inference_mode():
         return timer.blocked_autorange(min_run_time=least).median
 
 
-def take_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
-    """Seconds per call of each of `calls`, by round; all take their turn in every round."""
+def interleaved_seconds(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key, list[float]]:
+    """Seconds per call of each of `calls`, by round; every round measures all of them."""
     seconds: dict[Key, list[float]] = {key: [] for key in calls}
     for _ in range(rounds):
         for key, call in calls.items():
@@ -45,16 +45,16 @@ def take_turns(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> dict[Key,
 
 def time_and_memory(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
     """Seconds per call, and this process's peak memory in bytes: GPU memory on a GPU, else its RAM (Linux only)."""
-    found = {"seconds": seconds_per_call(call, least=2.0)}
+    result = {"seconds": seconds_per_call(call, least=2.0)}
     if device.type == "cuda":
-        found["memory"] = torch.cuda.max_memory_allocated()
+        result["memory"] = torch.cuda.max_memory_allocated()
     elif (status := Path("/proc/self/status")).exists():
-        found["memory"] = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
-    return found
+        result["memory"] = 1024 * int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1])
+    return result
 
 
 def ratio(slow: list[float], fast: list[float]) -> list[float]:
-    """How many times as long the first took, round by round: [median, minimum, maximum]."""
+    """Speedup of `fast` over `slow`, within rounds: [median, minimum, maximum]."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     return [statistics.median(ratios), min(ratios), max(ratios)]
 
@@ -82,10 +82,10 @@ def _cell(name: str, value: Any) -> str:
 
 
 class Clock:
-    """Measures a function of a script, and the network's share of its time.
+    """Times a function of a script, and the network within it.
 
     Attributes:
-        total: seconds that the last call of the function took.
+        total: seconds of the last call of the function.
         in_network: seconds of these spent in the network.
     """
 
@@ -94,22 +94,19 @@ class Clock:
         self.total = self.in_network = 0.0
 
     def around(self, function: Callable) -> Callable:
-        """A replacement for `function` that measures it. If its first argument is callable, that is the network."""
-        spans: list[tuple] = []
+        """`function`, timed. If its first argument is callable, it is the network."""
 
-        def timed(network: Callable) -> Callable:
-            def call(*args: Any, **kwargs: Any) -> Any:
+        def measured(first: Any, *rest: Any) -> Any:
+            spans: list[tuple] = []
+
+            def network(*args: Any, **kwargs: Any) -> Any:
                 start = self._mark()
-                result = network(*args, **kwargs)
+                result = first(*args, **kwargs)
                 spans.append((start, self._mark()))
                 return result
 
-            return call
-
-        def measured(first: Any, *rest: Any) -> Any:
-            spans.clear()
             start = synchronized_seconds()
-            result = function(timed(first) if callable(first) else first, *rest)
+            result = function(network if callable(first) else first, *rest)
             self.total = synchronized_seconds() - start
             self.in_network = sum(self._between(*span) for span in spans)
             return result
@@ -128,14 +125,8 @@ class Clock:
 
 
 @dataclass
-class Finished:
-    """A process that has ended.
-
-    Attributes:
-        seconds: wall-clock time.
-        memory: peak memory in bytes.
-        record: the run's record.
-    """
+class FinishedRun:
+    """Measurements of a finished process: seconds of wall-clock time, peak memory in bytes, and the run's record."""
 
     seconds: float
     memory: int
@@ -151,10 +142,7 @@ sys.exit(status)
 
 
 def run_script(script: str, flags: Mapping[str, Any], launch: Sequence[str] = ()) -> str:
-    """Run a script of the repository, after the words of a launcher. Returns its standard output.
-
-    Raises UserError, with the end of its error message, if it fails.
-    """
+    """Run a script of the repository with a launcher. Returns its standard output. Raises UserError if it fails."""
     command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:
@@ -163,18 +151,18 @@ def run_script(script: str, flags: Mapping[str, Any], launch: Sequence[str] = ()
     return done.stdout
 
 
-def run_and_measure(script: str, flags: Mapping[str, Any], launch: Sequence[str] = ()) -> Finished:
-    """Run a script that leaves one record in its --output, after the words of a launcher. Raises UserError."""
+def run_and_measure(script: str, flags: Mapping[str, Any], launch: Sequence[str] = ()) -> FinishedRun:
+    """Run a script that writes one record to its --output, with a launcher. Raises UserError if it fails."""
     start = time.perf_counter()
-    # A small process in between: the memory of this one would count for a process that it starts itself.
+    # By a small process in between, because a child's peak memory includes that of the parent at the fork.
     memory = run_script(script, flags, [sys.executable, "-c", _MEASURE, *launch])
     seconds = time.perf_counter() - start
     (record,) = Path(flags["output"]).glob("*_run.json")
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    return Finished(seconds, int(memory) * unit, json.loads(record.read_text())["runs"][-1])
+    return FinishedRun(seconds, int(memory) * unit, json.loads(record.read_text())["runs"][-1])
 
 
 def run_quietly(script: ModuleType, flags: list[str]) -> None:
-    """Run a script in this process, without its messages."""
+    """Run a script in this process and suppress its messages."""
     with contextlib.redirect_stderr(io.StringIO()):
         script.main(flags)

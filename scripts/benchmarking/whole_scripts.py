@@ -1,11 +1,10 @@
-"""The scripts as users run them: how fast they are from images to results."""
+"""The scripts as users run them: speed from images to results."""
 
 from __future__ import annotations
 
 import os
 import statistics
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from guided_diffusion.images.io import read_image
 from guided_diffusion.system.other_scripts import find_mpiexec, load_script, words
 
 import torch
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from .bench import Bench, N
 from .timing import Clock, Row, ratio, run_and_measure, run_quietly
 
-TIMES = [25 * i for i in range(1, 11)]  # of the classifier's time series
+TIMES = [25 * i for i in range(1, 11)]  # k of the classifier's time series
 
 
 def loop(bench: Bench) -> list[Row]:
@@ -49,12 +49,12 @@ def loop(bench: Bench) -> list[Row]:
 
 
 def processes(bench: Bench) -> list[Row]:
-    """the same script in several processes: one per GPU, or two of one thread each, against one; then counted"""
+    """the same script in several processes: one per GPU, or two of one thread each, against one; then counted steps"""
     return several_against_one(bench) + count_shares()
 
 
 def several_against_one(bench: Bench) -> list[Row]:
-    """One process and several, in turns."""
+    """Seconds of one process and of several, in turns."""
     on_gpu = bench.device.type == "cuda"
     count = torch.cuda.device_count() if on_gpu else 2
     mpiexec = find_mpiexec()
@@ -63,30 +63,26 @@ def several_against_one(bench: Bench) -> list[Row]:
     if mpiexec is None:
         return [{"processes": "not measured: mpiexec is not installed (pip install -e .[mpi])"}]
     images = 2 * count * bench.args.batch_size
-    steps = bench.args.steps or (125 if on_gpu else 4)  # enough to hide the first pass, which is slow
+    steps = bench.args.steps or (125 if on_gpu else 4)  # enough to amortize the first pass, which is slow
     flags = sampling_flags(bench, images, "processes")
     flags |= {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": 1, "compile": False}
     seconds: dict[int, list[float]] = {1: [], count: []}
     for turn in range(bench.args.repeats):
-        for number, found in seconds.items():
+        for number, each in seconds.items():
             output = f"{bench.folder}/processes_{number}_{turn}"
             launch = [mpiexec, "--oversubscribe", "-n", str(number)] if number > 1 else []
-            finished = run_and_measure("forward_backward_dataset_sample.py", flags | {"output": output}, launch)
-            found.append(finished.record["seconds"])
-    return [
-        {
-            "processes": number,
-            "images": images,
-            "seconds": statistics.median(found),
-            "images/s": images / statistics.median(found),
-            "times one process": ratio(seconds[1], found),
-        }
-        for number, found in seconds.items()
-    ]
+            run = run_and_measure("forward_backward_dataset_sample.py", flags | {"output": output}, launch)
+            each.append(run.record["seconds"])
+    rows = []
+    for number, each in seconds.items():
+        median = statistics.median(each)
+        row = {"processes": number, "images": images, "seconds": median, "images/s": images / median}
+        rows.append(row | {"times one process": ratio(seconds[1], each)})
+    return rows
 
 
 def count_shares() -> list[Row]:
-    """How much faster several processes are if only the largest share of the steps matters: counted, not timed.
+    """Speedup of several processes if limited by the largest share of the denoising steps: counted, not timed.
 
     For the 10,000 images of the README's command in batches of 32, at k = 125 of 250, and at ten times.
     """
@@ -120,7 +116,7 @@ def startup(bench: Bench) -> list[Row]:
 
 
 def classifier(bench: Bench) -> list[Row]:
-    """convnext_base with random weights, for starting images and their samples at ten times"""
+    """convnext_base with random weights, on starting images and their samples at ten times k"""
     starts = 64 if bench.device.type == "cuda" else 4
     size = bench.args.image_size
     folder, samples = bench.pictures(starts), bench.folder / "samples"
@@ -140,54 +136,40 @@ def classifier(bench: Bench) -> list[Row]:
         for way, use_fp16 in ways.items():
             if use_fp16 is None:
                 start = time.perf_counter()
-                compare_pair_by_pair(one_by_one, pairs, size, flags["batch_size"], bench.device)
+                with torch.inference_mode():
+                    compare_pair_by_pair(one_by_one, pairs, size, flags["batch_size"], bench.device)
                 seconds[way].append(time.perf_counter() - start)
             else:
                 output = f"{bench.folder}/classifier_{turn}_{use_fp16}"
                 chosen = flags | {"output": output, "classifier_use_fp16": use_fp16}
                 run_quietly(script, [*words(chosen), "--time_series", *map(str, TIMES)])
                 seconds[way].append(clock.total)
-    first, *_ = seconds = {way: found[1:] for way, found in seconds.items()}
-    return [
-        {
-            "way": way,
-            "starting images": starts,
-            "times": len(TIMES),
-            "seconds": statistics.median(found),
-            "pairs/s": starts * len(TIMES) / statistics.median(found),
-            "times the first": ratio(seconds[first], found),
-        }
-        for way, found in seconds.items()
-    ]
+    first, *_ = seconds = {way: each[1:] for way, each in seconds.items()}
+    rows = []
+    for way, each in seconds.items():
+        median = statistics.median(each)
+        row = {"way": way, "starting images": starts, "times": len(TIMES), "seconds": median}
+        rows.append(row | {"pairs/s": starts * len(TIMES) / median, "times the first": ratio(seconds[first], each)})
+    return rows
 
 
 def compare_pair_by_pair(classifier, pairs: dict[int, list[tuple[str, str]]], size: int, batch: int, device) -> list:
     """The simplest program: read both images, apply the classifier to both, keep all activations, compare them."""
-    kept, found = {}, []
-
-    def keep(name: str, _module: Any, _args: Any, output: torch.Tensor) -> None:
-        kept[name] = output
-
-    modules = dict(classifier.model.named_modules())
-    hooks = [modules[layer.name].register_forward_hook(partial(keep, layer.name)) for layer in classifier.layers]
-    with torch.inference_mode():
-        for both in pairs.values():
-            for first in range(0, len(both), batch // 2):
-                activations = []
-                for paths in zip(*both[first : first + batch // 2], strict=True):
-                    x = torch.stack([classifier.preprocess(read_image(path, size)) for path in paths])
-                    classifier.model(x.to(device))
-                    activations.append(dict(kept))
-                for name in kept:
-                    a, b = (of[name].flatten(1).float() for of in activations)
-                    cosine = torch.cosine_similarity(a, b)
-                    distance = (a - b).norm(dim=1)
-                    found.append(
-                        (cosine.cpu(), distance.cpu(), (distance / (a.norm(dim=1) * b.norm(dim=1)).sqrt()).cpu())
-                    )
-    for hook in hooks:
-        hook.remove()
-    return found
+    activations = create_feature_extractor(classifier.model, [layer.name for layer in classifier.layers])
+    results = []
+    for both in pairs.values():
+        for first in range(0, len(both), batch // 2):
+            outputs = []
+            for paths in zip(*both[first : first + batch // 2], strict=True):
+                x = torch.stack([classifier.preprocess(read_image(path, size)) for path in paths])
+                outputs.append(activations(x.to(device)))
+            for name in outputs[0]:
+                a, b = (output[name].flatten(1).float() for output in outputs)
+                cosine = torch.cosine_similarity(a, b)
+                distance = (a - b).norm(dim=1)
+                normalized = distance / (a.norm(dim=1) * b.norm(dim=1)).sqrt()
+                results.append([measure.cpu() for measure in (cosine, distance, normalized)])
+    return results
 
 
 def sampling_flags(bench: Bench, images: int, output: str) -> dict[str, Any]:
@@ -198,7 +180,7 @@ def sampling_flags(bench: Bench, images: int, output: str) -> dict[str, Any]:
 
 
 def copy_as_samples(folder: str, output: Path) -> dict[int, list[tuple[str, str]]]:
-    """Copy every picture of a folder as its own "sample" at each time. Returns pairs of paths by time."""
+    """Copy every picture of a folder as its own "sample" at each k. Returns pairs of paths by k."""
     pairs: dict[int, list[tuple[str, str]]] = {}
     for k in TIMES:
         samples = SampleFolder(str(output), k, N, 1000)

@@ -20,7 +20,7 @@ from guided_diffusion.system.other_scripts import environment
 
 import pytest
 import torch
-from benchmarking.other_networks import exact, plain
+from benchmarking.other_networks import float64_network, plain
 from conftest import SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint
 from reference import golden, reference_inputs, reference_model, relative_error
 from torch import nn
@@ -59,7 +59,7 @@ def half(model, channels_last=False):
 def test_the_networks_to_compare_with_are_the_same_network(name):
     model, call, expected = reference(name)
     assert relative_error(call(plain(model)), expected) < 1e-4
-    right = call(exact(model))
+    right = call(float64_network(model))
     assert right.dtype == torch.float32
     assert distance(call(model), right) < 3e-6
     assert relative_error(right, expected) < 1e-4
@@ -70,14 +70,14 @@ def test_the_networks_to_compare_with_are_the_same_network(name):
 @pytest.mark.parametrize("name", UNETS)
 def test_half_precision_is_no_worse_than_a_plain_network_in_it(name, channels_last):
     model, call, _ = reference(name)
-    right = call(exact(model))
+    right = call(float64_network(model))
     assert distance(call(half(model, channels_last)), right) < 1.1 * distance(call(plain(half(model))), right)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_compiled_network_gives_the_reference_numbers(precision):
     model, call, expected = reference("unet_readme_like")
-    right, diffusion = call(exact(model)), create_gaussian_diffusion()
+    right, diffusion = call(float64_network(model)), create_gaussian_diffusion()
     kind = model if precision == "float32" else half(model, channels_last=True)
     batch = len(expected) + 1  # one more than there are images: it is filled up
     compiled = compile_network(kind, diffusion, batch, 32)
@@ -163,5 +163,5 @@ def test_benchmark(tmp_path, capsys):
     with pytest.raises(UserError, match="--parts speed: expected some of network,"):
         script.main([*flags, "--parts", "speed"])
     blocked = str(output / "benchmark.json")  # a file is in the way
-    with pytest.raises(UserError, match=f"--output {re.escape(blocked)} cannot be written: "):
+    with pytest.raises(UserError, match=f"cannot write {re.escape(blocked)}: "):
         script.main([*flags, "--parts", "network", "--output", blocked])

@@ -135,7 +135,7 @@ DEMO_DIGESTS = ["de392867", "590d5861", "cf35d51a", "e97ff18b", "d99a6120", "7c1
 @pytest.mark.parametrize(
     ("numbers", "words"),
     [
-        ({"num_synonyms": 5}, "2 symbols have 2^2 = 4 tuples, too few for 5 each: expected at most 2 synonyms"),
+        ({"num_synonyms": 5}, "2 symbols have 2^2 = 4 tuples, too few for 5 each; expected at most 2"),
         ({"depth": 0}, "expected 1 or more"),
         ({"num_symbols": 4096, "branching": 4}, "expected at most"),
         ({"seed": -1}, "seed -1: expected a whole number from 0"),
@@ -217,7 +217,7 @@ def test_one_generator_one_sample():
 def test_noise_levels_out_of_range_are_refused():
     images = TreeImages(grammar(8, 4, 3, 4), patch_size=2)
     for abar in (1.0, -0.1, float("nan")):
-        with pytest.raises(UserError, match="from 0 on and below 1"):
+        with pytest.raises(UserError, match=r"expected numbers in \[0, 1\)"):
             image_posterior(images, torch.zeros(1, 3, 16, 16), abar)
     with pytest.raises(UserError, match="8x8 patches of 2x2 pixels"):
         image_posterior(images, torch.zeros(1, 3, 32, 32), 0.5)

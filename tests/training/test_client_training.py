@@ -500,8 +500,8 @@ def test_batches_of_any_size(tmp_path):
     loop = loop_of(data=data, microbatch=3)
     loop.run_loop()
     assert loop.step == 4 and len(read_csv(tmp_path)) == 4
-    noise = loop.noise((7, 3, 8, 8), 0)
-    assert torch.equal(noise[:4], loop.noise((4, 3, 8, 8), 0)) and len(noise.flatten(1).unique(dim=0)) == 7
+    noise = loop.draw_noise((7, 3, 8, 8), 0)
+    assert torch.equal(noise[:4], loop.draw_noise((4, 3, 8, 8), 0)) and len(noise.flatten(1).unique(dim=0)) == 7
 
 
 @pytest.mark.parametrize(
@@ -549,7 +549,7 @@ def test_checkpoints_go_where_the_environment_says(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "log").iterdir()] == ["progress.csv"]
 
 
-def test_the_numbers_of_numpy_s_generator_are_the_time_steps():
+def test_the_numbers_of_numpy_s_generator_are_the_timesteps():
     _, diffusion = make_model()
     sampler = create_named_schedule_sampler("uniform", diffusion)
     draws = []

@@ -240,7 +240,7 @@ def test_a_step_is_that_of_a_plain_loop(tmp_path):
         batch, _ = next(data)
         loop.run_step(batch, {})
         loop.step -= 1
-        t, noise = loop.time_steps(3)[0], NoiseStreams(3, [f"row {i}" for i in range(8)], step, "cpu")
+        t, noise = loop.draw_timesteps(3)[0], NoiseStreams(3, [f"row {i}" for i in range(8)], step, "cpu")
         loop.step += 1
         losses = diffusion.training_losses(model, batch, t, noise=noise.randn(batch.shape))
         gradients = torch.autograd.grad(losses["loss"].mean(), weights)
@@ -281,10 +281,10 @@ def test_the_log_has_the_losses_by_quartile(tmp_path):
     meter = LossMeter(torch.device("cpu"))
     meter.add({"loss": torch.tensor([1.0, 2.0, 3.0])}, torch.tensor([0, 24, 99]), 100)
     meter.add({"loss": torch.tensor([6.0, 8.0])}, torch.tensor([25, 99]), 100)
-    meter.add_norms(grad_norm=torch.tensor(2.0))
+    meter.add_number("grad_norm", torch.tensor(2.0))
     overflow = torch.tensor(False)  # of float16: no step was taken, so nothing counts
     meter.add({"loss": torch.tensor([math.nan, 1.0])}, torch.tensor([0, 1]), 100, taken=overflow)
-    meter.add_norms(overflow, grad_norm=torch.tensor(math.inf))
+    meter.add_number("grad_norm", torch.tensor(math.inf), taken=overflow)
     assert meter.means() == {
         "loss": 4.0,
         "loss_q0": 1.5,
@@ -305,7 +305,7 @@ def test_the_schedule_sampler_s_weights_keep_the_loss_unbiased(tmp_path):
     sampler = resample.create_named_schedule_sampler("loss-second-moment", diffusion)
     loop = make_loop(tmp_path, diffusion=diffusion, schedule_sampler=sampler)
     sampler.update_with_all_losses(list(range(100)) * 10, [1.0 + t for t in range(100)] * 10)
-    t, weights = loop.time_steps(0)
+    t, weights = loop.draw_timesteps(0)
     p = sampler.weights() / sampler.weights().sum()
     assert weights.numpy() == pytest.approx(1 / (100 * p[t.numpy()]), rel=1e-5)
     loop.run_step(*next(Images(8)))
@@ -455,7 +455,7 @@ def test_a_run_with_nothing_left_to_do(trained, capfd):
     before = contents(trained)
     for iterations in (3, 4):
         resume(trained, iterations=iterations).run_loop()
-        assert capfd.readouterr().err == "already at step 4: nothing is left to do\n"
+        assert capfd.readouterr().err == "already at step 4: nothing left to do\n"
     assert contents(trained) == before
 
 
@@ -526,7 +526,7 @@ def test_a_checkpoint_is_never_replaced(tmp_path):
     loop.run_step(*next(Images(8)))
     (tmp_path / "model000001.pt").write_bytes(b"of another run")
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=r"model000001\.pt was not there when this run began: another run writes into"):
+    with pytest.raises(UserError, match=r"model000001\.pt was not there .*: another run is writing to"):
         loop.save()
     assert contents(tmp_path) == before
     (tmp_path / "model000001.pt").unlink()
@@ -582,29 +582,29 @@ def test_which_checkpoint_is_started_from(tmp_path, monkeypatch):
     for path in ("ours/model000003.pt", str(ours / "model000003.pt"), "link/model000003.pt"):
         with pytest.raises(UserError, match=r"later checkpoints, up to .*model000004\.pt.*\n.*--output"):
             start_of(path, ours)
-    with pytest.raises(UserError, match=r"4\.pt: .*ours has checkpoints of a run that was not begun with it, up to"):
+    with pytest.raises(UserError, match=r"4\.pt: .*ours has checkpoints of a run that did not start from it, up to"):
         start_of(theirs / "model000004.pt", ours)
-    with pytest.raises(UserError, match="not begun with it"):  # begun from scratch
+    with pytest.raises(UserError, match="did not start from it"):  # begun from scratch
         start_of(newest, theirs)
     for path in ("theirs/model000009.pt", "ours/model000009.pt", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             start_of(path, ours)
 
     resumed = make_loop(ours, iterations=5, **options)
-    assert (resumed.step, resumed.begun_from["path"]) == (4, named)
+    assert (resumed.step, resumed.origin["path"]) == (4, named)
     resumed.run_loop()
     (theirs / "model000002.pt").write_bytes((theirs / "model000004.pt").read_bytes())  # another one of the same name
-    with pytest.raises(UserError, match="not begun with it"):
+    with pytest.raises(UserError, match="did not start from it"):
         start_of(named, ours)
 
 
 def test_the_words_for_a_run_that_was_stopped(trained, tmp_path):
     nothing = f"there is no complete checkpoint in {tmp_path}"
-    assert describe_newest(str(tmp_path)) == f"{nothing} yet. Run the same command again to begin anew"
+    assert describe_newest(str(tmp_path)) == f"{nothing} yet. Rerun the same command to start again"
     (tmp_path / "opt000004.pt").touch()
     assert describe_newest(str(tmp_path)) == nothing
     newest = trained / "model000004.pt"
-    words = f"step 4 is saved in {newest}. Run the same command again"
+    words = f"step 4 is saved in {newest}. Rerun the same command"
     assert describe_newest(str(trained)) == describe_newest(str(trained), "x/model000002.pt") == f"{words} to resume"
     named = str(trained / "model000002.pt")
     assert describe_newest(str(trained), named) == f"{words} without --resume_checkpoint to resume"
@@ -635,7 +635,7 @@ def test_weights_alone_can_be_begun_with(tmp_path, capfd):
     torch.save(tiny_model(learn_sigma=True).state_dict(), tmp_path / "published.pt")
     loop = make_loop(tmp_path / "new", resume_checkpoint=str(tmp_path / "published.pt"))
     assert loop.step == 0 and same(loop.ema_params[0], loop.model.parameters())
-    assert "the optimizer starts anew" in capfd.readouterr().err
+    assert "the optimizer starts afresh" in capfd.readouterr().err
     wrapped = {f"module.{name}": w for name, w in torch.load(tmp_path / "published.pt").items()}
     torch.save({"ema": wrapped, "epoch": 3}, tmp_path / "wrapped.pt")
     again = make_loop(tmp_path / "other", resume_checkpoint=str(tmp_path / "wrapped.pt"))
@@ -676,7 +676,7 @@ def spoil_loss(loop):
 
 
 def spoil_norm(loop):
-    loop.meter.add_norms(grad_norm=torch.tensor(math.inf))
+    loop.meter.add_number("grad_norm", torch.tensor(math.inf))
 
 
 @pytest.mark.parametrize(
@@ -755,7 +755,7 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write fails, as it does on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "opt000001.pt").stat().st_size // 2, hard))
     try:
-        with pytest.raises(UserError, match=r"^cannot write .*opt000002.pt: File too large \(--output\)\..*\n.*same"):
+        with pytest.raises(UserError, match=r"^cannot write .*opt000002.pt: File too large \(--output\)\..*\n.*rerun"):
             loop.run_loop()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

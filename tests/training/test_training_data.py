@@ -90,8 +90,8 @@ def test_stream_is_its_definition(pictures, crop):
     images, labels = take(stream, 8)
     assert images.shape == (32, 3, SIZE, SIZE) and images.dtype == torch.float32 and images.is_contiguous()
     assert labels.dtype == torch.int64
-    assert stream.position == 32 and stream.num_images == 10 and stream.unreadable == {}
-    assert sorted(stream.class_names) == [0, 1]
+    assert stream.position == 32 and stream.unreadable == {}
+    assert sorted(stream.classes.names) == [0, 1]
 
     paths = sorted(pictures.glob("*/*.png"))
     flips = 0
@@ -200,16 +200,16 @@ def test_workers_end_with_the_stream_and_not_by_signals(greys):
 STUCK = """
 import sys, time
 import torch.utils.data
-from guided_diffusion import training_data
+from guided_diffusion.training import data as training_data
 
-read = training_data._Batches.__getitem__
+read = training_data.BatchDataset.__getitem__
 
 def stuck(self, positions):
     if positions.start >= 8:
         time.sleep(1e6)
     return read(self, positions)
 
-training_data._Batches.__getitem__ = stuck
+training_data.BatchDataset.__getitem__ = stuck
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.1  # seconds until torch loses patience with a worker
 stream = training_data.training_stream(data_dir=sys.argv[1], batch_size=4, image_size=8, num_workers=2)
 for _ in range(2):
@@ -315,7 +315,7 @@ def test_the_next_image_takes_the_place_of_one_that_cannot_be_read(greys, capsys
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4 and sorted(lines) == [
         f"warning: image '{folder}/{i:02}.png' cannot be read: it is not one of {', '.join(image_io.FORMATS)}; "
-        "the next one takes its place"
+        "replaced by the next image"
         for i in sorted(bad)
     ]
 
@@ -361,7 +361,7 @@ def test_digest_tells_data_sets_apart(pictures, greys, tmp_path):
     labels.write_text("".join(f"{i} n01440764\n" for i in range(10)))
     paths = sorted(str(path.relative_to(pictures)) for path in pictures.glob("*/*.png"))
     plain = stream_of(pictures)
-    assert plain.digest == hashlib.sha256(json.dumps([paths, None]).encode()).hexdigest() and plain.class_names is None
+    assert plain.digest == hashlib.sha256(json.dumps([paths, None]).encode()).hexdigest() and plain.classes is None
     assert stream_of(f"{pictures}/", batch_size=1, seed=1).digest == plain.digest
     others = [stream_of(pictures, class_cond=True), stream_of(pictures, class_cond=True, labels_file=str(labels))]
     others += [stream_of(greys(2)), stream_of(greys(3))]
@@ -373,7 +373,7 @@ def test_classes_by_a_labels_file(greys, tmp_path):
     stream = stream_of(
         greys(3), batch_size=3, deterministic=True, class_cond=True, labels_file=str(tmp_path / "labels")
     )
-    assert next(stream)[1]["y"].tolist() == [1, 0, 999] and len(stream.class_names) == 3
+    assert next(stream)[1]["y"].tolist() == [1, 0, 999] and len(stream.classes.names) == 3
 
 
 def test_mistakes(greys, tmp_path):
@@ -393,7 +393,7 @@ def test_more_classes_than_a_model_knows(tmp_path):
     with pytest.raises(UserError, match=r"^1001 classes in .* \(--data_dir\); expected at most 1000"):
         stream_of(tmp_path, class_cond=True)
     (tmp_path / "1000_0.png").unlink()
-    assert stream_of(tmp_path, class_cond=True).class_names.keys() == set(range(1000))
+    assert stream_of(tmp_path, class_cond=True).classes.names.keys() == set(range(1000))
 
 
 # The map-style data set

@@ -225,7 +225,7 @@ def test_signals_in_quick_succession_save_a_checkpoint(pictures, tmp_path, start
     (model,) = tmp_path.glob("model*.pt")
     step = int(model.stem.removeprefix("model"))
     name = signums[0].name
-    last = f"stopped by {name}: step {step} is saved in {model}. Run the same command again to resume"
+    last = f"stopped by {name}: step {step} is saved in {model}. Rerun the same command to resume"
     assert said.splitlines()[-1] == last
     assert {f"opt{step:06d}.pt", f"ema_0.9_{step:06d}.pt"} <= names_in(tmp_path)
     assert "training.lock" not in names_in(tmp_path)
@@ -276,7 +276,7 @@ def test_ctrl_c_again_interrupts_a_save_that_takes_long(pictures, tmp_path, star
     process.send_signal(signal.SIGINT)
     said = process.communicate(timeout=60)[1]
     newest = tmp_path / "run/model000002.pt"
-    last = f"stopped by SIGINT: step 2 is saved in {newest}. Run the same command again to resume"
+    last = f"stopped by SIGINT: step 2 is saved in {newest}. Rerun the same command to resume"
     assert process.returncode == 128 + signal.SIGINT and said.splitlines()[-1] == last, said
     assert "Traceback" not in said
     assert not [name for name in names_in(tmp_path / "run") if "000004" in name or name.endswith((".part", ".lock"))]
@@ -455,7 +455,7 @@ def test_a_run_from_a_checkpoint_of_other_classes(pictures, tmp_path, capfd):
         main_of("image_train")(*flags)
     assert not (tmp_path / "second/classes.json").exists()
     assert main_of("image_train")(*flags, "--class_order", "text") == 0
-    assert "cold, warm: they are numbered anew" in capfd.readouterr().err
+    assert "cold, warm: renumbered" in capfd.readouterr().err
     assert classes_in(tmp_path / "second")["classes"] == {"0": "cold", "1": "warm"}
 
 
@@ -533,7 +533,7 @@ def test_an_unreadable_image_is_named_and_the_rest_goes_on(pictures, tmp_path, c
     (tmp_path / "data" / "5.png").write_bytes(b"no image")
     flags = flags_of(tmp_path / "data", tmp_path / "out", iterations=3)
     assert main_of("image_train")(*flags) == 1
-    assert "1 images could not be read, others stood in: 5.png" in capfd.readouterr().err
+    assert "1 images could not be read and were replaced by others: 5.png" in capfd.readouterr().err
     assert (tmp_path / "out/model000003.pt").exists()
 
 
@@ -692,7 +692,7 @@ def test_a_signal_that_finds_one_rank_in_the_loop_and_another_before_it(pictures
         started.append(subprocess.Popen(command, env=environment(**place), stderr=subprocess.PIPE, text=True))
     said = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [143, 143], said
-    nothing = f"there is no complete checkpoint in {tmp_path / 'run'} yet. Run the same command again to begin anew"
+    nothing = f"there is no complete checkpoint in {tmp_path / 'run'} yet. Rerun the same command to start again"
     assert said[0].splitlines()[-1] == f"stopped by SIGTERM: {nothing}" and "Traceback" not in "".join(said)
 
 
