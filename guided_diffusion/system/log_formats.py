@@ -1,6 +1,6 @@
 """Writers of metrics and messages: text, CSV, JSON, TensorBoard.
 
-Existing files are appended to. Text, CSV and JSON files are open only during a write, so they may be renamed at any time.
+Existing files are appended to. Text, CSV and JSON files are open only during a write, so they may be renamed any time.
 """
 
 from __future__ import annotations

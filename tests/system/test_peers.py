@@ -78,7 +78,8 @@ def test_the_first_failure_is_the_one_that_is_told(ranks):
 
 def test_a_rank_that_finished_is_missed_only_by_those_who_wait_for_it(ranks):
     ranks[2].leave()
-    assert "rank 2 on gpu-b ended; see its output" in str(ranks[0].wait_for_lost_peer())  # after a collective of torch failed
+    lost = ranks[0].wait_for_lost_peer()  # after a collective of torch failed
+    assert "rank 2 on gpu-b ended; see its output" in str(lost)
     ranks[0].check()
 
     def gather(peer: Peers) -> str:
