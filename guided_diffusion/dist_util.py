@@ -359,8 +359,8 @@ def load_state_dict(path: str | os.PathLike, **kwargs: Any) -> Any:
     """Load a file of torch.save: a state dict, an optimizer's state, or any tensors and containers.
 
     A local file is read by each rank that calls this. A remote one (gs://, az://, https://, ...) is read by rank 0 and
-    sent to the others, so all ranks must call this. `kwargs` go to torch.load; the defaults are `map_location="cpu"` and
-    `weights_only=True`. Raises UserError if the file is missing or corrupted, or would run code.
+    sent to the others, so all ranks must call this. `kwargs` go to torch.load; by default, `map_location` is
+    the CPU and `weights_only` True. Raises UserError if the file is missing or corrupted, or would run code.
     """
     # Not memory-mapped: the caller may overwrite the file.
     kwargs = {"map_location": "cpu", "weights_only": True, "mmap": False, **kwargs}

@@ -29,14 +29,14 @@ from guided_diffusion.command_line.presets import add_preset
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare
 from guided_diffusion.compute.memory import enough_memory
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.forward_backward import NoiseStreams, from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
 from guided_diffusion.images.classes import add_class_order, read_classes
 from guided_diffusion.images.folder import LabelledImage, check_labels, label_images, list_images
 from guided_diffusion.images.io import read_image
 from guided_diffusion.runs.inputs import Inputs
-from guided_diffusion.runs.records import Record, check_finite, plain_write_errors, report_unreadable, write_result
+from guided_diffusion.runs.records import Record, check_finite, report_unreadable, write_result
 from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
 from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
 from guided_diffusion.script_util import (
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             dist_util.on_main(report, result.path)
             return 0
         batches = image_batches(images, args.batch_size)
-        left = nll.begin(batches)
+        left = nll.remaining_units(batches)
         logger.info(
             f"{len(images)} images from {args.data_dir}: {len(left)} of {len(batches)} batches are to be measured"
         )
@@ -162,7 +162,7 @@ def put_together(nll: ResultRun, result: Result, batches: Sequence[ImageBatch], 
     if not names:
         raise UserError("none of the images could be read: there is nothing to write (--data_dir)")
     nll.write_lists(result)
-    with plain_write_errors():
+    with named_write_errors():
         for name, path in zip(TERMS, result.companions, strict=True):
             with whole_file(path) as f:
                 np.savez(f, sums[name] / len(names))

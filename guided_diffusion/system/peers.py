@@ -1,6 +1,6 @@
 """Messages between ranks through a key-value store, and monitoring of the ranks.
 
-Everything is polled, so that a rank can wait for another one for hours, signals are handled, and dead ranks are noticed.
+Everything is polled, so that a rank can wait for another for hours, signals are handled, and dead ranks are noticed.
 Every rank increments a key of its own, its heartbeat. Rank 0 watches all heartbeats, the others watch rank 0's. When a
 rank exits, all others learn why.
 """

@@ -24,7 +24,7 @@ from ..forward_backward import from_pixels
 from ..images.classes import OtherClasses, read_classes, write_classes
 from ..images.folder import list_images
 from ..images.io import read_image
-from ..runs.locks import Locks, hold
+from ..runs.locks import Locks, locked_by_main
 from ..script_util import diffusion_from_flags
 from ..system.files import remove_file
 from .checkpoints import newest_model
@@ -100,7 +100,7 @@ def training_folder(args: argparse.Namespace, otherwise: str) -> Iterator[Traini
     dist_util.setup_dist(args.device)
     output = logger.choose_dir(args.output, otherwise)
     when_stopped(partial(describe_newest, output, args.resume_checkpoint))
-    with hold({f"{output}/training.lock": f"the training folder {output}"}) as lock:
+    with locked_by_main({f"{output}/training.lock": f"the training folder {output}"}) as lock:
         # The progress bar tells the loss: no lines of metrics among the messages, unless they are asked for.
         formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
         dist_util.on_every_rank(logger.configure, output, formats)
