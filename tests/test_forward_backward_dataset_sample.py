@@ -385,7 +385,7 @@ def test_a_folder_belongs_to_one_experiment(flags, photographs, small_checkpoint
     (output / "t_3_20_run.json").unlink()
     assert_refused(capsys, mine, "t_3_20_run.json is missing")
     (output / "t_3_20_run.json").write_text("{")
-    assert_refused(capsys, mine, "damaged")
+    assert_refused(capsys, mine, "corrupted")
     assert samples(output) == before[0]
 
 
