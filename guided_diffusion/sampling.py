@@ -130,7 +130,7 @@ def write_samples(
         args: flags num_samples, batch_size and output.
         default_output: folder of results if neither --output nor the environment names one.
         settings: what decides the bytes, see `settings.settings_of`.
-        machine: what decides the last digits, see `inference.prepare`.
+        machine: what decides the last digits, see `inference.prepare_network`.
         labels: classes of the samples, (num_samples,).
         class_names: class index -> name, as far as they are known.
 

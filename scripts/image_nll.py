@@ -27,7 +27,7 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.command_line.parser import ArgumentParser, whole_number
 from guided_diffusion.command_line.presets import add_preset
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.forward_backward import NoiseStreams, from_pixels
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     images = dist_util.on_main(find_images, args)
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
-    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, len(images)))
+    machine = prepare_network(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, len(images)))
     settings = settings_of(
         args,
         model_digest=dist_util.on_main(weights_digest, model),

@@ -8,8 +8,8 @@ import itertools
 import os
 
 from guided_diffusion.errors import UserError
+from guided_diffusion.runs import inputs
 from guided_diffusion.runs.inputs import Entry, Inputs, compare_with_record, evenly_spaced, read_entries, write_entries
-from guided_diffusion.runs.resumable import inputs
 
 import pytest
 

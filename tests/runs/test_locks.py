@@ -13,8 +13,8 @@ import time
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
+from guided_diffusion.runs import locks
 from guided_diffusion.runs.locks import Locks
-from guided_diffusion.runs.resumable import locks
 from guided_diffusion.system.other_scripts import environment
 
 import pytest
