@@ -50,14 +50,12 @@ def setup_dist(device: str = "auto") -> None:
     4. One process: mpi4py or its MPI library is missing, or MPI counts one rank.
 
     A rank's GPU index is its local rank; or 0 if every rank sees a different first GPU (as with Slurm's
-    --gpus-per-task). CPU tensors use Gloo, CUDA tensors NCCL.
+    --gpus-per-task). CPU tensors use Gloo, CUDA tensors NCCL. `device` is "cpu", "cuda", or "auto" (a GPU if there is
+    one).
 
     Ranks must meet within 15 minutes (GUIDED_DIFFUSION_MEETING_TIMEOUT, in seconds). Collectives of torch.distributed
     time out after 30 minutes (GUIDED_DIFFUSION_COLLECTIVE_TIMEOUT). `barrier`, `broadcast_object`, `gather_objects` and
     functions built on them wait as long as all ranks are alive. Signals are handled in the meantime.
-
-    Args:
-        device: "cpu", "cuda", or "auto" (the GPU if there is one).
 
     Raises UserError if launchers disagree (every rank would do all of the work), if ranks do not meet, if a node has
     more ranks than GPUs, or if PyTorch cannot use the GPU and `device` is not "cpu".
@@ -184,15 +182,10 @@ def share_of(items: Sequence[Item], rank: int | None = None, processes: int | No
     return items[rank :: processes or get_world_size()]
 
 
-def num_local_ranks() -> int:
-    """Number of processes on this node."""
-    return _world.num_local_ranks
-
-
 def cores_per_rank() -> int:
     """Number of CPU cores per process, after dividing those that several ranks of a node share."""
     if not hasattr(os, "sched_getaffinity"):  # macOS
-        return max(1, (os.cpu_count() or 1) // num_local_ranks())
+        return max(1, (os.cpu_count() or 1) // _world.num_local_ranks)
     mine = (socket.gethostname(), frozenset(os.sched_getaffinity(0)))
     return max(1, len(mine[1]) // gather_objects(mine).count(mine))
 

@@ -112,9 +112,8 @@ def compile_network(
         batch_size: images per batch. A smaller last batch is padded, to avoid recompilation.
         image_size: height and width, in pixels.
 
-    Returns a function with the network's arguments.
-
-    Raises UserError if the network cannot be compiled, or the GPU's memory is too small for the batch.
+    Returns a function with the network's arguments. Raises UserError if the network cannot be compiled, or
+    the GPU's memory is too small for the batch.
     """
     logger.info("compiling the network (--compile): once per run, it takes a minute or more")
     compiled = _compile(model)

@@ -44,9 +44,7 @@ def prepare_network(
         batch_size: images per forward pass, for a warning if they are too many; 0: unknown.
 
     Returns the properties of the machine that affect the last digits: hardware, precision, memory layout, threads and
-    versions, by name.
-
-    Raises UserError if the device has too little memory for the network.
+    versions, by name. Raises UserError if the device has too little memory for the network.
     """
     device = dist_util.dev()
     threads = compute_reproducibly(num_threads)

@@ -21,13 +21,7 @@ FREE_THE_GPU = ", or free the GPU if other processes use it"
 
 @contextmanager
 def enough_memory(images: int, more: str = "", flag: str = "--batch_size") -> Iterator[None]:
-    """Raise UserError if the memory is too small for a batch of images.
-
-    Args:
-        images: number of images.
-        more: another remedy, for the message.
-        flag: flag to lower.
-    """
+    """Raise UserError if the memory is too small for a batch of images; suggest to lower `flag`, and `more`."""
     with _memory_for(f"a batch of {images} images: lower {flag}{more}", FREE_THE_GPU):
         yield
 
@@ -59,10 +53,9 @@ def to_device(model: nn.Module, batch_size: int = 0, microbatch: int = -1) -> nn
         batch_size: images per batch, for a warning if they are too many; 0: unknown.
         microbatch: images per forward pass (--microbatch); -1: all.
     """
-    if 0 < microbatch < batch_size:
-        warn_of_large_tensors(model, microbatch, "--microbatch")
-    elif batch_size:
-        warn_of_large_tensors(model, batch_size, "--batch_size")
+    images, flag = (microbatch, "--microbatch") if 0 < microbatch < batch_size else (batch_size, "--batch_size")
+    if images:
+        warn_of_large_tensors(model, images, flag)
     with enough_memory_for_network(sum(w.nbytes for w in [*model.parameters(), *model.buffers()])):
         return model.to(dist_util.dev())
 
@@ -94,10 +87,7 @@ def _is_of_gpu(error: BaseException) -> bool:
 def warn_of_large_tensors(model: nn.Module, batch_size: int, flag: str) -> None:
     """Warn if a U-Net or noisy-image classifier has tensors of more than `LARGEST` elements.
 
-    Args:
-        model: network; others than these are ignored.
-        batch_size: images per forward pass.
-        flag: flag that sets their number.
+    `batch_size` is the number of images per forward pass, `flag` the flag that sets it.
     """
     if not isinstance(model, UNetModel | EncoderUNetModel):
         return

@@ -235,13 +235,13 @@ def compare_with_list(
     owner: str,
     path: str,
 ) -> None:
-    """Compare files with those that an output was computed from. All arguments are by kind of file.
+    """Compare files with those that an output was computed from.
 
     Args:
-        groups: inputs, to which the known entries are added.
-        paths: paths of the files.
-        known: recorded entries; None if an earlier version, which recorded none, made the output. Then the current
-            files are assumed to be the same, with a warning, and listed.
+        groups: inputs by kind, to which the known entries are added.
+        paths: paths of the files, by kind.
+        known: recorded entries, by kind; None if an earlier version, which recorded none, made the output. Then the
+            current files are assumed to be the same, with a warning, and listed.
         owner: the output, for messages.
         path: path of the list.
 

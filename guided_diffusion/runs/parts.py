@@ -86,13 +86,7 @@ class Parts:
         return {int(name[:-4]) for name in walk(self.folder) if re.fullmatch(r"\d+\.npz", name)}
 
     def write(self, index: int, notes: Mapping[str, Any] | None = None, **arrays: np.ndarray) -> None:
-        """Write part number `index` atomically. Raises UserError.
-
-        Args:
-            index: number of the part.
-            notes: JSON values, returned by `notes`.
-            arrays: arrays, returned by `read`.
-        """
+        """Write part number `index` atomically, with `notes` as JSON. Raises UserError."""
         if notes is not None:
             arrays[NOTES] = np.array(json.dumps(notes))
         with named_write_errors(), whole_file(self._path(index)) as f:

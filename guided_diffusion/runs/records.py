@@ -29,14 +29,9 @@ def now() -> str:
 
 
 def read_record(path: str, entries: Mapping[str, type], owner: str) -> Record | None:
-    """Read a record; None if there is none. Its settings get short keys.
+    """The record of the output `owner` at `path`, with short keys of settings; None if there is none.
 
-    Args:
-        path: JSON file.
-        entries: names and types of required entries.
-        owner: output that the record belongs to, for the message.
-
-    Raises UserError if the record is corrupted.
+    `entries` are the names and types of required entries. Raises UserError if the record is corrupted.
     """
     try:
         record = read_json(path)
@@ -97,12 +92,9 @@ def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
 
 
 def report_unreadable(unreadable: Mapping[str, str], consequence: str, chosen: int | None = None) -> int:
-    """Log the images that could not be read. Returns the exit status.
+    """Log the images that could not be read (path -> why), and return the exit status.
 
-    Args:
-        unreadable: path of each image, and why it could not be read.
-        consequence: what the results lack, for the message.
-        chosen: total number of images.
+    `consequence` completes the message; `chosen` is the total number of images.
     """
     for why in unreadable.values():
         logger.warn(why)

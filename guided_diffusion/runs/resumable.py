@@ -1,10 +1,9 @@
 """Resumable runs: locks, settings, this process's share of the work, and the record.
 
-A run computes units of work, which are batches of fixed composition. The output of a unit is written immediately, so a
-stopped run loses at most one unit per process, and rerunning the same command resumes it. Files appear atomically.
-
-In the forward-backward experiment, these files are the samples, see `sample_folders`. Other results (NAME.npz) are
-combined from parts, a file per unit in NAME_parts, once all parts exist.
+A run computes units of work, which are batches of fixed composition, and writes the output of each immediately. So a
+stopped run loses at most one unit per process, and rerunning the same command resumes it. In the forward-backward
+experiment, the output is samples, see `sample_folders`. Other results (NAME.npz) are combined from parts, a file per
+unit in NAME_parts, once all parts exist.
 """
 
 from __future__ import annotations
@@ -272,13 +271,11 @@ class ResultRun(Run):
         return unfinished
 
     def remaining_units(self, units: Sequence[U], **settings: Any) -> list[U]:
-        """Open the folder of parts, and find the units that remain to be done. All ranks must call this.
+        """This shard's units whose parts are missing or lack unreadable files. All ranks must call this.
 
         Args:
             units: all units of the unfinished results, in order.
             settings: settings of the parts, besides those of the run.
-
-        Returns this shard's units whose parts are missing, or lack files that were unreadable.
 
         Raises UserError if existing parts have other settings, or were computed from other files.
         """
@@ -306,14 +303,12 @@ class ResultRun(Run):
         write_list(inputs_of(result.path), self.inputs, result.files)
 
     def finish(self, num_units: int, write_results: Callable[[Record], int]) -> int:
-        """Write the results if all parts exist. All ranks must call this.
+        """Write the results if all parts exist, and return the exit status. All ranks must call this.
 
         Args:
             num_units: number of parts.
-            write_results: combines the parts, given `facts()`; called on rank 0. Returns the exit status. Parts are
-                kept for the next run if it is not 0.
-
-        Returns the exit status.
+            write_results: combines the parts on rank 0, given `facts()`, and returns the exit status; if it is not 0,
+                the parts are kept for the next run.
         """
         dist_util.barrier()
         return dist_util.on_main(self._finish, num_units, write_results, self.facts())

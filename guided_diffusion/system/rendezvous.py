@@ -219,29 +219,22 @@ def _find_rank_0(world: World, place: Place, deadline: float, seconds: float) ->
     done = threading.Event()
     problems: dict[str, str] = {}
 
-    def search(hosts: Sequence[str]) -> None:
-        pause = 0.1
-        while not done.is_set():
+    def search(hosts: Sequence[str], pause: float) -> None:
+        while not done.wait(pause):
             for host in hosts:
                 for port in place.ports:
                     try:
-                        return answers.put(_ask(host, port, place))
+                        answers.put(_ask(host, port, place))
+                        return
                     except OSError as error:
                         problems[host] = error.strerror or str(error) or type(error).__name__
-            done.wait(pause)
-            pause = min(2 * pause, 2)
-        return None
+            pause = min(2 * pause + 0.1, 2)
 
     threads = 64  # at most; few jobs have more hosts
     groups = [place.hosts[:1], *(place.hosts[1 + i :: threads] for i in range(min(threads, len(place.hosts) - 1)))]
+    for number, hosts in enumerate(groups):
+        threading.Thread(target=search, args=(hosts, HEAD_START if number else 0), daemon=True).start()
     try:
-        for number, hosts in enumerate(groups):
-            threading.Thread(target=search, args=(hosts,), daemon=True).start()
-            if number == 0:
-                try:
-                    return answers.get(timeout=min(HEAD_START, max(0, deadline - time.monotonic())))
-                except queue.Empty:
-                    continue
         return answers.get(timeout=max(0, deadline - time.monotonic()))
     except queue.Empty:
         target = "torchrun's store" if place.has_store else "rank 0"
