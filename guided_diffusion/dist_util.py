@@ -380,7 +380,7 @@ def load_weights(
 ) -> dict[str, torch.Tensor]:
     """Load a network's state dict on the CPU. All ranks must call this.
 
-    A local file is memory-mapped by each rank (if it is in torch.save's zip format), so a node holds it once. A remote
+    A local file is memory-mapped by each rank (if it is in torch.save's zip format), so a node stores it once. A remote
     one (gs://, az://, https://, ...) is read by rank 0 and sent to the others. Only tensors and plain containers are
     unpickled.
 

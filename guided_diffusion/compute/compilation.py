@@ -50,9 +50,9 @@ def should_compile(
     if required is None:
         logger.warn(f"{problem}.\nThis run continues uncompiled, which is slower (--compile auto)")
         return False
-    remedy = "Install what is missing, or use --compile False"
+    remedy = "Fix this, or use --compile False"
     if recorded:
-        remedy = "The run on record was compiled: install what is missing, or choose another --output"
+        remedy = "The run on record was compiled: fix this, or choose another --output"
     dist_util.raise_together(UserError(f"{problem}.\n{remedy}"))
 
 

@@ -75,7 +75,7 @@ def _available_memory(error: BaseException) -> str:
     with contextlib.suppress(Exception):  # a GPU that has failed may not answer
         sizes = (*reversed(torch.cuda.mem_get_info(dist_util.dev())), torch.cuda.memory_reserved(dist_util.dev()))
         total, free, mine = (f"{size / 2**30:.1f} GiB" for size in sizes)
-        return f"the GPU's memory ({total}, of which {free} are free and {mine} belong to this process)"
+        return f"the GPU's memory ({total}: {free} free, {mine} used by this process)"
     return "the GPU's memory"
 
 

@@ -72,7 +72,7 @@ def finished_record(result: str, settings: Mapping[str, Any], shard: Shard = WHO
 
 
 def write_result(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Write a result and its record, which says "finished" only once both are complete. Raises UserError."""
+    """Write a result and its record, which is marked as finished only once both are complete. Raises UserError."""
     with named_write_errors():
         write_json(record_of(path), {**record, "finished": False})
         with whole_file(path) as f:
@@ -80,13 +80,13 @@ def write_result(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[st
         write_json(record_of(path), record)
 
 
-def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
-    """Raise ResultError if an array contains NaN or infinity; `what` describes the arrays in the message."""
+def check_finite(arrays: Mapping[str, np.ndarray], owner: str) -> None:
+    """Raise ResultError if an array contains NaN or infinity; `owner` is the output, for the message."""
     for name, values in arrays.items():
         values = np.asarray(values)
         if values.dtype.kind in "fc" and not np.isfinite(values).all():
             raise ResultError(
-                f"{name} of {what} is NaN or infinite: nothing is recorded.\n"
+                f"{name} of {owner} is NaN or infinite: nothing is recorded.\n"
                 "The weights may be corrupted, or too large for half precision"
             )
 

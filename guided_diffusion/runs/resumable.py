@@ -74,7 +74,7 @@ class Pictures(NamedTuple):
 
     Attributes:
         values: return values of the readers. Unreadable files are replaced by a blank, so that the others keep their
-            places in the batch, and hence their bytes.
+            places in the batch, and so their bytes.
         readable: bool (n,).
         unreadable: by kind, path -> why.
     """
@@ -275,7 +275,7 @@ class ResultRun(Run):
 
         Args:
             units: all units of the unfinished results, in order.
-            settings: settings of the parts, besides those of the run.
+            settings: settings of the parts that are not settings of the run.
 
         Raises UserError if existing parts have other settings, or were computed from other files.
         """

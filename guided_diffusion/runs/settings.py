@@ -69,7 +69,7 @@ def settings_of(args: argparse.Namespace, without: Iterable[str] = (), **others:
 
     Args:
         args: all flags of the script.
-        without: more flags without effect, besides `WITHOUT_EFFECT`.
+        without: flags without effect, in addition to `WITHOUT_EFFECT`.
         others: settings that are not flags, by the keys of `WORDS`.
     """
     left_out = {*WITHOUT_EFFECT, *FILE_FLAGS, *without}

@@ -132,7 +132,7 @@ def remove_scratch(folder: str) -> None:
 
 
 def remove_scratch_of(path: str) -> None:
-    """Remove what killed processes left of one local file. Scratch files of its neighbours may be in use."""
+    """Remove unfinished copies of one local file. Scratch files of its neighbours may be in use."""
     folder, name = os.path.split(path)
     if not is_remote(path) and os.path.isdir(folder or "."):
         for other in os.listdir(folder or "."):

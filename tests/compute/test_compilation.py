@@ -57,7 +57,7 @@ def test_without_a_compiler_true_ends_before_a_folder_is_touched(flags, tmp_path
     assert done.returncode == 2 and "Traceback" not in done.stderr
     message = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert message[0].startswith("error: the network cannot be compiled: ") and "compiler" in message[0]
-    assert message[1:] == ["Install what is missing, or use --compile False"]
+    assert message[1:] == ["Fix this, or use --compile False"]
     assert not (tmp_path / "out").exists()
 
 

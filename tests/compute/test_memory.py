@@ -42,7 +42,7 @@ def test_what_libraries_say_of_a_gpu_s_memory_is_recognised(error, monkeypatch):
         raise error
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * 2**30)
-    message = r"\(80.0 GiB, of which 1.0 GiB are free and 9.0 GiB belong to this process\) is too small for a batch"
+    message = r"\(80.0 GiB: 1.0 GiB free, 9.0 GiB used by this process\) is too small for a batch"
     with pytest.raises(UserError, match=message), enough_memory(7):
         raise error
 
