@@ -80,13 +80,13 @@ def write_result(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[st
         write_json(record_of(path), record)
 
 
-def check_finite(arrays: Mapping[str, np.ndarray], owner: str) -> None:
-    """Raise ResultError if an array contains NaN or infinity; `owner` is the output, for the message."""
+def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
+    """Raise ResultError if an array contains NaN or infinity; `source` is their origin, for the message."""
     for name, values in arrays.items():
         values = np.asarray(values)
         if values.dtype.kind in "fc" and not np.isfinite(values).all():
             raise ResultError(
-                f"{name} of {owner} is NaN or infinite: nothing is recorded.\n"
+                f"{name} of {source} is NaN or infinite: nothing is recorded.\n"
                 "The weights may be corrupted, or too large for half precision"
             )
 
