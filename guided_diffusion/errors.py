@@ -39,8 +39,8 @@ def named_write_errors(path: str = "") -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write {path or error.filename or 'the output'}: {error.strerror or error}.\n"
-            "Choose another --output, or fix this and rerun the same command to resume"
+            f"cannot write {path or error.filename or 'the output'}: {error.strerror or error}. Choose another "
+            "--output,\nor fix this and rerun the same command to resume"
         ) from error
 
 

@@ -101,7 +101,7 @@ def test_an_even_spread(count):
 
 def test_a_file_that_changes_while_it_is_in_use(data):
     found = known(data)
-    with pytest.raises(UserError, match=r"c0/2.png has changed since this run, .*\(--data_dir\)"):
+    with pytest.raises(UserError, match=r"c0/2.png has changed since this run .*\(--data_dir\)"):
         found.digest_check("c0/2.png")(io.BytesIO(b"x" * 100))
     found = Inputs(str(data), "--data_dir")
     found.compare(paths_of(data), "out")
