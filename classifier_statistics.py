@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if not statistics.unfinished:
             logger.info(f"{path} is there already, made with the same settings: nothing to do")
             return 0
-        left = statistics.begin(range(shard.count)) if shard.count > 1 else [0]  # shards whose part is to be made
+        left = statistics.remaining_units(range(shard.count)) if shard.count > 1 else [0]  # remaining shards
         logger.info(f"{len(images)} images from {args.data_dir}, {len(classifier.layers)} layers of {classifier.name}")
         statistics.log_machine(f"; the result will be {path}")
         if left:

@@ -46,21 +46,14 @@ from guided_diffusion.command_line.parser import ArgumentParser, Flattened, time
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.compute.transfer import upload
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
 from guided_diffusion.images.classes import add_class_order, read_classes
 from guided_diffusion.images.folder import LabelledImage
 from guided_diffusion.images.io import Check, read_image
 from guided_diffusion.runs.inputs import Inputs
 from guided_diffusion.runs.parts import recorded_settings
-from guided_diffusion.runs.records import (
-    Record,
-    plain_write_errors,
-    read_record,
-    record_of,
-    report_unreadable,
-    write_result,
-)
+from guided_diffusion.runs.records import Record, read_record, record_of, report_unreadable, write_result
 from guided_diffusion.runs.resumable import Pictures, Result, ResultRun
 from guided_diffusion.runs.settings import digest_of
 from guided_diffusion.runs.shards import add_shard_flags, cut, shard_of
@@ -126,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         comparison.unfinished = [results[k] for k in to_do]
         starts_per_batch = max(1, args.batch_size // (1 + len(to_do)))
         batches = pair_batches(starts, [of_samples[k] for k in to_do], starts_per_batch)
-        left = comparison.begin(
+        left = comparison.remaining_units(
             batches,
             times=to_do,
             starts_per_batch=starts_per_batch,
@@ -314,7 +307,7 @@ def write_time(
     names = np.array([image.path for image in images])
     layers = np.array([layer.name for layer in classifier.layers])
     comparison.write_lists(result)
-    with plain_write_errors(), whole_file(result.companions[0]) as f:
+    with named_write_errors(), whole_file(result.companions[0]) as f:
         logits = {name: arrays[name] for name in ("logits_start", "logits_sample")}
         np.savez(f, names=names, labels=labels_of(images), **logits)
     write_result(result.path, {"names": names, "layers": layers, **{s: arrays[s] for s in SIMILARITIES}}, record)

@@ -22,8 +22,8 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.command_line.parser import ArgumentParser, Flattened, time_list, whole_number
 from guided_diffusion.command_line.presets import add_preset
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.compilation import compile_network, decide
-from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.compilation import compile_network, should_compile
+from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.compute.transfer import upload
 from guided_diffusion.errors import UserError
@@ -87,11 +87,11 @@ def main(argv: list[str] | None = None) -> int:
     dist_util.on_main(check_names, images, folders)
 
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
-    compiled = decide(
+    compiled = should_compile(
         args.compile, len(images), args.batch_size, times, dist_util.on_main(recorded_compilation, folders.values())
     )
     batch_size = min(args.batch_size, len(images))
-    machine = prepare(model, args.use_fp16, args.num_threads, compiled, batch_size)
+    machine = prepare_network(model, args.use_fp16, args.num_threads, compiled, batch_size)
     settings = settings_of(
         args,
         without=("step_reverse", "num_classes", "num_per_class", "num_samples", "compile"),

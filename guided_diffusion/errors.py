@@ -1,4 +1,4 @@
-"""Exceptions that the scripts answer with a line instead of a traceback."""
+"""Errors that scripts report in a line or two instead of a traceback."""
 
 import re
 import sys
@@ -7,57 +7,55 @@ from contextlib import contextmanager
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a flag, a path, a checkpoint, a data set.
+    """Bad input: a flag, a path, a checkpoint, a data set.
 
-    Its message is one or two lines that say what was found, what was expected and which flag to change. The scripts
-    print it without a traceback and end with its status.
+    The message takes one or two lines: what was found, what was expected, and which flag to change.
     """
 
     status = 2  # exit status of a script
 
 
 class ResultError(UserError):
-    """A result that must not be reported or recorded: a number that is not finite, or files that have disappeared.
-
-    The scripts print it as they do a UserError, and end with status 1.
-    """
+    """A result that must not be recorded: a number is not finite, or files have disappeared."""
 
     status = 1
 
 
 class LostPeer(RuntimeError):
-    """Another process of the run is gone, so that this one cannot complete its work. The message says which."""
+    """Another process of the run is gone; the message names it."""
 
-    status = 3  # exit status of a script
+    status = 3
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its kind where it has none, for use in another message."""
+    """First line of an exception's message, or the exception's type if there is no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 @contextmanager
-def named_write_errors(path: str) -> Iterator[None]:
-    """Within the block, an OSError is a UserError: `path`, in the output folder, cannot be written."""
+def named_write_errors(path: str = "") -> Iterator[None]:
+    """Turn an OSError in the block into a UserError that names the file: `path`, or the one in the exception."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}. Choose another --output") from error
+        raise UserError(
+            f"cannot write {path or error.filename or 'the output'}: {error.strerror or error}. Choose another "
+            "--output,\nor fix this and rerun the same command to resume"
+        ) from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that a GPU's memory, or this machine's, did not suffice.
+    """Whether the GPU or the machine ran out of memory.
 
-    PyTorch raises OutOfMemoryError for its own tensors only. The libraries and the driver, which need memory too, raise
-    a RuntimeError.
+    PyTorch raises OutOfMemoryError only for its own tensors. Libraries and the driver raise a RuntimeError.
     """
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = r"out of memory|_ALLOC(ATION)?_FAILED|can(no|')t allocate memory|not enough memory|bad_alloc"
-    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+    pattern = r"out of memory|_ALLOC(ATION)?_FAILED|can(no|')t allocate memory|not enough memory|bad_alloc"
+    return isinstance(error, RuntimeError) and re.search(pattern, str(error), re.IGNORECASE) is not None
 
 
-def say(words: str) -> None:
-    """Print words to stderr, on a line of their own even if a progress bar is there."""
-    sys.stderr.write(f"\n{words}\n" if sys.stderr.isatty() else f"{words}\n")
+def print_to_stderr(text: str) -> None:
+    """Print text on a line of its own, even next to a progress bar."""
+    sys.stderr.write(f"\n{text}\n" if sys.stderr.isatty() else f"{text}\n")
     sys.stderr.flush()

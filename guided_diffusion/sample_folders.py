@@ -293,7 +293,7 @@ def _look(
     locks: Locks,
 ) -> _State:
     """Look at a folder. Raises UserError if it contains something else than samples of these settings."""
-    others = locks.others()
+    others = locks.other_shards()
     if not others:
         for path in (folder.path, folder.inputs_parts):
             remove_scratch(path)
@@ -308,7 +308,7 @@ def _look(
             f"{folder.path} contains files, but {folder.record} is missing: their settings are not known.\n"
             "Choose another --output, or move the folder away"
         )
-    if record is None or (not files and differences(record["settings"], settings) and not locks.rivals()):
+    if record is None or (not files and differences(record["settings"], settings) and not locks.conflicting_shards()):
         return _State(None, files, {})
     if changes := differences(record["settings"], settings):
         raise UserError(

@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 from . import dist_util, logger
 from .compute.memory import enough_memory
+from .errors import named_write_errors
 from .forward_backward import NoiseStreams, noise_seed, to_pixels
 from .gaussian_diffusion import GaussianDiffusion, Guide, Model
 from .runs.pipeline import encode
-from .runs.records import Record, plain_write_errors, record_of
+from .runs.records import Record, record_of
 from .runs.resumable import Result, ResultRun
 from .runs.shards import cut
 from .script_util import NUM_CLASSES
@@ -129,7 +130,7 @@ def write_samples(
         args: flags num_samples, batch_size and output.
         default_output: folder of results if neither --output nor the environment names one.
         settings: what decides the bytes, see `settings.settings_of`.
-        machine: what decides the last digits, see `inference.prepare`.
+        machine: what decides the last digits, see `inference.prepare_network`.
         labels: classes of the samples, (num_samples,).
         class_names: class index -> name, as far as they are known.
 
@@ -145,7 +146,7 @@ def write_samples(
             return
         numbers = cut(range(args.num_samples), args.batch_size)
         batches = [Numbers(index, samples) for index, samples in enumerate(numbers)]
-        left = run.begin(batches)
+        left = run.remaining_units(batches)
         to_make = sum(len(batch.samples) for batch in left)
         logger.info(
             f"{args.num_samples} samples for {result.path}: {to_make} to make, {args.num_samples - to_make} are there"
@@ -175,7 +176,7 @@ def _put_together(
     while len(first) < min(GRID, shape[0]):
         first += list(next(pixels))
     record["last_run"] = {"samples_made": record.pop("samples_made"), **facts}
-    with plain_write_errors():
+    with named_write_errors():
         picture = encode(image_grid(np.stack(first[:GRID])), "png", 0)
         write_whole(result.path.removesuffix(".npz") + ".png", picture)
         write_json(record_of(result.path), record)

@@ -34,7 +34,7 @@ from guided_diffusion.command_line.stopping import run
 
 # isort: split
 from guided_diffusion import dist_util, logger
-from guided_diffusion.compute.inference import compute_reproducibly, surroundings
+from guided_diffusion.compute.inference import compute_reproducibly, describe_machine
 from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.script_util import add_flags, bool_or_auto
 from guided_diffusion.system.files import write_json
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.contender:
         sys.stdout.write(json.dumps(measure_contender(args, device, threads)))
         return 0
-    circumstances = {"threads": threads, **surroundings(device)}
+    circumstances = {"threads": threads, **describe_machine(device)}
     report: dict[str, Any] = {"circumstances": circumstances, "arguments": vars(args)}
     write_report(report, args.output)  # reports a wrong --output before measuring
     with tempfile.TemporaryDirectory() as folder:

@@ -22,7 +22,7 @@ from guided_diffusion.checkpoints import load_model, load_noisy_classifier
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.presets import add_preset
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.images.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     settings |= sampled_classes_setting(classes)
     batch_size = min(args.batch_size, args.num_samples)
-    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=batch_size)
-    of_classifier = prepare(classifier, args.classifier_use_fp16, args.num_threads, batch_size=batch_size)
+    machine = prepare_network(model, args.use_fp16, args.num_threads, batch_size=batch_size)
+    of_classifier = prepare_network(classifier, args.classifier_use_fp16, args.num_threads, batch_size=batch_size)
     machine["classifier's precision"] = of_classifier["precision"]
     classifier.requires_grad_(False)  # the gradient in x alone is wanted: less has to be kept for it
     cond_fn = class_gradient(classifier, args.classifier_scale)

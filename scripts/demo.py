@@ -55,7 +55,7 @@ from guided_diffusion.respace import SpacedDiffusion
 from guided_diffusion.runs.pipeline import encode
 from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.system.files import write_whole
-from guided_diffusion.system.other_scripts import REPOSITORY, find_mpiexec, load_script, words
+from guided_diffusion.system.other_scripts import REPOSITORY, as_flags, find_mpiexec, load_script
 from random_hierarchy_model import ExactDenoiser, TreeImages
 from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
@@ -150,7 +150,7 @@ def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, l
         ("scripts/plot_figures.py", {**drawing, **both, **steps}, []),
     ):
         logger.info(f"\n{script}")
-        run_script(script, [*words(flags), *more], launch if script != "scripts/plot_figures.py" else [])
+        run_script(script, [*as_flags(flags), *more], launch if script != "scripts/plot_figures.py" else [])
 
 
 def launcher(processes: int) -> list[str]:

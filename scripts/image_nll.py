@@ -27,16 +27,16 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.command_line.parser import ArgumentParser, whole_number
 from guided_diffusion.command_line.presets import add_preset
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.compute.memory import enough_memory
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.forward_backward import NoiseStreams, from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
 from guided_diffusion.images.classes import add_class_order, read_classes
 from guided_diffusion.images.folder import LabelledImage, check_labels, label_images, list_images
 from guided_diffusion.images.io import read_image
 from guided_diffusion.runs.inputs import Inputs
-from guided_diffusion.runs.records import Record, check_finite, plain_write_errors, report_unreadable, write_result
+from guided_diffusion.runs.records import Record, check_finite, report_unreadable, write_result
 from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
 from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
 from guided_diffusion.script_util import (
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
     images = dist_util.on_main(find_images, args)
     model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
-    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, len(images)))
+    machine = prepare_network(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, len(images)))
     settings = settings_of(
         args,
         model_digest=dist_util.on_main(weights_digest, model),
@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             dist_util.on_main(report, result.path)
             return 0
         batches = image_batches(images, args.batch_size)
-        left = nll.begin(batches)
+        left = nll.remaining_units(batches)
         logger.info(
             f"{len(images)} images from {args.data_dir}: {len(left)} of {len(batches)} batches are to be measured"
         )
@@ -162,7 +162,7 @@ def put_together(nll: ResultRun, result: Result, batches: Sequence[ImageBatch], 
     if not names:
         raise UserError("none of the images could be read: there is nothing to write (--data_dir)")
     nll.write_lists(result)
-    with plain_write_errors():
+    with named_write_errors():
         for name, path in zip(TERMS, result.companions, strict=True):
             with whole_file(path) as f:
                 np.savez(f, sums[name] / len(names))

@@ -21,7 +21,7 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.presets import add_preset
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.images.classes import add_classes, classes_to_sample, sampled_classes_setting
 from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import denoise, draw_classes, write_samples
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = settings_of(args, model_digest=dist_util.on_main(weights_digest, model)) | sampled_classes_setting(
         classes
     )
-    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
+    machine = prepare_network(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     labels = draw_classes(args.seed, args.num_samples, classes) if args.class_cond else None
 
     def make(indices: range, bar: tqdm) -> torch.Tensor:

@@ -383,10 +383,10 @@ def draw_gallery(
     rows = []
     for row, name in enumerate(names):
         samples = [
-            np.asarray(open_image(of_time[row], inputs.note(of_time[row].removeprefix(f"{data_dir}/"))))
+            np.asarray(open_image(of_time[row], inputs.digest_check(of_time[row].removeprefix(f"{data_dir}/"))))
             for of_time, (_, inputs) in zip(paths, known, strict=True)
         ]
-        start = read_image(f"{starting_data_dir}/{name}", len(samples[0]), known[0][0].note(name))
+        start = read_image(f"{starting_data_dir}/{name}", len(samples[0]), known[0][0].digest_check(name))
         rows.append({"row": row, "name": name, "k": "", "N": "", "k/N": "", "path": f"{starting_data_dir}/{name}"})
         of_times = zip(series, paths, strict=True)
         rows += [{"row": row, "name": name, **time_columns(r), "path": p[row]} for r, p in of_times]

@@ -24,7 +24,7 @@ from guided_diffusion.checkpoints import load_upsampler
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.presets import add_preset
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.errors import UserError, first_line
 from guided_diffusion.forward_backward import from_pixels
 from guided_diffusion.images.classes import Classes, read_classes
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         model_digest=dist_util.on_main(weights_digest, model),
         base_samples_digest=dist_util.on_main(file_digest, args.base_samples),
     )
-    machine = prepare(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
+    machine = prepare_network(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, args.num_samples))
     if args.num_samples > len(small):
         logger.info(
             f"{len(small)} images in {args.base_samples} for {args.num_samples} samples (--num_samples): "

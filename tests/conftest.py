@@ -12,8 +12,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from guided_diffusion.script_util import model_defaults, model_from_flags
 from guided_diffusion.system.other_scripts import REPOSITORY, environment
+from guided_diffusion.system.other_scripts import as_flags as as_flags
 from guided_diffusion.system.other_scripts import load_script as load_script
-from guided_diffusion.system.other_scripts import words as as_flags  # noqa: F401
 
 import pytest
 import torch

@@ -31,7 +31,7 @@ def tell(folder):
     initialized = torch.distributed.is_initialized()
     return {
         "torch": (torch.distributed.get_rank(), torch.distributed.get_world_size()) if initialized else None,
-        "place": (rank, dist_util.get_world_size(), dist_util.get_local_rank(), dist_util.num_local_ranks()),
+        "place": (rank, dist_util.get_world_size(), dist_util._world.local_rank, dist_util._world.num_local_ranks),
         "is_main": dist_util.is_main(),
         "device": str(dist_util.dev()),
         "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),

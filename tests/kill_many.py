@@ -34,7 +34,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from guided_diffusion.system.other_scripts import REPOSITORY, environment, find_mpiexec, words
+from guided_diffusion.system.other_scripts import REPOSITORY, as_flags, environment, find_mpiexec
 
 import numpy as np
 import torch
@@ -111,7 +111,7 @@ class Training:
         """Start or resume a run. Returns the launcher's process and the file with what it says."""
         self.starts += 1
         said = self.folder / f"said-{self.starts:03d}.txt"
-        flags = words({**FLAGS, "data_dir": self.data, "output": output, "iterations": iterations})
+        flags = as_flags({**FLAGS, "data_dir": self.data, "output": output, "iterations": iterations})
         variables = {TOKEN: self.token, "OMP_NUM_THREADS": "1"}
         if self.launcher == "srun":
             # As a job of its own, for scancel; the name is that of the token.

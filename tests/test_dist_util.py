@@ -177,7 +177,7 @@ def test_srun_does_without_mpi(tmp_path):
 def test_a_rank_that_does_not_come_is_missed(tmp_path):
     (first,) = srun(1, [*PYTHON, "tell", tmp_path], SLURM_STEP_NUM_TASKS="2", GUIDED_DIFFUSION_MEETING_TIMEOUT="3")
     stderr = finish(first, 2)
-    assert "rank(s) 1 of 2 did not come within 3 s (srun; rank 0 is on" in stderr
+    assert "rank(s) 1 of 2 did not arrive within 3 s (srun; rank 0 is on" in stderr
     assert len(stderr.splitlines()) == 1
 
 
@@ -186,8 +186,8 @@ def test_mpiexec_of_another_mpi(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "2")
     with pytest.raises(UserError) as caught:
         launchers.find_world()
-    assert "says 2 ranks (PMI_SIZE=2), mpi4py's MPI says 1: the launcher belongs to another" in str(caught.value)
-    where = r"the one that mpi4py loads, .+( in /.+)?, or torchrun --nproc_per_node 2$"
+    assert "started 2 ranks (PMI_SIZE=2), but mpi4py's MPI counts 1: the launcher belongs" in str(caught.value)
+    where = r"the mpiexec of mpi4py's library \(.+\), or torchrun --nproc_per_node 2$"
     assert re.search(where, str(caught.value)), caught.value
 
 
@@ -242,8 +242,8 @@ def test_mpiexec_without_mpi4py(monkeypatch):
 def test_mpiexec_and_torchrun_disagree(tmp_path):
     """As under `mpiexec -n 2 torchrun ...`: one of the two torchruns, which would each start a run of their own."""
     stderr = finish(start([*TORCHRUN, "1", *PYTHON, "tell", tmp_path], OMPI_COMM_WORLD_SIZE="2"), "bad")
-    assert "two launchers disagree: torchrun's environment says 1 rank(s) in all (GROUP_WORLD_SIZE=1)" in stderr
-    assert "another launcher's says 2 (OMPI_COMM_WORLD_SIZE=2)" in stderr
+    assert "two launchers disagree: torchrun's environment has 1 rank(s) in total (GROUP_WORLD_SIZE=1)" in stderr
+    assert "another launcher's has 2 (OMPI_COMM_WORLD_SIZE=2)" in stderr
 
 
 TORCHRUN_2 = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
@@ -274,11 +274,11 @@ def test_place(monkeypatch, environment, place):
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        ({**TORCHRUN_2, "PMI_SIZE": "3"}, r"torchrun's environment says 2 rank.*says 3 \(PMI_SIZE=3\)"),
+        ({**TORCHRUN_2, "PMI_SIZE": "3"}, r"torchrun's environment has 2 rank.*has 3 \(PMI_SIZE=3\)"),
         ({**TORCHRUN_2, **STEP_2, "GROUP_WORLD_SIZE": "1"}, "disagree.*SLURM_STEP_NUM_TASKS=2"),
         ({"WORLD_SIZE": "4", "RANK": "1"}, "WORLD_SIZE is 4.* LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
-        ({**STEP_2, "PMI_SIZE": "4"}, r"says 4 ranks \(PMI_SIZE=4\)"),  # a mpiexec within a step
-        ({"PMIX_RANK": "1"}, r"says 2 ranks \(PMIX_RANK=1\), mpi4py's MPI says 1"),
+        ({**STEP_2, "PMI_SIZE": "4"}, r"started 4 ranks \(PMI_SIZE=4\)"),  # a mpiexec within a step
+        ({"PMIX_RANK": "1"}, r"started 2 ranks \(PMIX_RANK=1\), but mpi4py's MPI counts 1"),
         ({**STEP_2, "OMPI_COMM_WORLD_SIZE": "two"}, "OMPI_COMM_WORLD_SIZE should be a whole number, but is 'two'"),
         ({"SLURM_STEP_ID": "0"}, "SLURM_NTASKS should be a whole number, but is None"),
     ],
@@ -308,7 +308,7 @@ def test_hosts_of_a_slurm_node_list(nodes, hosts):
 
 
 def test_node_list_that_is_cut_off():
-    with pytest.raises(UserError, match=r"brackets that do not match: gpu\[1-"):
+    with pytest.raises(UserError, match=r"unbalanced brackets: gpu\[1-"):
         launchers.expand_node_list("x,gpu[1-")
 
 
@@ -541,8 +541,8 @@ def start_working(ranks, task, folder, **environment):
 
 def ended(rank):
     return (
-        f"error: rank {rank} on {socket.gethostname()} ended or cannot be reached; see its output. "
-        "Start the same command again to resume\n"
+        f"error: rank {rank} on {socket.gethostname()} died or cannot be reached; see its output. "
+        "Rerun the same command to resume\n"
     )
 
 
@@ -582,7 +582,7 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path):
 
 def test_a_rank_tells_the_others_why_it_ends(tmp_path):
     first, second = srun(2, [*PYTHON, "fail_alone", tmp_path])
-    assert f"rank 1 on {socket.gethostname()} ended: RuntimeError: a bug; see its output" in finish(first, 3)
+    assert f"rank 1 on {socket.gethostname()} failed: RuntimeError: a bug; see its output" in finish(first, 3)
     assert "Traceback" in finish(second, 1)  # the bug's
 
 

@@ -385,7 +385,7 @@ def test_a_folder_belongs_to_one_experiment(flags, photographs, small_checkpoint
     (output / "t_3_20_run.json").unlink()
     assert_refused(capsys, mine, "t_3_20_run.json is missing")
     (output / "t_3_20_run.json").write_text("{")
-    assert_refused(capsys, mine, "damaged")
+    assert_refused(capsys, mine, "corrupted")
     assert samples(output) == before[0]
 
 
@@ -549,13 +549,13 @@ def test_a_compiled_network_gives_the_same_to_rounding(flags, reference_run, tmp
 
 
 def test_whether_to_compile(capsys, flags):
-    assert not compilation.decide("auto", 10**6, 1, [250])  # on a CPU
+    assert not compilation.should_compile("auto", 10**6, 1, [250])  # on a CPU
     assert_refused(capsys, [*flags, "--compile", "maybe"], "--compile", "expected True, False or auto, not 'maybe'")
 
 
 def test_the_published_run_is_compiled_on_a_gpu_and_a_try_is_not(monkeypatch):
     monkeypatch.setattr(compilation.dist_util, "dev", lambda: torch.device("cuda"))
-    monkeypatch.setattr(compilation, "why_not", lambda: "")  # there is none to try it on
-    assert compilation.decide("auto", 10_000, 32, [125])
-    assert not compilation.decide("auto", 1000, 32, [250])
-    assert not compilation.decide(False, 10_000, 32, [125])
+    monkeypatch.setattr(compilation, "compilation_problem", lambda: "")  # there is none to try it on
+    assert compilation.should_compile("auto", 10_000, 32, [125])
+    assert not compilation.should_compile("auto", 1000, 32, [250])
+    assert not compilation.should_compile(False, 10_000, 32, [125])

@@ -122,7 +122,7 @@ def test_nothing_to_write_needs_no_folder(tmp_path, monkeypatch):
     logger.info("hello")
     assert logger.getkvs() == logger.dumpkvs() == {} and list(tmp_path.iterdir()) == []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
-    with pytest.raises(UserError, match=r"no temporary folder for the log: No such file or directory\. Set"):
+    with pytest.raises(UserError, match=r"cannot create a temporary log folder: No such file or directory\. Set"):
         logger.configure()
 
 
@@ -243,7 +243,7 @@ def test_set_aside_files(tmp_path, monkeypatch):
 
 def test_mistakes(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"log folder .*file/sub cannot be made: Not a directory"):
+    with pytest.raises(UserError, match=r"cannot create the log folder .*file/sub: Not a directory"):
         logger.configure(dir=tmp_path / "file" / "sub")
     with pytest.raises(UserError, match="unknown log format xml: expected some of stdout, log, csv, json, tensorboard"):
         logger.configure(format_strs=["csv", "xml"])

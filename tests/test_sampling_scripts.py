@@ -219,7 +219,7 @@ def test_begun_with_other_settings(monkeypatch, tmp_path):
 
     use(monkeypatch, "load_model", model)
     flags = ["--image_size", 4, "--timestep_respacing", 2, "--num_samples", 3, "--batch_size", 2, "--output", tmp_path]
-    with pytest.raises(UserError, match="does not hold 1 images at once: lower --batch_size"):
+    with pytest.raises(UserError, match="is too small for a batch of 1 images: lower --batch_size"):
         run_main("image_sample", *flags)
     assert names(tmp_path) == ["samples_3x4x4x3_parts"]
     with pytest.raises(UserError, match="--batch_size was 2 and is now 1"):

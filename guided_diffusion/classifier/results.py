@@ -16,7 +16,7 @@ import torchvision
 
 from .. import dist_util, logger
 from ..command_line.parser import whole_number
-from ..compute.inference import compute_reproducibly, keep_memory, shared_half_precision, surroundings
+from ..compute.inference import compute_reproducibly, describe_machine, keep_freed_memory, shared_half_precision
 from ..compute.memory import to_device
 from ..errors import ResultError, UserError, first_line
 from ..images.classes import Classes, number_classes
@@ -220,7 +220,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
 
     device = dist_util.dev()
     threads = compute_reproducibly(args.num_threads)
-    keep_memory()
+    keep_freed_memory()
     to_device(classifier.model)
     dtype = shared_half_precision(device) if args.classifier_use_fp16 else torch.float32
     precision = str(dtype).removeprefix("torch.")
@@ -229,7 +229,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
             f"--classifier_use_fp16 True: there is no fast float16 here, the classifier computes in {precision}"
         )
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    machine = {"precision": precision, "threads": threads, **surroundings(device)}
+    machine = {"precision": precision, "threads": threads, **describe_machine(device)}
     return classifier, autocast, {**machine, "torchvision": torchvision.__version__}
 
 

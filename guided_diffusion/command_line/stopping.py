@@ -125,19 +125,19 @@ def run(main: Callable[[], int | None]) -> None:
         status, reason = 128 + stopped.signum, stopped
         words = f"stopped by {signal.Signals(stopped.signum).name}: {_state_of_the_output()}"
     except Exception as error:
-        lost = dist_util.explain(error)
+        lost = dist_util.lost_peer_behind(error)
         if lost is not None:
             status, words, reason = lost.status, f"error: {lost}", lost
         elif is_out_of_memory(error):
             status, words, reason = 2, f"error: {not_enough_memory(error)}", error
         else:
-            dist_util.leave_alone(error)
+            dist_util.leave_after_bug(error)
             raise
     _handle_stop_signals(leave)
     if reason is None:
         sys.exit(status)
     sys.stdout.flush()
-    dist_util.end(reason, words)
+    dist_util.report_and_leave(reason, words)
     os._exit(status)
 
 

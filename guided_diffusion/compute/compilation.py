@@ -1,4 +1,4 @@
-"""A network compiled by torch.compile: normalisation, activation and modulation in one kernel, where it pays."""
+"""torch.compile for networks: fuses normalisation, activation and modulation into one kernel."""
 
 from __future__ import annotations
 
@@ -17,65 +17,53 @@ from ..gaussian_diffusion import GaussianDiffusion
 from ..unet import UNetModel
 from .memory import enough_memory
 
-# Denoising steps of a whole run, of all its processes, below which nobody shall wait for a compiler.
+# Number of denoising steps of a run, over all processes, from which compilation pays.
 MANY_STEPS = 10_000
 
 
-def decide(
+def should_compile(
     choice: bool | str, num_images: int, batch_size: int, times: Sequence[int], recorded: bool | None = None
 ) -> bool:
-    """Whether a run compiles its network: one answer for all ranks, all of which must call this.
+    """Whether a run compiles its network, the same on all ranks. All ranks must call this.
 
     Args:
-        choice: the flag --compile, True, False or "auto".
-        num_images: images of the whole run, at each time.
-        batch_size: images that are denoised together.
-        times: the numbers of steps to take back.
-        recorded: what the run on record did; None if this run is new.
+        choice: --compile: True, False or "auto".
+        num_images: images of the run, at each time.
+        batch_size: images per batch.
+        times: numbers of steps to take back.
+        recorded: whether the run on record was compiled; None for a new run.
 
-    "auto" does as the run on record did: a compiled network rounds differently. A new run is compiled on a GPU if it
-    has many steps, all of its processes together, and if every rank can compile; if not, there is a warning. Call this
-    before a folder of results is touched: whether every rank can compile is tried here.
+    "auto" follows the record, since a compiled network rounds differently. It compiles a new run on a GPU if there are
+    many steps and every rank can compile; if one cannot, it warns. Call this before touching the output folder.
 
-    Raises UserError if the network has to be compiled, by the flag or the record, and a rank cannot.
+    Raises UserError if the flag or the record requires compilation and a rank cannot compile.
     """
     steps = -(-num_images // batch_size) * sum(times)
-    must = recorded if choice == "auto" else choice
-
-    def wanted() -> bool:
-        return _on_gpu() and steps >= MANY_STEPS if must is None else must
-
-    if not dist_util.on_main(wanted):
+    required = recorded if choice == "auto" else choice
+    if not dist_util.on_main(lambda: _on_gpu() and steps >= MANY_STEPS if required is None else required):
         return False
-    problems = dist_util.gather_objects(why_not())
+    problems = dist_util.gather_objects(compilation_problem())
     rank = next((rank for rank, problem in enumerate(problems) if problem), None)
     if rank is None:
         return True
     problem = f"the network cannot be compiled{f' on rank {rank}' if len(problems) > 1 else ''}: {problems[rank]}"
-    if must is None:
+    if required is None:
         logger.warn(f"{problem}.\nThis run continues uncompiled, which is slower (--compile auto)")
         return False
-
-    def stop() -> None:
-        if recorded:
-            raise UserError(
-                f"{problem}.\nThe run on record was compiled and can only be resumed compiled: install what is "
-                "missing, or choose another --output"
-            )
-        raise UserError(f"{problem}.\nInstall what is missing, or use --compile False")
-
-    return dist_util.on_main(stop)
+    remedy = "Fix this, or use --compile False"
+    if recorded:
+        remedy = "The run on record was compiled: fix this, or choose another --output"
+    dist_util.raise_together(UserError(f"{problem}.\n{remedy}"))
 
 
 def _on_gpu() -> bool:
     return dist_util.dev().type == "cuda"
 
 
-def why_not() -> str:
-    """Why this process cannot compile for its device; empty if it can.
+def compilation_problem() -> str:
+    """Why this process cannot compile for its device; "" if it can.
 
-    It compiles a tiny function, which takes seconds. Kernels that earlier runs left are not used: they would hide
-    that the compiler is gone.
+    Compiles a tiny function, which takes seconds, without cached kernels, which would hide a missing compiler.
     """
 
     def tiny(x: Tensor) -> Tensor:
@@ -84,27 +72,24 @@ def why_not() -> str:
     try:
         from torch._inductor.utils import fresh_inductor_cache  # private, but in all versions from 2.6 on
 
-        if where := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
-            os.makedirs(where, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(dir=where, ignore_cleanup_errors=True)
+        if cache := os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+            os.makedirs(cache, exist_ok=True)
+        temporary = tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True)
         with temporary as folder, fresh_inductor_cache(dir=folder, delete=False):
-            try:
-                _compiled(tiny)(torch.ones(8, 64, device=dist_util.dev())).sum().item()
-            except Exception as error:  # a compiler fails in many ways
-                return _reason(error)
-    except Exception as error:  # even its import does, if the folder of its cache cannot be written
-        return _reason(error)
+            _compile(tiny)(torch.ones(8, 64, device=dist_util.dev())).sum().item()
+    except Exception as error:  # compilers fail in many ways; so does the import if its cache cannot be written
+        return _failure_line(error)
     return ""
 
 
-def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    # The choice of kernels by measured speed may fall otherwise tomorrow, and with it the order of a sum.
+def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    # Autotuning may choose other kernels in the next run, which sum in another order.
     fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=fixed)
 
 
-def _reason(error: Exception) -> str:
-    """The line of a compiler's message that says what failed."""
+def _failure_line(error: Exception) -> str:
+    """The line of a compiler's message that names the failure."""
     header = os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # where Triton looks for it
     if failed := re.search(r"Command '\['([^']+)'.* returned non-zero exit status", str(error)):
         missing = f"{header} is missing (Debian's package python3-dev has it)"
@@ -112,49 +97,47 @@ def _reason(error: Exception) -> str:
     errors = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception): ", line)]
     if errors:
         return errors[-1][:300]
-    # In PyTorch 2.6 the message of a missing compiler (InvalidCxxCompiler: ...) follows this first line.
+    # In PyTorch 2.6, the message for a missing compiler (InvalidCxxCompiler: ...) follows this first line.
     return first_line(RuntimeError(re.sub(r"\Abackend='\w+' raised:\s*", "", str(error)) or type(error).__name__))
 
 
 def compile_network(
     model: UNetModel, diffusion: GaussianDiffusion, batch_size: int, image_size: int
 ) -> Callable[..., Tensor]:
-    """Compile a network, which takes a minute or more, and show it one batch.
+    """Compile a network by running one batch, which takes a minute or more.
 
     Args:
-        model: the network, prepared by `inference.prepare`.
-        diffusion: decides the times that the network is told.
-        batch_size: of every batch but the last, which is filled up, so that nothing is compiled for it again.
+        model: network, after `inference.prepare_network`.
+        diffusion: diffusion process, which scales the timesteps.
+        batch_size: images per batch. A smaller last batch is padded, to avoid recompilation.
         image_size: height and width, in pixels.
 
-    Returns:
-        what is called as the network is.
-
-    Raises UserError where it cannot be compiled, or the GPU's memory does not hold the batch.
+    Returns a function with the network's arguments. Raises UserError if the network cannot be compiled, or
+    the GPU's memory is too small for the batch.
     """
     logger.info("compiling the network (--compile): once per run, it takes a minute or more")
-    compiled = _compiled(model)
+    compiled = _compile(model)
 
     def call(x: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
-        filled = {name: _filled(values, batch_size) for name, values in conditions.items()}
-        return compiled(_filled(x, batch_size), _filled(timesteps, batch_size), **filled)[: len(x)]
+        padded = {name: _padded(values, batch_size) for name, values in conditions.items()}
+        return compiled(_padded(x, batch_size), _padded(timesteps, batch_size), **padded)[: len(x)]
 
     device = dist_util.dev()
-    first = torch.zeros(batch_size, dtype=torch.long, device=device)
-    labels = {} if model.num_classes is None else {"y": first}
+    zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
+    labels = {} if model.num_classes is None else {"y": zeros}
     try:
         with torch.no_grad(), enough_memory(batch_size):
             x = torch.zeros(batch_size, 3, image_size, image_size, device=device)
-            call(x, diffusion.scale_timesteps(first), **labels)
+            call(x, diffusion.scale_timesteps(zeros), **labels)
     except UserError:
         raise
-    except Exception as error:  # a compiler fails in many ways
+    except Exception as error:  # compilers fail in many ways
         raise UserError(
-            f"the network cannot be compiled: {_reason(error)}.\nUse --compile False and another --output"
+            f"the network cannot be compiled: {_failure_line(error)}.\nUse --compile False and another --output"
         ) from error
     return call
 
 
-def _filled(x: Tensor, length: int) -> Tensor:
-    """x (B, ...), contiguous, its last row repeated until there are `length`."""
+def _padded(x: Tensor, length: int) -> Tensor:
+    """x (B, ...) as a contiguous (length, ...), padded with its last row."""
     return torch.cat([x, x[-1:].expand(length - len(x), *x.shape[1:])]) if len(x) < length else x.contiguous()

@@ -1,4 +1,4 @@
-"""Getting a trained network ready to be used."""
+"""Preparing a trained network for reproducible inference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..fp16_util import half_precision_dtype
 from ..unet import EncoderUNetModel, UNetModel
 from .memory import to_device
 
-# Variables of the environment by which NVIDIA's libraries and PyTorch compute differently.
+# Environment variables that change the arithmetic of NVIDIA's libraries and PyTorch.
 DECISIVE_VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
     "NVIDIA_TF32_OVERRIDE",
@@ -27,60 +27,58 @@ DECISIVE_VARIABLES = (
 )
 
 
-def prepare(
+def prepare_network(
     model: UNetModel | EncoderUNetModel,
     use_fp16: bool,
     num_threads: int = 0,
     compiled: bool = False,
     batch_size: int = 0,
 ) -> dict[str, Any]:
-    """Move a network to this rank's device, in the precision asked for, so that it gives the same bytes every time.
+    """Move a network to this rank's device, in eval mode and the chosen precision, with deterministic kernels.
 
     Args:
-        model: the network, in float32.
+        model: network in float32.
         use_fp16: compute its torso in half precision.
-        num_threads: CPU threads of this process; 0: the cores, divided among the processes.
-        compiled: the network will be compiled, see `compilation`.
-        batch_size: images per forward pass, for a warning if they are too many; 0: not known.
+        num_threads: CPU threads of this process; 0: its share of the cores.
+        compiled: whether the network will be compiled, see `compilation`.
+        batch_size: images per forward pass, for a warning if they are too many; 0: unknown.
 
-    Returns:
-        What decides the last digits: hardware, precision, layout in memory, threads and versions, by name.
-
-    Raises UserError if the device has not enough memory for the network.
+    Returns the properties of the machine that affect the last digits: hardware, precision, memory layout, threads and
+    versions, by name. Raises UserError if the device has too little memory for the network.
     """
     device = dist_util.dev()
     threads = compute_reproducibly(num_threads)
-    keep_memory()
+    keep_freed_memory()
     to_device(model, batch_size).eval()
     dtype = shared_half_precision(device) if use_fp16 else torch.float32
     if dtype == torch.float32:
         model.convert_to_fp32()
     else:
         model.convert_to_fp16(dtype)
-    # Convolutions in half precision are faster with the channels last, where there are channels enough. But only some
-    # normalisations are: on a GPU the compiled one. In float32 on a CPU, the exact one would turn the layout back.
+    # Half-precision convolutions with enough channels are faster in channels-last layout. But on a GPU, only the
+    # compiled normalisation is; and in float32 on a CPU, the exact normalisation would convert the layout back.
     half_on_cpu = device.type == "cpu" and dtype != torch.float32
     channels_last = getattr(model, "model_channels", 0) >= 64 and (half_on_cpu or (compiled and device.type == "cuda"))
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     precision = str(dtype).removeprefix("torch.")
     if use_fp16 and dtype != torch.float16:
-        logger.info(f"--use_fp16 True: there is no fast float16 here, the U-Net computes in {precision}")
+        logger.info(f"--use_fp16 True: float16 is not fast here, so the U-Net computes in {precision}")
     layout = "channels last" if channels_last else "channels first"
-    return {"precision": precision, "layout": layout, "threads": threads, **surroundings(device)}
+    return {"precision": precision, "layout": layout, "threads": threads, **describe_machine(device)}
 
 
 def shared_half_precision(device: torch.device) -> torch.dtype:
-    """The `half_precision_dtype` that all processes have, float32 if they differ. All ranks must call this."""
-    found = set(dist_util.gather_objects(half_precision_dtype(device)))
-    return found.pop() if len(found) == 1 else torch.float32
+    """The processes' common `half_precision_dtype`; float32 if they differ. All ranks must call this."""
+    dtypes = set(dist_util.gather_objects(half_precision_dtype(device)))
+    return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
 
 def compute_reproducibly(num_threads: int = 0) -> int:
-    """Have this process compute the same bytes every time, with so many CPU threads; 0: its share of the cores.
+    """Make this process compute the same bytes in every run; 0 threads means its share of the cores.
 
-    Returns the number of threads.
+    Returns the number of CPU threads.
     """
-    torch.backends.cudnn.benchmark = False  # no choice of algorithm by measured speed
+    torch.backends.cudnn.benchmark = False  # no autotuning
     torch.backends.cudnn.deterministic = True
     compute_exactly()
     threads = num_threads or dist_util.cores_per_rank()
@@ -89,24 +87,23 @@ def compute_reproducibly(num_threads: int = 0) -> int:
 
 
 def compute_exactly() -> None:
-    """Have GPUs multiply float32 in float32, not in TF32, and add up products of half precision in float32."""
+    """Disable TF32, and accumulate products of half precision in float32."""
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
 
 
-def keep_memory() -> None:
-    """Have the C library keep the memory of tensors that are gone, for the next ones.
+def keep_freed_memory() -> None:
+    """Make glibc keep freed memory for the next tensors. Other C libraries are left alone.
 
-    By default it hands large pieces back to the system, which clears them each time they are asked for again: a fifth
-    of a forward pass on a CPU. Where the library is another than glibc, nothing happens.
+    By default, large blocks return to the system, which clears them before reuse: a fifth of a forward pass on a CPU.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
-    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    trim_threshold, mmap_max = -1, -4  # from malloc.h
     mallopt(trim_threshold, -1)
     mallopt(mmap_max, 0)
 
@@ -115,28 +112,28 @@ def keep_memory() -> None:
 
 
 @cache
-def surroundings(device: torch.device) -> dict[str, str]:
-    """What decides the last digits besides the settings: hardware and environment of all processes, and versions.
+def describe_machine(device: torch.device) -> dict[str, str]:
+    """Hardware, environment variables and versions that affect the last digits, over all processes, by name.
 
-    All ranks must call this. If processes differ, there is a warning.
+    All ranks must call this. Warns if processes differ.
     """
     variables = " ".join(f"{name}={os.environ[name]}" for name in DECISIVE_VARIABLES if name in os.environ)
     ranks = dist_util.gather_objects((hardware(device), variables))
-    of_all = {}
-    for name, found in zip(("hardware", "environment"), zip(*ranks, strict=True), strict=True):
-        counts = Counter(found)
-        of_all[name] = found[0]
+    shared = {}
+    for name, values in zip(("hardware", "environment"), zip(*ranks, strict=True), strict=True):
+        counts = Counter(values)
+        shared[name] = values[0]
         if len(counts) > 1:
-            of_all[name] = ", ".join(f"{count} x {what or 'nothing set'}" for what, count in sorted(counts.items()))
+            shared[name] = ", ".join(f"{count} x {value or 'nothing set'}" for value, count in sorted(counts.items()))
             logger.warn(
-                f"the {name} is not the same for all processes ({of_all[name]}): which process computes an image "
-                "decides its last digits"
+                f"the {name} differs between processes ({shared[name]}): the last digits of an image depend on the "
+                "process that computes it"
             )
-    return {**of_all, **versions(device)}
+    return {**shared, **versions(device)}
 
 
 def versions(device: torch.device | None = None) -> dict[str, str]:
-    """Versions of Python and of what else decides the bytes that are computed on a device; None: this rank's."""
+    """Versions of Python and of the libraries that compute on a device; None: this rank's."""
     device = device or dist_util.dev()
     packages = {"torch": torch.__version__, "numpy": np.__version__, "pillow": PIL.__version__}
     if device.type == "cuda":
@@ -145,7 +142,7 @@ def versions(device: torch.device | None = None) -> dict[str, str]:
 
 
 def hardware(device: torch.device) -> str:
-    """The GPU's name, or the CPU's kind of instructions."""
+    """Name of the GPU, or instruction set of the CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}"

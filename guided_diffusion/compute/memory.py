@@ -1,4 +1,4 @@
-"""Memory: what to say where it is short, and tensors that are too large for some kernels."""
+"""Messages for insufficient memory, and warnings of tensors that are too large for some kernels."""
 
 from __future__ import annotations
 
@@ -15,94 +15,84 @@ from .. import dist_util, logger
 from ..errors import UserError, first_line, is_out_of_memory
 from ..unet import EncoderUNetModel, UNetModel
 
-LARGEST = 2**31 - 1  # elements of a tensor that kernels with 32-bit indices can address
+LARGEST = 2**31 - 1  # number of elements that 32-bit indices can address
+FREE_THE_GPU = ", or free the GPU if other processes use it"
 
 
 @contextmanager
 def enough_memory(images: int, more: str = "", flag: str = "--batch_size") -> Iterator[None]:
-    """Raise UserError if the memory does not suffice for so many images at once.
-
-    Args:
-        images: how many.
-        more: what else to do then.
-        flag: the flag to lower.
-    """
-    try:
+    """Raise UserError if the memory is too small for a batch of images; suggest to lower `flag`, and `more`."""
+    with _memory_for(f"a batch of {images} images: lower {flag}{more}", FREE_THE_GPU):
         yield
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        free = ", or free the GPU if other processes use it" if _of_gpu(error) else ""
-        raise UserError(f"{_memory(error)} does not hold {images} images at once: lower {flag}{more}{free}") from error
 
 
 @contextmanager
 def enough_memory_for_network(size: int = 0) -> Iterator[None]:
-    """Raise UserError if the memory does not suffice for a network of `size` bytes; 0: not known."""
+    """Raise UserError if the memory is too small for a network of `size` bytes; 0: unknown."""
+    size_text = f" ({size / 2**30:.2f} GiB)" if size else ""
+    with _memory_for(f"the network{size_text}", ".\nFree the GPU if other processes use it, or use another one"):
+        yield
+
+
+@contextmanager
+def _memory_for(purpose: str, gpu_remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        needed = f", {size / 2**30:.2f} GiB" if size else ""
-        free = ".\nFree the GPU if other processes use it, or use another one" if _of_gpu(error) else ""
-        raise UserError(f"{_memory(error)} does not hold the network{needed}{free}") from error
+        remedy = gpu_remedy if _is_of_gpu(error) else ""
+        raise UserError(f"{_available_memory(error)} is too small for {purpose}{remedy}") from error
 
 
 def to_device(model: nn.Module, batch_size: int = 0, microbatch: int = -1) -> nn.Module:
     """Move a network to this rank's device. Raises UserError if there is not enough memory.
 
     Args:
-        model: the network.
-        batch_size: the images that it will be called with, for a warning if they are too many; 0: not known.
-        microbatch: the flag --microbatch, if there is one: as many images at a time; -1: all.
+        model: network.
+        batch_size: images per batch, for a warning if they are too many; 0: unknown.
+        microbatch: images per forward pass (--microbatch); -1: all.
     """
-    if 0 < microbatch < batch_size:
-        warn_of_large_tensors(model, microbatch, "--microbatch")
-    elif batch_size:
-        warn_of_large_tensors(model, batch_size, "--batch_size")
+    images, flag = (microbatch, "--microbatch") if 0 < microbatch < batch_size else (batch_size, "--batch_size")
+    if images:
+        warn_of_large_tensors(model, images, flag)
     with enough_memory_for_network(sum(w.nbytes for w in [*model.parameters(), *model.buffers()])):
         return model.to(dist_util.dev())
 
 
 def not_enough_memory(error: BaseException) -> str:
-    """What to say of an error that `is_out_of_memory` if nothing is known of where it came from."""
-    free = ", or free the GPU if other processes use it" if _of_gpu(error) else ""
+    """Message for an error that `is_out_of_memory`, from an unknown place."""
     return (
-        f"{_memory(error)} does not suffice: {first_line(error)}.\n"
-        f"Lower --batch_size (in training --microbatch, which changes no result){free}"
+        f"{_available_memory(error)} is too small: {first_line(error)}.\nLower --batch_size (in training --microbatch, "
+        f"which does not change results){FREE_THE_GPU if _is_of_gpu(error) else ''}"
     )
 
 
-def _memory(error: BaseException) -> str:
-    """Which memory is short, and how much of it there is."""
-    if not _of_gpu(error):
+def _available_memory(error: BaseException) -> str:
+    """Which memory is too small, and its size."""
+    if not _is_of_gpu(error):
         return "this machine's memory"
     with contextlib.suppress(Exception):  # a GPU that has failed may not answer
-        free, total = torch.cuda.mem_get_info(dist_util.dev())
-        mine = torch.cuda.memory_reserved(dist_util.dev())
-        of_all, taken, left = (f"{size / 2**30:.1f} GiB" for size in (total, mine, free))
-        return f"the GPU's memory ({of_all}: this process has taken {taken}, {left} are free)"
+        sizes = (*reversed(torch.cuda.mem_get_info(dist_util.dev())), torch.cuda.memory_reserved(dist_util.dev()))
+        total, free, mine = (f"{size / 2**30:.1f} GiB" for size in sizes)
+        return f"the GPU's memory ({total}: {free} free, {mine} used by this process)"
     return "the GPU's memory"
 
 
-def _of_gpu(error: BaseException) -> bool:
-    named = re.search("cuda|cublas|cudnn|nccl|triton|hip|gpu", str(error), re.IGNORECASE)
-    return isinstance(error, torch.OutOfMemoryError) or named is not None
+def _is_of_gpu(error: BaseException) -> bool:
+    names_gpu = re.search("cuda|cublas|cudnn|nccl|triton|hip|gpu", str(error), re.IGNORECASE)
+    return isinstance(error, torch.OutOfMemoryError) or names_gpu is not None
 
 
 def warn_of_large_tensors(model: nn.Module, batch_size: int, flag: str) -> None:
-    """Warn if a U-Net or a classifier of noisy images has tensors of more than `LARGEST` elements.
+    """Warn if a U-Net or noisy-image classifier has tensors of more than `LARGEST` elements.
 
-    Args:
-        model: the network; of others nothing is known.
-        batch_size: images per forward pass.
-        flag: the flag that says how many.
+    `batch_size` is the number of images per forward pass, `flag` the flag that sets it.
     """
     if not isinstance(model, UNetModel | EncoderUNetModel):
         return
     channels = max(max(w.shape[:2]) for w in model.parameters() if w.ndim > 2)
-    if batch_size * channels * model.image_size**2 <= LARGEST:  # a bound, to answer at once in most cases
+    if batch_size * channels * model.image_size**2 <= LARGEST:  # an upper bound, which usually suffices
         return
     per_image = largest_tensor(model)
     if batch_size * per_image > LARGEST:
@@ -114,7 +104,7 @@ def warn_of_large_tensors(model: nn.Module, batch_size: int, flag: str) -> None:
 
 
 def largest_tensor(model: UNetModel | EncoderUNetModel) -> int:
-    """Elements per image of the largest tensor that a module of the network takes or returns. Nothing is computed."""
+    """Elements per image of the largest input or output of any module. Nothing is computed."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without data
 
     largest = 0

@@ -1,1 +1,1 @@
-"""Runs that can be stopped, resumed and shared by any number of processes."""
+"""Resumable runs on any number of processes."""

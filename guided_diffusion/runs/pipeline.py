@@ -1,18 +1,18 @@
-"""Reading and writing images beside the computation, not in its way."""
+"""Reading and writing images in threads, while the main thread computes."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import numpy as np
 from PIL import Image
 
-from ..errors import UserError
+from ..errors import named_write_errors
 from ..system.files import write_whole
 
 T = TypeVar("T")
@@ -20,41 +20,36 @@ R = TypeVar("R")
 
 
 def read_ahead(units: Iterable[T], read: Callable[[T], list[Callable[[], R]]], num_workers: int) -> Iterator:
-    """Yield (unit, results) in order, while threads already read the next unit.
+    """Yield (unit, results) in order, while threads read the next unit.
 
     Args:
-        units: what is worked on, one after the other.
-        read: gives for a unit the calls, one per image, that read it.
-        num_workers: number of threads; 0 reads each unit when it is asked for.
+        units: units of work.
+        read: returns the calls that read a unit, one per image.
+        num_workers: number of threads; 0 reads each unit when it is needed.
     """
     if num_workers == 0:
         for unit in units:
             yield unit, [call() for call in read(unit)]
         return
     with ThreadPoolExecutor(num_workers, thread_name_prefix="read") as pool:
-        waiting: tuple[T, list[Future[R]]] | None = None
+        started = ((unit, [pool.submit(call) for call in read(unit)]) for unit in units)
         try:
-            for unit in units:
-                begun = unit, [pool.submit(call) for call in read(unit)]
-                if waiting:
-                    yield waiting[0], [future.result() for future in waiting[1]]
-                waiting = begun
-            if waiting:
-                yield waiting[0], [future.result() for future in waiting[1]]
+            for (unit, futures), _next in itertools.pairwise(itertools.chain(started, [None])):
+                yield unit, [future.result() for future in futures]
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
 class ImageWriter:
-    """Encodes and writes images in a thread of its own, in the order in which they are submitted.
+    """Encodes and writes images in a thread, in the order of submission.
 
-    An image appears whole or not at all. The first failure of any kind ends the run at the next `submit`, or at the end
-    of the `with` block: the images before it are written, those after it are absent.
+    Files appear atomically. After a failure of any kind, nothing more is written, and the exception is raised by the
+    next `submit` or at the end of the `with` block.
 
     Args:
         image_format: "jpeg" or "png".
-        jpeg_quality: 1..100; colours are stored at full resolution.
-        ahead: number of images that may wait; beyond it, `submit` waits for the thread.
+        jpeg_quality: 1..100; the chroma is not subsampled.
+        ahead: number of images that may wait before `submit` blocks.
     """
 
     def __init__(self, image_format: str, jpeg_quality: int, ahead: int = 256):
@@ -69,58 +64,50 @@ class ImageWriter:
     def __exit__(self, kind, *_) -> None:
         self._pool.shutdown(wait=True)
         if kind is None:
-            self._check()
+            self._raise_failure()
 
     def submit(
-        self,
-        path: str,
-        pixels: np.ndarray | Callable[[], np.ndarray],
-        written: Callable[[], None] = lambda: None,
+        self, path: str, pixels: np.ndarray | Callable[[], np.ndarray], written: Callable[[], None] = lambda: None
     ) -> None:
-        """Have an image written to `path`.
+        """Queue an image.
 
         Args:
             path: file of the image.
-            pixels: uint8 (H, W, 3), or a function that returns them when the thread calls it, and may wait for them.
-            written: called by the thread once the file is on the disk.
+            pixels: uint8 (H, W, 3), or a function that returns them, called in the thread; it may block.
+            written: called in the thread once the file is on disk.
 
         Raises the exception of an earlier failure; a UserError if a file could not be written.
         """
-        self.call(partial(self._write, path, pixels, written))
+
+        def write() -> None:
+            write_whole(path, encode(pixels() if callable(pixels) else pixels, self.image_format, self.jpeg_quality))
+            written()
+
+        self.call(write)
 
     def call(self, work: Callable[[], None]) -> None:
-        """Have the thread call a function, after the images that were submitted before. Raises as `submit` does."""
-        self._check()
+        """Queue a function call, after the images submitted before. Raises as `submit` does."""
+        self._raise_failure()
         self._room.acquire()
         self._pool.submit(self._run, work)
-
-    def _write(self, path: str, pixels: np.ndarray | Callable[[], np.ndarray], written: Callable[[], None]) -> None:
-        pixels = pixels() if callable(pixels) else pixels
-        write_whole(path, encode(pixels, self.image_format, self.jpeg_quality))
-        written()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
             if self._failure is None:
                 work()
-        except BaseException as error:  # raised again in the main thread, whatever it is
+        except BaseException as error:  # raised in the main thread
             self._failure = error
         finally:
             self._room.release()
 
-    def _check(self) -> None:
-        error = self._failure
-        if isinstance(error, OSError):
-            raise UserError(
-                f"cannot write {error.filename or 'an image'}: {error.strerror or error} (--output). What is there is "
-                "whole:\nwhen there is space, rerun the same command to resume"
-            ) from error
-        if error is not None:
-            raise error
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            with named_write_errors():
+                raise self._failure
 
 
 def encode(pixels: np.ndarray, image_format: str, jpeg_quality: int) -> bytes:
-    """The file of an image: `pixels` is (H, W, 3) of uint8, `image_format` "jpeg" or "png"."""
+    """Content of an image file: `pixels` is uint8 (H, W, 3), `image_format` "jpeg" or "png"."""
     options = {"quality": jpeg_quality, "subsampling": 0} if image_format == "jpeg" else {}
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, image_format, **options)

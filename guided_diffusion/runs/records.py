@@ -1,14 +1,13 @@
-"""Records of runs: what a result was computed with, and whether it is finished.
+"""Records of results.
 
-Beside a result NAME.npz, NAME.json records the settings that decided its bytes, and NAME_inputs.json lists the files
-that it was computed from.
+Next to a result NAME.npz, NAME.json records the settings that determine its bytes and whether it is finished, and
+NAME_inputs.json lists the files that it was computed from.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -16,7 +15,7 @@ import blobfile as bf
 import numpy as np
 
 from .. import logger
-from ..errors import ResultError, UserError
+from ..errors import ResultError, UserError, named_write_errors
 from ..system.files import read_json, whole_file, write_json
 from .settings import differences, with_short_keys
 from .shards import WHOLE, Shard, check_num_shards
@@ -25,95 +24,77 @@ Record = dict[str, Any]
 
 
 def now() -> str:
-    """The time, in ISO 8601 with the time zone."""
+    """Current time in ISO 8601 with the time zone."""
     return datetime.now(timezone.utc).astimezone().isoformat(timespec="seconds")
 
 
 def read_record(path: str, entries: Mapping[str, type], owner: str) -> Record | None:
-    """A record with these entries of these types, None if there is none; its settings have short keys.
+    """The record of the output `owner` at `path`, with short keys of settings; None if there is none.
 
-    Raises UserError if it is damaged; `owner` is what it belongs to.
+    `entries` are the names and types of required entries. Raises UserError if the record is corrupted.
     """
     try:
         record = read_json(path)
     except ValueError:
-        record = "damaged"
+        record = "corrupted"
     if record is None:
         return None
     if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in entries.items()):
         raise UserError(
-            f"{path} is damaged: it is not the record of a run. Choose another --output, or move it and\n{owner} away"
+            f"{path} is corrupted: it is not the record of a run.\nChoose another --output, or move it and {owner} away"
         )
     return {**record, "settings": with_short_keys(record["settings"])}
 
 
 def record_of(result: str) -> str:
-    """The record of a result: NAME.json for NAME.npz."""
+    """Path of a result's record: NAME.json for NAME.npz."""
     return f"{os.path.splitext(result)[0]}.json"
 
 
 def finished_record(result: str, settings: Mapping[str, Any], shard: Shard = WHOLE) -> Record | None:
-    """The record of a result that is complete; None if it is still to be made. For rank 0.
+    """The record of a result if it is finished, else None. For rank 0.
 
-    Raises UserError if `result`, an .npz file, was made with other settings, or nothing tells with which.
+    Raises UserError if `result`, an .npz file, has other settings or no record.
     """
     if not bf.exists(result):
         return None
     path = record_of(result)
     record = read_record(path, {"settings": dict, "finished": bool}, result)
+    problem = ""
     if record is None:
-        raise UserError(
-            f"{result} is there already, but {path} is missing: its settings are not known.\n"
-            "Choose another --output, or move the file away"
-        )
-    if changes := differences(record["settings"], settings):
-        raise UserError(
-            f"{result} is there already, made with other settings: {'; '.join(changes)}.\n"
-            "Choose another --output, or move the file away"
-        )
+        problem = f"but {path} is missing, so its settings are unknown"
+    elif changes := differences(record["settings"], settings):
+        problem = f"made with other settings: {'; '.join(changes)}"
+    if problem:
+        raise UserError(f"{result} already exists, {problem}.\nChoose another --output, or move the file away")
     check_num_shards(record.get("num_shards"), shard, result)
     return record if record["finished"] else None
 
 
 def write_result(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
-    """Write a result and its record. It counts as finished only when all of it is there. Raises UserError."""
-    with plain_write_errors():
+    """Write a result and its record, which is marked as finished only once both are complete. Raises UserError."""
+    with named_write_errors():
         write_json(record_of(path), {**record, "finished": False})
         with whole_file(path) as f:
             np.savez(f, **arrays)
         write_json(record_of(path), record)
 
 
-def check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
-    """Raise ResultError if one of the arrays, results of `what`, contains NaN or infinity."""
+def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
+    """Raise ResultError if an array contains NaN or infinity; `source` is their origin, for the message."""
     for name, values in arrays.items():
         values = np.asarray(values)
         if values.dtype.kind in "fc" and not np.isfinite(values).all():
             raise ResultError(
-                f"{name} of {what} is NaN or infinite: nothing is recorded.\n"
-                "The weights may be damaged, or too large for half precision"
+                f"{name} of {source} is NaN or infinite: nothing is recorded.\n"
+                "The weights may be corrupted, or too large for half precision"
             )
 
 
-@contextmanager
-def plain_write_errors() -> Iterator[None]:
-    """Within the block, an error of the operating system about a file that is written is a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or 'a result'}: {error.strerror or error}. Choose another --output,\n"
-            "or rerun the same command to resume once that is fixed"
-        ) from error
-
-
 def report_unreadable(unreadable: Mapping[str, str], consequence: str, chosen: int | None = None) -> int:
-    """Name the images that could not be read: path -> why. Returns the exit status.
+    """Log the images that could not be read (path -> why), and return the exit status.
 
-    Args:
-        unreadable: path of each image, and why it could not be read.
-        consequence: what the results lack.
-        chosen: number of all images.
+    `consequence` completes the message; `chosen` is the total number of images.
     """
     for why in unreadable.values():
         logger.warn(why)

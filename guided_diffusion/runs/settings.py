@@ -1,6 +1,6 @@
-"""Settings: what decides the bytes of a result, by short keys. A flag's key is its name.
+"""Settings that determine the bytes of a result. The key of a flag is its name.
 
-Records contain settings, so that a later run with other settings stops instead of mixing two experiments.
+They are recorded, so that a later run with other settings stops instead of mixing two experiments.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-# Flags that decide nothing, or do so by what they choose, which is among the settings itself.
-NOT_DECISIVE = (
+# Flags that do not affect results, or only through another setting.
+WITHOUT_EFFECT = (
     *("preset", "output", "num_threads", "num_workers", "device", "shard", "num_shards"),
     *("class_order", "classes", "use_checkpoint", "dropout"),
 )
-# Flags that name files. Their contents are among the settings, as digests.
-NAMING_FILES = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
-# How messages name a setting that is not a flag.
+# Flags that name files, which are recorded as digests instead.
+FILE_FLAGS = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
+# Settings that are not flags, as messages name them.
 WORDS = {
     "base_samples_digest": "the file of small images (--base_samples)",
     "classes_sampled": "the classes (--classes)",
@@ -36,9 +36,9 @@ WORDS = {
     "starts_digest": "the list of starting images (--starting_data_dir, --labels_file)",
     "starts_per_batch": "the number of starting images per batch (--batch_size)",
     "statistics_digest": "the statistics (classifier_statistics.py)",
-    "times": "the times that are computed together (--time_series)",
+    "times": "the times computed together (--time_series)",
 }
-# Keys of records that were written before keys were short.
+# Keys in old records.
 OLD_KEYS = {
     "--base_samples": "base_samples_digest",
     "--classifier_path": "classifier_digest",
@@ -65,14 +65,14 @@ OLD_KEYS = {
 
 
 def settings_of(args: argparse.Namespace, without: Iterable[str] = (), **others: Any) -> dict[str, Any]:
-    """What decides the bytes that a script writes: its flags, and digests of the files that they name.
+    """Settings of a run: the flags that affect results, and digests of the files they name.
 
     Args:
         args: all flags of the script.
-        without: flags of this script that decide nothing, besides `NOT_DECISIVE`.
+        without: flags without effect, in addition to `WITHOUT_EFFECT`.
         others: settings that are not flags, by the keys of `WORDS`.
     """
-    left_out = {*NOT_DECISIVE, *NAMING_FILES, *without}
+    left_out = {*WITHOUT_EFFECT, *FILE_FLAGS, *without}
     return {**{name: value for name, value in vars(args).items() if name not in left_out}, **others}
 
 
@@ -82,7 +82,7 @@ def digest_of(lines: Iterable[str]) -> str:
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's weights: names, shapes and values, whatever file they came in."""
+    """SHA-256 of a model's weights (names, shapes and values), independent of the file format."""
     digest = hashlib.sha256()
     for name, w in sorted(model.state_dict().items()):
         digest.update(f"{name} {w.dtype} {list(w.shape)}\n".encode())
@@ -91,27 +91,28 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One phrase per setting that differs from the record, which may have old keys."""
+    """A phrase for each setting that differs from the record, which may have old keys."""
     recorded, current = with_short_keys(recorded), with_short_keys(current)
     return [
         f"{_words(key)} {_change(recorded, current, key)}"
         for key in dict.fromkeys([*recorded, *current])
-        # A flag that an older version did not have counts as one that is not given.
+        # A flag that an older version did not have counts as empty.
         if recorded.get(key, "") != current.get(key, "")
     ]
 
 
 def machine_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One phrase per difference of hardware or versions that is on record; older versions recorded fewer."""
+    """A phrase for each recorded property of the machine that differs; older versions recorded fewer."""
     return [f"{k} {_change(recorded, current, k)}" for k in current if k in recorded and recorded[k] != current[k]]
 
 
 def _words(key: str) -> str:
-    """How a message names a setting; the keys of training are words themselves if they are not flags."""
+    """A setting in a message. Training uses words as keys for settings that are not flags."""
     return WORDS.get(key) or (key if " " in key else f"--{key}")
 
 
 def with_short_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with old keys replaced by current ones."""
     return {OLD_KEYS.get(key, key.removeprefix("--")): value for key, value in settings.items()}
 
 
@@ -120,6 +121,6 @@ def _change(recorded: Mapping[str, Any], current: Mapping[str, Any], key: str) -
 
 
 def _short(value: Any) -> str:
-    """A value for a message; the beginning of a digest is enough."""
+    """A value for a message; digests are abbreviated."""
     text = "empty" if value == "" else str(value)
     return f"{text[:12]}..." if len(text) == 64 else text

@@ -1,7 +1,7 @@
-"""Shards: a run divided among the jobs of an array, which know nothing of each other but what is on the disk.
+"""Shards: a run divided among the jobs of a Slurm array, which share only the file system.
 
-Shard I of N does the units of work I, I + N, I + 2N, ... of the whole list, whatever is done already. The jobs may run
-at the same time or one after the other, on any number of processes each.
+Shard I of N does units of work I, I + N, I + 2N, ... Jobs may run concurrently or one after the other, each on any
+number of processes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shard:
-    """Number `index` (0..count-1) of `count` shards."""
+    """Shard number `index` (0..count-1) of `count`."""
 
     index: int = 0
     count: int = 1
 
     def units(self, everything: Sequence[T]) -> Sequence[T]:
-        """This shard's part of a list of units of work."""
+        """This shard's units of work, out of all of them."""
         return everything[self.index :: self.count]
 
     def lock(self, unit: str) -> str:
-        """Path of the lock file of this shard's part of a unit of output, such as results/t_125_250."""
+        """Path of this shard's lock file for an output such as results/t_125_250."""
         return f"{unit}.lock" if self.count == 1 else f"{unit}.{self.index}-of-{self.count}.lock"
 
     def __str__(self) -> str:
@@ -38,7 +38,7 @@ class Shard:
 
 
 def cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
-    """Cut a list, in order, every `size` items; the last piece has what is left."""
+    """Consecutive slices of `size` items; the last one may be shorter."""
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
@@ -65,7 +65,7 @@ def add_shard_flags(add) -> None:
 
 
 def shard_of(args: argparse.Namespace) -> Shard:
-    """The shard that the flags describe. Raises UserError."""
+    """The shard that the flags select. Raises UserError if it does not exist."""
     if args.shard >= args.num_shards:
         array = os.environ.get("SLURM_ARRAY_TASK_ID") == str(args.shard)
         remedy = f"; use #SBATCH --array=0-{args.num_shards - 1}" if array and args.num_shards > 1 else ""
@@ -77,10 +77,10 @@ def shard_of(args: argparse.Namespace) -> Shard:
 
 
 def check_num_shards(recorded: object, shard: Shard, owner: str) -> None:
-    """Raise UserError unless `owner`, an output, was begun with the same number of shards; none on record means 1."""
+    """Raise UserError if the output `owner` was started with another number of shards; None on record means 1."""
     number = 1 if recorded is None else recorded
     if number != shard.count:
         raise UserError(
-            f"{owner} was begun with --num_shards {number}, and now it is {shard.count}.\n"
+            f"{owner} was started with --num_shards {number}, and now it is {shard.count}.\n"
             f"Resume with --num_shards {number}, or choose another --output"
         )

@@ -1,1 +1,1 @@
-"""Files, launchers and messages; knows nothing of diffusion."""
+"""Files, launchers and messages, independent of diffusion."""

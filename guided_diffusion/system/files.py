@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, on a local disk or on remote storage."""
+"""Atomic writes, on local disks and remote storage."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import blobfile as bf
 
 from ..errors import ResultError
 
-SCRATCH = ".part"  # the end of the names of files that are being written
-LFS_POINTER = b"version https://git-lfs"  # the beginning of what Git LFS leaves in the place of a file
+SCRATCH = ".part"  # suffix of files being written
+LFS_POINTER = b"version https://git-lfs"  # first bytes of the placeholder that Git LFS leaves for a file
 
 
 def is_remote(path: str) -> bool:
@@ -27,33 +27,32 @@ def is_remote(path: str) -> bool:
 
 
 def folder_name(path: str) -> str:
-    """A name for results by the last two parts of a folder's path: ILSVRC2012_validation."""
+    """Name for results, made of the last two parts of a folder's path: ILSVRC2012_validation."""
     if not is_remote(path):
         path = os.path.abspath(path)
     return "_".join([part for part in path.replace(os.sep, "/").split("/") if part][-2:])
 
 
 def write_whole(path: str, data: bytes) -> None:
-    """Write a file that appears whole or not at all; see `whole_file`."""
+    """Write a file atomically; see `whole_file`."""
     with whole_file(path) as f:
         f.write(data)
 
 
 @contextmanager
 def whole_file(path: str) -> Iterator[BinaryIO]:
-    """A file, open for writing, that other processes, and a run after a crash, see whole or not at all.
+    """Open a file for writing that appears atomically at the end of the `with` block; create its folder if needed.
 
-    On a local disk the bytes are written beside the file, forced to the disk and renamed at the end of the `with`
-    block. Remote storage has this property by itself. The folder is made where it is missing.
+    A local file is written next to its destination, synced and renamed. Remote storage is atomic by itself.
 
-    Raises OSError, with `path` as its file name and nothing left behind, where the file cannot be written.
+    Raises OSError with `path` as the file name; nothing is left behind.
     """
     if is_remote(path):
-        with tempfile.TemporaryFile() as held:  # sent when it is complete, since a file that fails is sent as it is
-            yield held
-            held.seek(0)
+        with tempfile.TemporaryFile() as buffer:  # blobfile would upload a partial file after an exception
+            yield buffer
+            buffer.seek(0)
             with bf.BlobFile(path, "wb") as f:
-                shutil.copyfileobj(held, f, 2**24)
+                shutil.copyfileobj(buffer, f, 2**24)
         return
     folder, name = os.path.split(path)
     scratch = os.path.join(folder, f"{_scratch_prefix(name)}{secrets.token_hex(8)}{SCRATCH}")
@@ -73,37 +72,32 @@ def whole_file(path: str) -> Iterator[BinaryIO]:
 
 
 def remove_file(path: str) -> None:
-    """Remove a file if it is there."""
+    """Remove a file if it exists."""
     if bf.exists(path):
         bf.remove(path)
 
 
 def set_aside(*paths: str) -> dict[str, str]:
-    """Rename those of the files that exist to NAME.1.EXT, or the next number that is free for all of them.
+    """Rename existing files to NAME.1.EXT, or the next number that is free for all of them.
 
     Returns old path -> new path. Raises OSError.
     """
-    paths = tuple(path for path in paths if bf.exists(path))
+    names = [os.path.splitext(path) for path in paths if bf.exists(path)]
     for number in itertools.count(1):
-        renamed = {path: f"{number}".join(_around_number(path)) for path in paths}
+        renamed = {stem + extension: f"{stem}.{number}{extension}" for stem, extension in names}
         if not any(map(bf.exists, renamed.values())):
             break
-    for path, other in renamed.items():
-        if is_remote(path):  # which has no renaming
-            bf.copy(path, other)
-            bf.remove(path)
+    for old, new in renamed.items():
+        if is_remote(old):  # cannot rename
+            bf.copy(old, new)
+            bf.remove(old)
         else:
-            os.rename(path, other)
+            os.rename(old, new)
     return renamed
 
 
-def _around_number(path: str) -> tuple[str, str]:
-    stem, extension = os.path.splitext(path)
-    return f"{stem}.", extension
-
-
 def write_json(path: str, content: Any) -> None:
-    """Write JSON, indented, whole or not at all. Raises OSError, and ResultError for numbers that are not finite."""
+    """Write indented JSON atomically. Raises OSError, or ResultError if a number is not finite."""
     try:
         text = json.dumps(content, indent=2, allow_nan=False)
     except ValueError as error:
@@ -112,7 +106,7 @@ def write_json(path: str, content: Any) -> None:
 
 
 def read_json(path: str) -> Any:
-    """Read JSON; None where there is no such file. Raises ValueError where the file holds something else."""
+    """Content of a JSON file; None if it does not exist. Raises ValueError if it is not JSON."""
     if not bf.exists(path):
         return None
     with bf.BlobFile(path, "rb") as f:
@@ -120,7 +114,7 @@ def read_json(path: str) -> Any:
 
 
 def walk(folder: str) -> Iterator[str]:
-    """The files below a folder, as paths relative to it with "/" between the parts; none where there is no folder."""
+    """Paths of the files below a folder, relative to it and with "/" as separator; none if it does not exist."""
     if not bf.isdir(folder):
         return
     for root, _, files in bf.walk(folder):
@@ -130,7 +124,7 @@ def walk(folder: str) -> Iterator[str]:
 
 
 def remove_scratch(folder: str) -> None:
-    """Remove what a killed process had begun to write below a local folder."""
+    """Remove the unfinished files that killed processes left below a local folder."""
     if not is_remote(folder):
         for name in walk(folder):
             if name.endswith(SCRATCH) and name.rpartition("/")[2].startswith("."):
@@ -138,7 +132,7 @@ def remove_scratch(folder: str) -> None:
 
 
 def remove_scratch_of(path: str) -> None:
-    """Remove what a killed process had begun to write of one local file; its neighbours may be other processes'."""
+    """Remove unfinished copies of one local file. Scratch files of its neighbours may be in use."""
     folder, name = os.path.split(path)
     if not is_remote(path) and os.path.isdir(folder or "."):
         for other in os.listdir(folder or "."):
@@ -147,7 +141,5 @@ def remove_scratch_of(path: str) -> None:
 
 
 def _scratch_prefix(name: str) -> str:
-    """Start of the names of a file's scratch files, and of no other file's; short, since a name may be as long as names
-    can be.
-    """
+    """Prefix of a file's scratch files, unique to it and short enough for any file system."""
     return f".{name[:20]}.{hashlib.sha256(os.fsencode(name)).hexdigest()[:12]}."

@@ -1,6 +1,6 @@
-"""The files that metrics and messages are written to: text, CSV, JSON, TensorBoard.
+"""Writers of metrics and messages: text, CSV, JSON, TensorBoard.
 
-Files that exist are continued. Each is opened only while it is written, so it may be renamed in between.
+Existing files are appended to. Text, CSV and JSON files are open only during a write, so they may be renamed any time.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from typing import Any, TextIO
 from ..errors import UserError
 from .files import write_whole
 
+FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
+
 
 class KVWriter:
-    """Writes metrics."""
+    """Writer of metrics."""
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
-        """Write one value for each name."""
+        """Write a value for each name."""
         raise NotImplementedError
+
+    def close(self) -> None:
+        """Close whatever the writer has opened; by default, nothing."""
 
 
 class SeqWriter:
-    """Writes messages."""
+    """Writer of messages."""
 
     def writeseq(self, seq: Iterable[Any]) -> None:
         """Write a message, given in words."""
@@ -36,7 +41,7 @@ class SeqWriter:
 
 
 class HumanOutputFormat(KVWriter, SeqWriter):
-    """Messages as lines, metrics as a table, in a file given by its path or as an open text file."""
+    """Messages as lines and metrics as a table, in a file given by its path or as an open text file."""
 
     def __init__(self, filename_or_file: str | os.PathLike | TextIO):
         self.target = filename_or_file
@@ -56,9 +61,6 @@ class HumanOutputFormat(KVWriter, SeqWriter):
             self.target.write(text)
             self.target.flush()
 
-    def close(self) -> None:
-        """Nothing to do: a file given by its path is closed, an open one belongs to the caller."""
-
 
 class JSONOutputFormat(KVWriter):
     """One JSON object per line."""
@@ -70,12 +72,9 @@ class JSONOutputFormat(KVWriter):
         with open(self.path, "a") as file:
             file.write(json.dumps({key: _json_value(plain(val)) for key, val in kvs.items()}) + "\n")
 
-    def close(self) -> None:
-        """Nothing to do."""
-
 
 class CSVOutputFormat(KVWriter):
-    """One row per call. If a row brings new columns, the whole file is written anew, then renamed."""
+    """One row per call. If a row has new columns, the file is rewritten atomically."""
 
     def __init__(self, filename: str | os.PathLike):
         self.path = Path(filename)
@@ -100,19 +99,13 @@ class CSVOutputFormat(KVWriter):
         writer.writerows([*old_rows, row])
         write_whole(str(self.path), text.getvalue().encode())
 
-    def close(self) -> None:
-        """Nothing to do."""
-
 
 class TensorBoardOutputFormat(KVWriter):
-    """Metrics that are numbers, for TensorBoard in the folder `dir`, one step per call.
-
-    Raises UserError if the package is missing.
-    """
+    """Numeric metrics for TensorBoard in the folder `dir`, one step per call. Raises UserError without the package."""
 
     def __init__(self, dir: str | os.PathLike):
         try:
-            from torch.utils.tensorboard import SummaryWriter  # the logger itself does without torch
+            from torch.utils.tensorboard import SummaryWriter  # the logger works without torch
         except ImportError as error:
             raise UserError("log format tensorboard needs another package: pip install tensorboard") from error
         self.writer = SummaryWriter(str(dir))
@@ -126,24 +119,19 @@ class TensorBoardOutputFormat(KVWriter):
         self.step += 1
 
     def close(self) -> None:
-        """Close the file."""
         self.writer.close()
 
 
-FORMATS = ("stdout", "log", "csv", "json", "tensorboard")
-
-
 def check_formats(names: Iterable[str]) -> None:
-    """Raise UserError if one of the names of formats is not known."""
-    unknown = sorted(set(names) - set(FORMATS))
-    if unknown:
+    """Raise UserError if a format is unknown."""
+    if unknown := sorted(set(names) - set(FORMATS)):
         raise UserError(f"unknown log format {', '.join(unknown)}: expected some of {', '.join(FORMATS)}")
 
 
 def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str = "") -> KVWriter:
-    """The writer of a format: to stdout, or to log.txt, progress.csv, progress.json or tb/ in the folder `ev_dir`.
+    """Writer to stdout, or to log.txt, progress.csv, progress.json or tb/ in the folder `ev_dir`, which is created.
 
-    The folder is made; `log_suffix` ends the names of the files. Raises UserError for an unknown format.
+    `log_suffix` is appended to the stems of the file names. Raises UserError if the format is unknown.
     """
     check_formats([format])
     os.makedirs(ev_dir, exist_ok=True)
@@ -158,18 +146,18 @@ def make_output_format(format: str, ev_dir: str | os.PathLike, log_suffix: str =
 
 
 def as_text(value: Any) -> str:
-    """A metric for people: five digits of a fraction, anything else as it is."""
+    """A metric for display: floats with five digits, anything else unchanged."""
     value = plain(value)
     return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def plain(value: Any) -> Any:
-    """A Python number out of a 0-d tensor or a NumPy scalar; anything else as it is."""
+    """A Python number from a 0-d tensor or NumPy scalar; anything else unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _json_value(value: Any) -> Any:
-    """JSON knows neither NaN nor infinity, nor objects."""
+    """A value that JSON can represent: null for NaN and infinity, text for objects."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value if isinstance(value, bool | int | float | str | None) else str(value)

@@ -1,4 +1,4 @@
-"""Scripts of the repository as others of them use them: named by their path in it, run here or in processes."""
+"""Running one script of the repository from another, in this process or in new ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-def words(flags: Mapping[str, Any]) -> list[str]:
-    """Flags as on a command line: {"num_heads": 4} -> ["--num_heads", "4"]."""
+def as_flags(flags: Mapping[str, Any]) -> list[str]:
+    """Flags as command-line arguments: {"num_heads": 4} -> ["--num_heads", "4"]."""
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
 
 
 def load_script(path: str) -> ModuleType:
-    """A script as a module: its `main` can be called in this process."""
+    """A script as a module, so that its `main` can be called in this process; `path` is relative to the repository."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, REPOSITORY / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -28,12 +28,12 @@ def load_script(path: str) -> ModuleType:
 
 
 def find_mpiexec() -> str | None:
-    """The mpiexec beside this Python, else the first on the path, if there is one."""
+    """The mpiexec next to this Python, else the first on PATH, else None."""
     beside = Path(sys.executable).with_name("mpiexec")
     return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment of a process that is started: the repository importable, and root may use mpiexec."""
+    """Environment for child processes: the repository is importable, and root may use mpiexec."""
     allowed = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **allowed, **changes}

@@ -1,8 +1,8 @@
 """How the ranks find each other.
 
-Rank 0 opens the key-value store of torch.distributed, and a desk: a small server at a place that the other ranks can
-work out, which tells the store's port to ranks of the same run and to nobody else. Two runs on one node may work out
-the same place; the second one's rank 0 then finds the port taken and opens its desk on the next.
+Rank 0 opens the key-value store of torch.distributed on any free port, and a small port server at an address that the
+other ranks can derive from the environment. The server tells the store's port to ranks of the same run only. If two
+runs on one node derive the same port, the second one takes the next.
 """
 
 from __future__ import annotations
@@ -22,21 +22,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch.distributed as dist
 
 from ..errors import UserError
-from .launchers import World, expand_node_list, number_from
+from .launchers import World, expand_node_list, int_from
 from .waiting import in_background, seconds_from
 
-FIRST_PORT, LAST_PORT = 15000, 29999  # below those that systems hand out by themselves
-NUM_PORTS = 16  # that are tried, one after the other
-ANSWER_TIMEOUT = 3  # seconds for a host to accept a connection, and for the desk to answer
-MPI_TIMEOUT = 60  # seconds to find a desk of which MPI has told that it is open
-HEAD_START = 2  # seconds in which only the first host is asked: rank 0 is nearly always there
-
-T = TypeVar("T")
+FIRST_PORT, LAST_PORT = 15000, 29999  # below the ephemeral ports
+NUM_PORTS = 16  # ports to try
+ANSWER_TIMEOUT = 3  # seconds for a host to accept a connection, and for the port server to answer
+MPI_TIMEOUT = 60  # seconds to find the port server if MPI has announced it
+HEAD_START = 2  # seconds before hosts other than the first are asked: rank 0 is nearly always on the first
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,10 @@ class Place:
     """Where the ranks meet.
 
     Attributes:
-        hosts, ports: where rank 0 may be, in the order in which to look.
-        identity: what all ranks of this run know, and no other run.
-        has_store: the store itself is there, opened by torchrun, and no desk.
-        prefix: of the run's keys in the store.
+        hosts, ports: candidates for rank 0's address, in the order to try.
+        identity: text that only ranks of this run know.
+        has_store: whether torchrun's store is at this address, instead of a port server.
+        prefix: prefix of the run's keys in the store.
     """
 
     hosts: Sequence[str]
@@ -58,19 +55,19 @@ class Place:
 
     def __str__(self) -> str:
         ports = f"port {self.ports[0]}" if len(self.ports) == 1 else f"ports {self.ports[0]} to {self.ports[-1]}"
-        others = f", ... ({len(self.hosts)} hosts)" if len(self.hosts) > 4 else ""
-        return f"{ports} of {', '.join(self.hosts[:4])}{others}"
+        more = f", ... ({len(self.hosts)} hosts)" if len(self.hosts) > 4 else ""
+        return f"{ports} of {', '.join(self.hosts[:4])}{more}"
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """What a rank knows once all have met.
+    """What a rank knows once all ranks have met.
 
     Attributes:
         hosts: host name of every rank.
-        connect: makes a new connection to the store.
-        interface: network interface by which this rank reaches the others; None if it is not known.
-        open_store: rank 0's store, which lasts as long as this does.
+        connect: function that makes a new connection to the store.
+        interface: network interface through which this rank reaches the others; None if unknown.
+        open_store: rank 0's store, which closes when this object is deleted.
     """
 
     hosts: list[str]
@@ -82,30 +79,30 @@ class Meeting:
 def meet(world: World) -> Meeting:
     """Wait until all ranks have found rank 0, for at most 15 minutes (GUIDED_DIFFUSION_MEETING_TIMEOUT, in seconds).
 
-    Signals are handled meanwhile. Raises UserError, which names the ranks that are missing or who cannot be reached.
+    Signals are handled in the meantime. Raises UserError that names missing ranks or unreachable hosts.
     """
     seconds = seconds_from("GUIDED_DIFFUSION_MEETING_TIMEOUT", 900)
     place = _place(world) if world.mpi_comm is None else None
-    store = listener = None
+    store = server = None
     if world.rank == 0 and not (place and place.has_store):
         store = dist.TCPStore("127.0.0.1", 0, None, True, timedelta(seconds=seconds), wait_for_workers=False)
-        listener = _listen(place.ports if place else [0], local=world.one_node)
+        server = _listen(place.ports if place else [0], local=world.one_node)
     if place is None:
-        told = None
-        if listener is not None:
+        announced = None
+        if server is not None:
             hosts = ["127.0.0.1"] if world.one_node else _own_addresses()
-            told = Place(hosts, [listener.getsockname()[1]], secrets.token_hex(16))
-        place = world.mpi_comm.bcast(told)
+            announced = Place(hosts, [server.getsockname()[1]], secrets.token_hex(16))
+        place = world.mpi_comm.bcast(announced)
         seconds = min(seconds, MPI_TIMEOUT)
-    if listener is not None:
-        threading.Thread(target=_answer_all, args=(listener, place.identity, store.port), daemon=True).start()
+    if server is not None:
+        threading.Thread(target=_serve_port, args=(server, place.identity, store.port), daemon=True).start()
     try:
         return in_background(_meet, world, place, store, seconds, seconds=seconds + 30)
     except TimeoutError:  # inside PyTorch
         raise UserError(f"{_name(world)} did not meet the others within {seconds:g} s, at {place}") from None
     finally:
-        if listener is not None:
-            listener.close()
+        if server is not None:
+            server.close()
 
 
 def _meet(world: World, place: Place, open_store: dist.Store | None, seconds: float) -> Meeting:
@@ -122,27 +119,24 @@ def _meet(world: World, place: Place, open_store: dist.Store | None, seconds: fl
 
     here = {"host": socket.gethostname(), "own": own, "store": address}
     ranks = _wait_for_all(connect(), world, here, deadline, seconds)
-    # A rank beside the store reached it by an address that means nothing elsewhere: use the one that others came by.
+    # Ranks on the store's node reach it through the loopback interface; other nodes need the address they used.
     elsewhere = [rank["store"] for rank in ranks if not _is_loopback(rank["store"])]
     if _is_loopback(own) and elsewhere:
         own = elsewhere[0]
     return Meeting([rank["host"] for rank in ranks], connect, interface_of(own), open_store)
 
 
-# The place
-
-
 def _place(world: World) -> Place:
-    """Where ranks meet that do without MPI."""
-    ports = [number_from("MASTER_PORT")] if "MASTER_PORT" in os.environ else None
+    """Meeting place of ranks started without MPI."""
+    ports = [int_from("MASTER_PORT")] if "MASTER_PORT" in os.environ else None
     if world.launcher == "torchrun":
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         run = f"torchrun {os.environ.get('TORCHELASTIC_RUN_ID')} attempt {attempt} ranks {world.size}"
         has_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         return Place([os.environ["MASTER_ADDR"]], ports or [], run, has_store, f"run/{attempt}/{world.size}")
-    job, step = number_from("SLURM_JOB_ID"), number_from("SLURM_STEP_ID")
+    job, step = int_from("SLURM_JOB_ID"), int_from("SLURM_STEP_ID")
     names = ["SLURM_CLUSTER_NAME", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"]
-    if "SLURM_HET_SIZE" not in os.environ:  # each component of a heterogeneous step has an srun port of its own
+    if "SLURM_HET_SIZE" not in os.environ:  # components of a heterogeneous step have different srun ports
         names.append("SLURM_SRUN_COMM_PORT")
     run = f"ranks {world.size} " + " ".join(f"{name}={os.environ.get(name)}" for name in names)
     hosts = ["127.0.0.1"] if world.one_node else expand_node_list(os.environ["SLURM_STEP_NODELIST"])
@@ -153,22 +147,22 @@ def _place(world: World) -> Place:
 
 
 def _own_addresses() -> list[str]:
-    """By which others may reach this node: its name, then the address that it sends from."""
+    """Addresses of this node for other nodes: its host name, then the source address of outgoing packets."""
     addresses = [socket.gethostname()]
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            probe.connect(("192.0.2.1", 9))  # nothing is sent: this asks the routing table
+            probe.connect(("192.0.2.1", 9))  # sends nothing, only queries the routing table
             addresses.append(probe.getsockname()[0])
         except OSError:
-            pass  # a cluster without a way out
+            pass  # no route out of the cluster
     return addresses
 
 
-# Rank 0's desk
+# Rank 0's port server
 
 
 def _listen(ports: Sequence[int], local: bool) -> socket.socket:
-    """Open the first of the ports that is free: on the node's loopback interface if `local`, else on all interfaces."""
+    """Listen on the first free port, on the loopback interface if `local`, else on all interfaces."""
     for port in ports:
         try:
             if local:
@@ -182,14 +176,14 @@ def _listen(ports: Sequence[int], local: bool) -> socket.socket:
         except OSError as error:
             if error.errno not in (errno.EADDRINUSE, errno.EACCES):
                 raise
-    taken = f"port {ports[0]} is" if len(ports) == 1 else f"the ports {ports[0]} to {ports[-1]} are all"
+    taken = f"port {ports[0]} is" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]} are all"
     raise UserError(
-        f"the ranks cannot meet: {taken} taken on {socket.gethostname()}. Set MASTER_PORT to a free port, for all ranks"
+        f"the ranks cannot meet: {taken} taken on {socket.gethostname()}. Set MASTER_PORT to a free port on all ranks"
     )
 
 
-def _answer_all(listener: socket.socket, identity: str, port: int) -> None:
-    """Tell the store's port to everybody who knows this run's identity, until the listener is closed."""
+def _serve_port(server: socket.socket, identity: str, port: int) -> None:
+    """Send the store's port to every client that knows this run's identity, until the server is closed."""
     digest = _digest(identity)
 
     def answer(connection: socket.socket) -> None:
@@ -199,12 +193,12 @@ def _answer_all(listener: socket.socket, identity: str, port: int) -> None:
                 if connection.makefile("rb").readline(100).strip() == digest:
                     connection.sendall(digest + b" %d\n" % port)
             except OSError:
-                pass  # whoever it was has left
+                pass  # the client is gone
 
-    listener.settimeout(0.5)  # closing it does not wake a thread that waits for connections
+    server.settimeout(0.5)  # closing does not wake a thread that waits in accept()
     while True:
         try:
-            connection, _ = listener.accept()
+            connection, _ = server.accept()
         except TimeoutError:
             continue
         except OSError:
@@ -216,52 +210,45 @@ def _digest(identity: str) -> bytes:
     return hashlib.sha256(identity.encode()).hexdigest().encode()
 
 
-# The other ranks look for it
+# The other ranks
 
 
 def _find_rank_0(world: World, place: Place, deadline: float, seconds: float) -> tuple[str, str, int]:
-    """Ask at every host and port, again and again. Returns (address of the store, own address, port of the store)."""
+    """Try every host and port until one answers. Returns (address of the store, own address, port of the store)."""
     answers: queue.SimpleQueue = queue.SimpleQueue()
-    found = threading.Event()
+    done = threading.Event()
     problems: dict[str, str] = {}
 
-    def look(hosts: Sequence[str]) -> None:
-        pause = 0.1
-        while not found.is_set():
+    def search(hosts: Sequence[str], pause: float) -> None:
+        while not done.wait(pause):
             for host in hosts:
                 for port in place.ports:
                     try:
-                        return answers.put(_ask(host, port, place))
+                        answers.put(_ask(host, port, place))
+                        return
                     except OSError as error:
                         problems[host] = error.strerror or str(error) or type(error).__name__
-            found.wait(pause)
-            pause = min(2 * pause, 2)
-        return None
+            pause = min(2 * pause + 0.1, 2)
 
     threads = 64  # at most; few jobs have more hosts
     groups = [place.hosts[:1], *(place.hosts[1 + i :: threads] for i in range(min(threads, len(place.hosts) - 1)))]
+    for number, hosts in enumerate(groups):
+        threading.Thread(target=search, args=(hosts, HEAD_START if number else 0), daemon=True).start()
     try:
-        for number, hosts in enumerate(groups):
-            threading.Thread(target=look, args=(hosts,), daemon=True).start()
-            if number == 0:
-                try:
-                    return answers.get(timeout=min(HEAD_START, max(0, deadline - time.monotonic())))
-                except queue.Empty:
-                    continue
         return answers.get(timeout=max(0, deadline - time.monotonic()))
     except queue.Empty:
-        what = "torchrun's store" if place.has_store else "rank 0"
+        target = "torchrun's store" if place.has_store else "rank 0"
         why = "; ".join(f"{host}: {problem}" for host, problem in list(problems.items())[:4]) or "no answer"
         raise UserError(
-            f"{_name(world)} did not find {what} within {seconds:g} s, at {place} ({why}).\n"
-            "Do host names resolve to the right addresses, and may nodes open connections to each other?"
+            f"{_name(world)} did not find {target} within {seconds:g} s, at {place} ({why}).\n"
+            "Do host names resolve to the right addresses, and can nodes connect to each other?"
         ) from None
     finally:
-        found.set()
+        done.set()
 
 
 def _ask(host: str, port: int, place: Place) -> tuple[str, str, int]:
-    """As `_find_rank_0`, at one place. Raises OSError."""
+    """As `_find_rank_0`, at one host and port. Raises OSError."""
     with socket.create_connection((host, port), timeout=ANSWER_TIMEOUT) as connection:
         address, own = connection.getpeername()[0], connection.getsockname()[0]
         if place.has_store:
@@ -282,34 +269,34 @@ def _ask(host: str, port: int, place: Place) -> tuple[str, str, int]:
 def _wait_for_all(
     store: dist.Store, world: World, here: dict[str, str], deadline: float, seconds: float
 ) -> list[dict[str, str]]:
-    """What every rank tells of itself, by rank. Raises UserError, on all ranks, if one does not come."""
+    """Each rank's `here`, by rank. Raises UserError on all ranks if one is missing."""
     store.set(f"here/{world.rank}", json.dumps(here))
     if world.rank == 0:
         missing = set(range(world.size))
         while missing and time.monotonic() < deadline:
             missing = {rank for rank in missing if not store.check([f"here/{rank}"])}
             time.sleep(0.02)
-        told: dict = {"missing": sorted(missing)}
+        answer: dict = {"missing": sorted(missing)}
         if not missing:
-            told["ranks"] = [json.loads(store.get(f"here/{rank}")) for rank in range(world.size)]
-        store.set("world", json.dumps(told))
+            answer["ranks"] = [json.loads(store.get(f"here/{rank}")) for rank in range(world.size)]
+        store.set("world", json.dumps(answer))
     else:
         pause = 0.005
-        while not store.check(["world"]) and time.monotonic() < deadline + 10:  # rank 0 started its clock later
+        while not store.check(["world"]) and time.monotonic() < deadline + 10:  # rank 0's clock may have started later
             time.sleep(pause)
             pause = min(2 * pause, 0.25)
-        told = json.loads(store.get("world")) if store.check(["world"]) else {"missing": [0]}
-    if missing := told["missing"]:
+        answer = json.loads(store.get("world")) if store.check(["world"]) else {"missing": [0]}
+    if missing := answer["missing"]:
         if world.rank == 0:
-            time.sleep(1)  # the others read why, while the store is there
+            time.sleep(1)  # keep the store open while the others read the answer
         which = f"rank(s) {', '.join(map(str, missing[:8]))}{', ...' if len(missing) > 8 else ''}"
         error = UserError(
-            f"{which} of {world.size} did not come within {seconds:g} s ({world.launcher}; rank 0 is on "
+            f"{which} of {world.size} did not arrive within {seconds:g} s ({world.launcher}; rank 0 is on "
             f"{socket.gethostname() if world.rank == 0 else here['store']}): see their output, and those nodes"
         )
         error.on_all_ranks = True
         raise error
-    return told["ranks"]
+    return answer["ranks"]
 
 
 def _name(world: World) -> str:
@@ -324,29 +311,20 @@ def _is_loopback(address: str) -> bool:
 
 
 def interface_of(address: str) -> str | None:
-    """Name of the network interface that has this address; None if there is none, or this system does not tell."""
+    """Name of the network interface with this address; None if there is none, or if the system cannot tell."""
     names = [name for _, name in socket.if_nameindex()]
     wanted = ipaddress.ip_address(address.partition("%")[0])
     if wanted.is_loopback:
         return next((name for name in ("lo", "lo0") if name in names), None)
-    if wanted.version == 6:
-        for line in _lines("/proc/net/if_inet6"):
-            number, *_, name = line.split()
-            if ipaddress.IPv6Address(int(number, 16)) == wanted:
-                return name
-        return None
-    return next((name for name in names if _ipv4_address(name) == str(wanted)), None)
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
+    if wanted.version == 4:
+        return next((name for name in names if _ipv4_address(name) == str(wanted)), None)
+    table = Path("/proc/net/if_inet6")
+    rows = [line.split() for line in table.read_text().splitlines()] if table.exists() else []
+    return next((name for number, *_, name in rows if ipaddress.IPv6Address(int(number, 16)) == wanted), None)
 
 
 def _ipv4_address(interface: str) -> str | None:
-    """The address of an interface on Linux."""
+    """Address of an interface, on Linux."""
     try:
         import fcntl
 

@@ -1,7 +1,7 @@
-"""Waiting that a signal can interrupt.
+"""Interruptible waiting.
 
-Python runs signal handlers in the main thread, between two of its own instructions. While that thread waits inside
-PyTorch, for another process or a network, SIGTERM and Ctrl-C do nothing. So such calls are made in another thread.
+Python runs signal handlers in the main thread, between bytecode instructions. While that thread waits inside PyTorch,
+SIGTERM and Ctrl-C do nothing. Blocking calls therefore run in another thread.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from ..errors import UserError
 def in_background(
     function: Callable, *args: Any, seconds: float = float("inf"), check: Callable[[], None] | None = None
 ) -> Any:
-    """Call `function(*args)` in a thread and wait for its result, or its exception, while signals are handled.
+    """Call `function(*args)` in a daemon thread; return its result or raise its exception. Signals are handled.
 
-    Meanwhile `check` is called every second, and may raise. Raises TimeoutError after `seconds`; the call then keeps
-    running in its thread, which does not keep the process alive.
+    `check` is called every second and may raise. Raises TimeoutError after `seconds`; the call then continues in its
+    thread, which does not keep the process alive.
     """
     future: Future = Future()
 
@@ -43,12 +43,12 @@ def in_background(
 
 
 def seconds_from(variable: str, default: float) -> float:
-    """A number of seconds, from the environment variable if it is set. Raises UserError if that is no such number."""
+    """Timeout from an environment variable, or `default` if it is not set. Raises UserError unless it is positive."""
     text = os.environ.get(variable, "").strip()
     try:
         seconds = float(text) if text else default
     except ValueError:
         seconds = 0
     if not 0 < seconds < float("inf"):
-        raise UserError(f"{variable}={text} in the environment: expected a number of seconds above 0")
+        raise UserError(f"{variable}={text} in the environment: expected a positive number of seconds")
     return seconds

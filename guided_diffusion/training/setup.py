@@ -24,7 +24,7 @@ from ..forward_backward import from_pixels, to_pixels
 from ..images.classes import OtherClasses, read_classes, write_classes
 from ..images.folder import list_images
 from ..images.io import read_image
-from ..runs.locks import Locks, hold
+from ..runs.locks import Locks, locked_by_main
 from ..script_util import diffusion_from_flags
 from ..system.checkpoint_files import Shapes
 from ..system.files import remove_file
@@ -87,7 +87,7 @@ def training_folder(args: argparse.Namespace, default: str) -> Iterator[Training
     dist_util.setup_dist(args.device)
     output = logger.choose_dir(args.output, default)
     when_stopped(partial(describe_newest, output, args.resume_checkpoint))
-    with hold({f"{output}/training.lock": f"the training folder {output}"}) as lock:
+    with locked_by_main({f"{output}/training.lock": f"the training folder {output}"}) as lock:
         # The progress bar shows the loss, so metrics are not printed by default.
         formats = None if os.environ.get("OPENAI_LOG_FORMAT") else ("csv", "json")
         dist_util.on_every_rank(logger.configure, output, formats)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.compute.inference import prepare
+from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.script_util import args_to_dict, model_defaults
 from guided_diffusion.unet import UNetModel
 
@@ -93,5 +93,5 @@ def half_copy(model: UNetModel, dtype: torch.dtype) -> UNetModel:
 def optimized_copy(model: UNetModel, use_fp16: bool, threads: int, compiled: bool = False) -> UNetModel:
     """A copy in the precision and memory layout that the scripts use."""
     model = copy.deepcopy(model)
-    prepare(model, use_fp16, threads, compiled)
+    prepare_network(model, use_fp16, threads, compiled)
     return model

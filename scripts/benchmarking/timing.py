@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.system.other_scripts import REPOSITORY, environment, words
+from guided_diffusion.system.other_scripts import REPOSITORY, as_flags, environment
 
 import torch
 from torch.utils.benchmark import Timer
@@ -143,7 +143,7 @@ sys.exit(status)
 
 def run_script(script: str, flags: Mapping[str, Any], launch: Sequence[str] = ()) -> str:
     """Run a script of the repository with a launcher. Returns its standard output. Raises UserError if it fails."""
-    command = [*launch, sys.executable, str(REPOSITORY / script), *words(flags)]
+    command = [*launch, sys.executable, str(REPOSITORY / script), *as_flags(flags)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True)
     if done.returncode:
         message = done.stderr[done.stderr.rfind("error: ") :][-1000:].removeprefix("error: ").strip()

@@ -13,7 +13,7 @@ from guided_diffusion.dist_util import share_of
 from guided_diffusion.forward_backward import SampleFolder, cut_units
 from guided_diffusion.images.folder import LabelledImage
 from guided_diffusion.images.io import read_image
-from guided_diffusion.system.other_scripts import find_mpiexec, load_script, words
+from guided_diffusion.system.other_scripts import as_flags, find_mpiexec, load_script
 
 import torch
 from torchvision.models.feature_extraction import create_feature_extractor
@@ -34,7 +34,7 @@ def loop(bench: Bench) -> list[Row]:
     script.sample = clock.around(script.sample)
     flags = {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": bench.threads}
     flags = sampling_flags(bench, images, "loop") | flags | {"compile": bench.args.compile}
-    run_quietly(script, words(flags))
+    run_quietly(script, as_flags(flags))
     return [
         {
             "images": images,
@@ -142,7 +142,7 @@ def classifier(bench: Bench) -> list[Row]:
             else:
                 output = f"{bench.folder}/classifier_{turn}_{use_fp16}"
                 chosen = flags | {"output": output, "classifier_use_fp16": use_fp16}
-                run_quietly(script, [*words(chosen), "--time_series", *map(str, TIMES)])
+                run_quietly(script, [*as_flags(chosen), "--time_series", *map(str, TIMES)])
                 seconds[way].append(clock.total)
     first, *_ = seconds = {way: each[1:] for way, each in seconds.items()}
     rows = []

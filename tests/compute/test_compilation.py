@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from guided_diffusion.compute import compilation
-from guided_diffusion.compute.compilation import decide
+from guided_diffusion.compute.compilation import should_compile
 from guided_diffusion.errors import UserError
 
 import pytest
@@ -37,7 +37,7 @@ def gpu(monkeypatch):
     """As on a GPU that can compile; what was tried is noted."""
     tried = []
     monkeypatch.setattr(compilation, "_on_gpu", lambda: True)
-    monkeypatch.setattr(compilation, "why_not", lambda: tried.append(1) or "")
+    monkeypatch.setattr(compilation, "compilation_problem", lambda: tried.append(1) or "")
     return tried
 
 
@@ -57,7 +57,7 @@ def test_without_a_compiler_true_ends_before_a_folder_is_touched(flags, tmp_path
     assert done.returncode == 2 and "Traceback" not in done.stderr
     message = done.stderr[done.stderr.index("error: ") :].splitlines()
     assert message[0].startswith("error: the network cannot be compiled: ") and "compiler" in message[0]
-    assert message[1:] == ["Install what is missing, or use --compile False"]
+    assert message[1:] == ["Fix this, or use --compile False"]
     assert not (tmp_path / "out").exists()
 
 
@@ -76,16 +76,16 @@ def test_without_a_compiler_on_one_rank_auto_compiles_on_none(flags, tmp_path):
 
 
 def test_auto_is_for_many_steps_on_a_gpu(gpu, monkeypatch):
-    assert decide("auto", 3200, 32, [100])  # 100 batches of 100 steps
-    assert decide("auto", 3169, 32, [25, 75])
+    assert should_compile("auto", 3200, 32, [100])  # 100 batches of 100 steps
+    assert should_compile("auto", 3169, 32, [25, 75])
     assert len(gpu) == 2
-    assert not decide("auto", 3200, 32, [99])
-    assert not decide("auto", 3168, 32, [100])
+    assert not should_compile("auto", 3200, 32, [99])
+    assert not should_compile("auto", 3168, 32, [100])
     monkeypatch.setattr(compilation, "_on_gpu", lambda: False)
-    assert not decide("auto", 3200, 32, [250])
-    assert not decide(False, 3200, 32, [250])
+    assert not should_compile("auto", 3200, 32, [250])
+    assert not should_compile(False, 3200, 32, [250])
     assert len(gpu) == 2
-    assert decide(True, 1, 1, [1])
+    assert should_compile(True, 1, 1, [1])
 
 
 def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch, capsys):
@@ -113,7 +113,7 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
     # A machine that cannot.
     next((tmp_path / "out").rglob("*.JPEG")).unlink()
     before = record.read_bytes()
-    monkeypatch.setattr(compilation, "why_not", lambda: "there is no compiler")
+    monkeypatch.setattr(compilation, "compilation_problem", lambda: "there is no compiler")
     for more in ((), (3,), ("--compile", True)):
         with pytest.raises(UserError, match=r"^the network cannot be compiled: there is no compiler\.\n.*on record"):
             run_here(*flags, 2, *more, "--output", tmp_path / "out")
@@ -144,12 +144,12 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
     ],
 )
 def test_the_reason_is_the_line_that_tells_it(message, reason):
-    assert compilation._reason(RuntimeError(message)).startswith(reason)
+    assert compilation._failure_line(RuntimeError(message)).startswith(reason)
 
 
 def test_missing_headers_are_named(monkeypatch, tmp_path):
     error = RuntimeError("Command '['/usr/bin/gcc', '/tmp/x/main.c']' returned non-zero exit status 1.")
     monkeypatch.setattr(compilation.sysconfig, "get_path", lambda *_: str(tmp_path))
-    assert compilation._reason(error).startswith(f"{tmp_path}/Python.h is missing")
+    assert compilation._failure_line(error).startswith(f"{tmp_path}/Python.h is missing")
     (tmp_path / "Python.h").touch()
-    assert compilation._reason(error) == "/usr/bin/gcc failed, its message is above"
+    assert compilation._failure_line(error) == "/usr/bin/gcc failed, its message is above"

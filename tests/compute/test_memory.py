@@ -37,19 +37,19 @@ GPU_ERRORS = [
 @pytest.mark.parametrize("error", GPU_ERRORS, ids=str)
 def test_what_libraries_say_of_a_gpu_s_memory_is_recognised(error, monkeypatch):
     assert is_out_of_memory(error)
-    message = r"^the GPU's memory does not hold 7 images at once: lower --batch_size, or free"
+    message = r"^the GPU's memory is too small for a batch of 7 images: lower --batch_size, or free"
     with pytest.raises(UserError, match=message), enough_memory(7):
         raise error
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * 2**30)
-    message = r"\(80.0 GiB: this process has taken 9.0 GiB, 1.0 GiB are free\) does not hold 7 images"
+    message = r"\(80.0 GiB: 1.0 GiB free, 9.0 GiB used by this process\) is too small for a batch"
     with pytest.raises(UserError, match=message), enough_memory(7):
         raise error
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(10**14), lambda: np.empty(10**15)], ids=["torch", "numpy"])
 def test_this_machine_s_memory(allocate):
-    message = r"^this machine's memory does not hold 7 images at once: lower --sample_grid$"
+    message = r"^this machine's memory is too small for a batch of 7 images: lower --sample_grid$"
     with pytest.raises(UserError, match=message), enough_memory(7, flag="--sample_grid"):
         allocate()
 
@@ -75,7 +75,7 @@ def test_a_network_that_does_not_fit(monkeypatch):
     with pytest.raises(UserError) as caught:
         to_device(model)
     assert str(caught.value).splitlines() == [
-        "the GPU's memory does not hold the network, 0.01 GiB.",
+        "the GPU's memory is too small for the network (0.01 GiB).",
         "Free the GPU if other processes use it, or use another one",
     ]
 
@@ -84,8 +84,8 @@ def test_a_script_ends_in_plain_words_wherever_it_was(tmp_path):
     """An error from outside of what scripts guard, in a process."""
     failing = "from guided_diffusion.command_line.stopping import run\ndef main():\n    {}\nrun(main)"
     for line, begins in (
-        ("raise RuntimeError('CUDA error: out of memory')", "error: the GPU's memory does not suffice: CUDA error: ou"),
-        ("raise MemoryError", "error: this machine's memory does not suffice: MemoryError."),
+        ("raise RuntimeError('CUDA error: out of memory')", "error: the GPU's memory is too small: CUDA error: ou"),
+        ("raise MemoryError", "error: this machine's memory is too small: MemoryError."),
     ):
         command = [sys.executable, "-c", failing.format(line)]
         done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
@@ -99,7 +99,7 @@ def test_a_script_ends_in_plain_words_wherever_it_was(tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "a/1.png")
     done = run_script(*flags, "--output", tmp_path / "out", script="scripts/image_train.py")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1] == "error: this machine's memory does not hold the network"
+    assert done.stderr.splitlines()[-1] == "error: this machine's memory is too small for the network"
 
 
 # Tensors that are too large

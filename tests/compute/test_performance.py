@@ -106,7 +106,7 @@ def test_layout_and_precision_go_on_record(monkeypatch):
     for channels, use_fp16, layout in ((64, True, "last"), (64, False, "first"), (32, True, "first")):
         flags = {**model_defaults(), **SMALL_MODEL, "num_channels": channels, "use_fp16": use_fp16}
         model = load_model("untrained", flags)
-        found = inference.prepare(model, use_fp16, 1)
+        found = inference.prepare_network(model, use_fp16, 1)
         assert found["layout"] == f"channels {layout}"
         assert found["precision"] == ("bfloat16" if use_fp16 else "float32")
         weight = model.middle_block[0].in_layers[2].weight

@@ -8,8 +8,8 @@ import itertools
 import os
 
 from guided_diffusion.errors import UserError
-from guided_diffusion.runs.inputs import Entry, Inputs, compare_with_record, read_entries, spread, write_entries
-from guided_diffusion.runs.resumable import inputs
+from guided_diffusion.runs import inputs
+from guided_diffusion.runs.inputs import Entry, Inputs, compare_with_record, evenly_spaced, read_entries, write_entries
 
 import pytest
 
@@ -31,7 +31,7 @@ def known(data, paths=None):
     """Inputs that have read files."""
     found = Inputs(str(data), "--data_dir")
     for path in paths_of(data) if paths is None else paths:
-        found.note(path)(io.BytesIO((data / path).read_bytes()))
+        found.digest_check(path)(io.BytesIO((data / path).read_bytes()))
     return found
 
 
@@ -91,7 +91,7 @@ def test_large_data_are_sampled_with_the_first_and_the_last(data, monkeypatch):
 
 @pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 1000, 50_000])
 def test_an_even_spread(count):
-    chosen = spread([str(i) for i in range(count)], 64)
+    chosen = evenly_spaced([str(i) for i in range(count)], 64)
     assert len(chosen) == min(count, 64) == len(set(chosen))
     if count:
         assert (chosen[0], chosen[-1]) == ("0", str(count - 1))
@@ -101,15 +101,15 @@ def test_an_even_spread(count):
 
 def test_a_file_that_changes_while_it_is_in_use(data):
     found = known(data)
-    with pytest.raises(UserError, match=r"c0/2.png has changed since this run, .*\(--data_dir\)"):
-        found.note("c0/2.png")(io.BytesIO(b"x" * 100))
+    with pytest.raises(UserError, match=r"c0/2.png has changed since this run .*\(--data_dir\)"):
+        found.digest_check("c0/2.png")(io.BytesIO(b"x" * 100))
     found = Inputs(str(data), "--data_dir")
     found.compare(paths_of(data), "out")
     with pytest.raises(UserError, match="has changed"):
-        found.note("c0/2.png")(io.BytesIO(b"x" * 99))
-    found.note("c0/2.png")(io.BytesIO(b"x" * 100))
+        found.digest_check("c0/2.png")(io.BytesIO(b"x" * 99))
+    found.digest_check("c0/2.png")(io.BytesIO(b"x" * 100))
     found.forget("c0/2.png")
-    found.note("c0/2.png")(io.BytesIO(b"repaired"))
+    found.digest_check("c0/2.png")(io.BytesIO(b"repaired"))
 
 
 def test_entries_are_written_and_read(tmp_path):
@@ -126,7 +126,7 @@ def test_entries_are_written_and_read(tmp_path):
 )
 def test_a_damaged_list(tmp_path, text):
     (tmp_path / "inputs.json").write_text(text)
-    with pytest.raises(UserError, match=r"inputs\.json is damaged"):
+    with pytest.raises(UserError, match=r"inputs\.json is corrupted"):
         read_entries(str(tmp_path / "inputs.json"))
 
 

@@ -13,8 +13,8 @@ import time
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
+from guided_diffusion.runs import locks
 from guided_diffusion.runs.locks import Locks
-from guided_diffusion.runs.resumable import locks
 from guided_diffusion.system.other_scripts import environment
 
 import pytest
@@ -217,10 +217,10 @@ def test_other_locks_of_the_same_output(lock, tmp_path):
         for name in ("unit.1-of-3.lock", "unit.2-of-3.lock", "unit.x.lock"):
             leave(str(tmp_path / "out" / name))
         leave(str(tmp_path / "out" / "unit.3-of-3.lock"), machine=locks._machine(), pid=2**22 + 1)
-        found = sorted(map(os.path.basename, held.others()))
-        assert found == ["unit.1-of-3.lock", "unit.2-of-3.lock"] == sorted(map(os.path.basename, held.rivals()))
+        for found in (held.other_shards(), held.conflicting_shards()):
+            assert sorted(map(os.path.basename, found)) == ["unit.1-of-3.lock", "unit.2-of-3.lock"]
         leave(str(tmp_path / "out" / "unit.1-of-3.lock"), about=held._about)
-        assert list(map(os.path.basename, held.rivals())) == ["unit.2-of-3.lock"]
+        assert list(map(os.path.basename, held.conflicting_shards())) == ["unit.2-of-3.lock"]
 
 
 def test_remote_storage_has_no_locks(capsys):

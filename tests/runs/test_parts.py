@@ -20,18 +20,18 @@ THREADS = {"threads": 1}
 def test_parts_are_kept_until_they_are_removed(tmp_path):
     folder = tmp_path / "results" / "parts"
     parts = Parts(str(folder), SETTINGS, THREADS)
-    assert parts.done() == set()
+    assert parts.present() == set()
     parts.write(3, a=np.arange(4, dtype=np.uint8), b=np.zeros((2, 0)))
     parts.write(1234567, a=np.ones(1))
     (folder / ".000007.npz.0123456789abcdef.part").write_bytes(b"PK")  # a process was killed here
     again = Parts(str(folder), json.loads(json.dumps(SETTINGS)), THREADS)
-    assert again.done() == {3, 1234567}
+    assert again.present() == {3, 1234567}
     assert not list(folder.glob(".*"))
     part = again.read(3)
     assert part.keys() == {"a", "b"}
     assert part["a"].dtype == np.uint8 and part["a"].tolist() == [0, 1, 2, 3]
     assert part["b"].shape == (2, 0)
-    again.remove()
+    remove_parts(str(folder))
     assert not folder.exists()
     remove_parts(str(folder))  # nothing is there: nothing to do
 
@@ -54,7 +54,7 @@ def test_a_folder_belongs_to_one_experiment(tmp_path):
         Parts(str(folder), {**SETTINGS, "model_digest": "cd" * 32}, THREADS)
     assert scratch.exists()  # it may be another run's, which is under way
     (folder / "settings.json").write_text("[]")
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match="corrupted"):
         Parts(str(folder), SETTINGS, THREADS)
     (folder / "settings.json").unlink()
     with pytest.raises(UserError, match="is missing"):
@@ -84,7 +84,7 @@ def test_a_result_that_is_there(tmp_path):
     assert finished_record(result, SETTINGS) is None  # the record is written first
     (tmp_path / "samples_1x2x2x3.npz").write_bytes(b"")
     assert finished_record(result, SETTINGS) == record
-    with pytest.raises(UserError, match=r"samples_1x2x2x3\.npz is there already.*--use_ddim was False and is now True"):
+    with pytest.raises(UserError, match=r"samples_1x2x2x3\.npz already exists.*--use_ddim was False and is now True"):
         finished_record(result, {**SETTINGS, "use_ddim": True})
     (tmp_path / "samples_1x2x2x3.json").write_text(json.dumps({**record, "finished": False}))
     assert finished_record(result, SETTINGS) is None

@@ -125,7 +125,7 @@ def test_an_image_replaced_between_two_times_of_one_run(data, sampling, monkeypa
 def test_times_of_different_images_are_not_put_beside_each_other(data, sampling):
     assert call(MAIN, data_dir=data[0], step_reverse=2, **sampling) == 0
     assert call(MAIN, data_dir=data[1], step_reverse=3, **sampling) == 0  # a time of its own
-    with pytest.raises(UserError, match="was computed from another file"):
+    with pytest.raises(UserError, match="was computed from another version"):
         load_script(MAIN).main([*as_flags({"data_dir": data[1], **sampling}), "--step_reverse", "2", "3"])
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from guided_diffusion.errors import ResultError, UserError
-from guided_diffusion.runs.resumable import locks
+from guided_diffusion.runs import locks
 
 import numpy as np
 import pytest
@@ -161,12 +161,13 @@ def test_the_number_of_shards_is_on_record(flags, whole, tmp_path):
     output = tmp_path / "out"
     assert call(MAIN, "--step_reverse", 2, **flags, output=output, shard=1, num_shards=2) == 0
     for change in ({}, {"shard": 0, "num_shards": 3}):
-        with pytest.raises(UserError, match=rf"begun with --num_shards 2, and now it is {change.get('num_shards', 1)}"):
+        now = change.get("num_shards", 1)
+        with pytest.raises(UserError, match=rf"started with --num_shards 2, and now it is {now}"):
             call(MAIN, "--step_reverse", 2, **flags, output=output, **change)
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):
         call(MAIN, "--step_reverse", 2, **flags, output=output, shard=0, num_shards=2, seed=1)
     shutil.copytree(whole, tmp_path / "whole")
-    with pytest.raises(UserError, match="begun with --num_shards 1, and now it is 2"):
+    with pytest.raises(UserError, match="started with --num_shards 1, and now it is 2"):
         call(MAIN, "--step_reverse", 2, **flags, output=tmp_path / "whole", num_shards=2)
 
 
@@ -270,7 +271,7 @@ def test_output_that_is_removed_during_a_run_is_not_finished(flags, tmp_path, mo
 
 
 def test_an_error_in_the_writer_s_thread_ends_the_run(flags, tmp_path, monkeypatch):
-    from guided_diffusion.runs.resumable import pipeline
+    from guided_diffusion.runs import pipeline
 
     written = []
 
@@ -342,7 +343,7 @@ def test_a_record_that_was_edited_by_hand(edit, flags, whole, tmp_path):
     shutil.copytree(whole, output)
     path = output / "t_2_4_run.json"
     path.write_text(edit(json.loads(path.read_text())))
-    with pytest.raises(UserError, match=r"t_2_4_run\.json is damaged: it is not the record of a run") as caught:
+    with pytest.raises(UserError, match=r"t_2_4_run\.json is corrupted: it is not the record of a run") as caught:
         call(MAIN, "--step_reverse", 2, **flags, output=output)
     assert len(str(caught.value).splitlines()) <= 2
     path.write_text("null")

@@ -6,7 +6,7 @@ import json
 
 from guided_diffusion import dist_util
 from guided_diffusion.compute import inference
-from guided_diffusion.compute.inference import DECISIVE_VARIABLES, surroundings
+from guided_diffusion.compute.inference import DECISIVE_VARIABLES, describe_machine
 
 import pytest
 import torch
@@ -20,9 +20,9 @@ NEW = ("environment", "cuda", "cudnn")  # which older versions did not record
 def _anew(monkeypatch):
     for name in DECISIVE_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    surroundings.cache_clear()
+    describe_machine.cache_clear()
     yield
-    surroundings.cache_clear()
+    describe_machine.cache_clear()
 
 
 @pytest.fixture
@@ -66,26 +66,26 @@ def test_float32_is_float32_in_sampling_and_in_training(exact, flags, tmp_path):
 def test_all_cards_are_recorded(monkeypatch, capsys):
     monkeypatch.setattr(inference, "hardware", lambda device: "NVIDIA A100")
     monkeypatch.setattr(dist_util, "gather_objects", lambda value: [value] * 8)
-    assert surroundings(CPU)["hardware"] == "NVIDIA A100"  # as older versions recorded it
+    assert describe_machine(CPU)["hardware"] == "NVIDIA A100"  # as older versions recorded it
     assert capsys.readouterr().err == ""
 
-    surroundings.cache_clear()
+    describe_machine.cache_clear()
     others = [("NVIDIA H100", ""), ("NVIDIA A100", "")]
     monkeypatch.setattr(dist_util, "gather_objects", lambda value: [value, *others])
     for _ in range(2):  # a script may have two networks
-        assert surroundings(CPU)["hardware"] == "2 x NVIDIA A100, 1 x NVIDIA H100"
+        assert describe_machine(CPU)["hardware"] == "2 x NVIDIA A100, 1 x NVIDIA H100"
     assert capsys.readouterr().err == (
-        "warning: the hardware is not the same for all processes (2 x NVIDIA A100, 1 x NVIDIA H100): which process "
-        "computes an image decides its last digits\n"
+        "warning: the hardware differs between processes (2 x NVIDIA A100, 1 x NVIDIA H100): the last digits of an "
+        "image depend on the process that computes it\n"
     )
 
 
 def test_versions_of_the_gpu_s_libraries_are_recorded(monkeypatch):
     monkeypatch.setattr(inference, "hardware", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    on_gpu = surroundings(torch.device("cuda", 0))
+    on_gpu = describe_machine(torch.device("cuda", 0))
     assert on_gpu["cuda"] == str(torch.version.cuda) and on_gpu["cudnn"] == "91900"
-    assert "cuda" not in surroundings(CPU) and "cudnn" not in surroundings(CPU)
+    assert "cuda" not in describe_machine(CPU) and "cudnn" not in describe_machine(CPU)
 
 
 def test_one_precision_for_all_processes(monkeypatch):
@@ -114,7 +114,7 @@ def test_variables_of_one_process_are_recorded_and_told(flags, tmp_path):
     done = run_script(*flags, "--step_reverse", 1, "--output", tmp_path / "out", **options)
     assert done.returncode == 0, done.stderr
     both = "1 x nothing set, 1 x NVIDIA_TF32_OVERRIDE=1"
-    assert done.stderr.count(f"the environment is not the same for all processes ({both})") == 1
+    assert done.stderr.count(f"the environment differs between processes ({both})") == 1
     record = json.loads((tmp_path / "out/t_1_20_run.json").read_text())
     assert record["begun_with"]["environment"] == both
     assert record["begun_with"]["hardware"] == inference.hardware(CPU)
@@ -127,7 +127,7 @@ def test_a_resumed_run_is_warned_of_other_variables_but_not_of_what_was_never_re
 
     def told() -> str:
         next(tmp_path.rglob("*.JPEG")).unlink()
-        surroundings.cache_clear()
+        describe_machine.cache_clear()
         capsys.readouterr()
         assert run_here(MAIN_SCRIPT, *flags, "--step_reverse", 1, "--output", tmp_path) == 0
         return "\n".join(line for line in capsys.readouterr().err.splitlines() if "to rounding" in line)

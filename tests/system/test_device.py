@@ -92,7 +92,7 @@ def test_a_build_for_cpus_is_warned_of(monkeypatch, with_gpu):
     monkeypatch.setattr(torch.version, "cuda", None)
     check_device("auto")
     (warning,) = warnings
-    assert "has a GPU (/dev/nvidia0), but PyTorch" in warning and "a build for CPUs" in warning
+    assert "has a GPU (/dev/nvidia0), but PyTorch" in warning and "a CPU build" in warning
     monkeypatch.setenv("SLURM_JOB_GPUS", "0")  # somebody has asked for it
     with pytest.raises(UserError):
         check_device("auto")

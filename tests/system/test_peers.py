@@ -73,12 +73,13 @@ def test_a_rank_that_failed_is_named_with_its_reason(ranks):
 def test_the_first_failure_is_the_one_that_is_told(ranks):
     ranks[1].leave("failed", "was stopped by SIGTERM")
     ranks[2].leave("followed")
-    assert "rank 1 on gpu-a was stopped by SIGTERM" in str(ranks[0].explain())
+    assert "rank 1 on gpu-a was stopped by SIGTERM" in str(ranks[0].wait_for_lost_peer())
 
 
 def test_a_rank_that_finished_is_missed_only_by_those_who_wait_for_it(ranks):
     ranks[2].leave()
-    assert "rank 2 on gpu-b ended; see its output" in str(ranks[0].explain())  # after a collective of torch failed
+    lost = ranks[0].wait_for_lost_peer()  # after a collective of torch failed
+    assert "rank 2 on gpu-b ended; see its output" in str(lost)
     ranks[0].check()
 
     def gather(peer: Peers) -> str:
@@ -98,6 +99,6 @@ def test_rank_0_waits_for_those_that_work(ranks):
         ranks[1].leave()
         with pytest.raises(TimeoutError):
             leaving.result(0.5)
-        assert ranks[2].lost() is None  # it would learn of a failure still
+        assert ranks[2].lost_peer() is None  # it would learn of a failure still
         ranks[2].leave()
         assert leaving.result(30)

@@ -193,7 +193,7 @@ def listening(slurm: Slurm, node: str) -> bool:
 def test_dropped_packets_end_with_a_line_of_each_rank(slurm, tmp_path, packets_dropped):
     packets_dropped("gpu-b", f"ip saddr {ADDRESSES['gpu-a']}")
     said = Step(slurm, tmp_path, WORKER, "tell", tmp_path, GUIDED_DIFFUSION_MEETING_TIMEOUT="4").end(2)
-    assert "rank(s) 1 of 2 did not come within 4 s (srun; rank 0 is on gpu-a)" in said
+    assert "rank(s) 1 of 2 did not arrive within 4 s (srun; rank 0 is on gpu-a)" in said
     assert "rank 1 of 2 on gpu-b (srun) did not find rank 0 within 4 s" in said
     assert "gpu-a: timed out" in said
     assert "Traceback" not in said
@@ -228,7 +228,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_is_resumed(
     until(lambda: "samples to make" in step.said(), "the run to begin")
     slurm.kill("gpu-b", MAIN_SCRIPT)  # ranks 2 and 3
     said = step.end(137)
-    assert "error: rank 2 on gpu-b ended or cannot be reached; see its output" in said
+    assert "error: rank 2 on gpu-b died or cannot be reached; see its output" in said
     assert said.count("error: rank") == 1
     assert "Traceback" not in said
     assert said.count("Exited with exit code 3") >= 1
@@ -242,7 +242,7 @@ def test_a_network_that_fails_ends_the_ranks_on_both_sides(slurm, tmp_path, pack
     packets_dropped("gpu-b", f"ip saddr {ADDRESSES['gpu-a']}")
     said = step.end(3)
     assert "error: rank 1 on gpu-b ended" in said  # rank 0 may learn that rank 1 gave up: one direction still works
-    assert "error: rank 0 on gpu-a ended or cannot be reached" in said
+    assert "error: rank 0 on gpu-a died or cannot be reached" in said
     assert "Traceback" not in said
 
 
