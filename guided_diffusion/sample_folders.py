@@ -261,9 +261,9 @@ class SampleRun(Run):
 
     def _units_of_shard(self, done: Mapping[int, set[str]] | None = None) -> Sequence[Unit]:
         """This shard's units of all times; `done` has the images by k that already have a sample."""
-        done = done or {}
-        size = self.args.batch_size
-        return self.shard.units([unit for k in self.folders for unit in cut_units(self.images, size, k, done.get(k, ()))])
+        size, done = self.args.batch_size, done or {}
+        units = [unit for k in self.folders for unit in cut_units(self.images, size, k, done.get(k, ()))]
+        return self.shard.units(units)
 
     def _locked_records(self) -> Locks:
         """Locks for updating the records of the folders, which several shards share."""

@@ -236,7 +236,7 @@ def test_auxiliary_heads_may_be_absent(name, tmp_path):
         assert found.state_dict().keys() == model.state_dict().keys()
     cut = {k: w for k, w in with_heads.state_dict().items() if not k.startswith("fc.")}
     torch.save(cut, tmp_path / "cut.pth")
-    with pytest.raises(UserError, match=r"it lacks 2 of \d+ weights and has 0 besides\n\(the first: fc\.weight\)"):
+    with pytest.raises(UserError, match=r"it lacks 2 of \d+ weights and has 0 others\n\(the first: fc\.weight\)"):
         open_classifier(name, str(tmp_path / "cut.pth"))
 
 
