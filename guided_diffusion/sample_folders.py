@@ -154,10 +154,12 @@ class SampleRun(Run):
                 if contents[k].record is None:
                     record = {"finished": False, "num_shards": self.shard.count}
                     record |= {"settings": dict(self.settings), "begun_with": dict(self.machine), "runs": []}
-                    _write(write_json, folder.record, record)
+                    with named_write_errors(folder.record):
+                        write_json(folder.record, record)
                 used = done[k] if contents[k].entries is None else contents[k].entries.keys()
                 entries = {p: e if p in used else e._replace(sha256=None) for p, e in inputs.entries(paths).items()}
-                _write(write_entries, folder.inputs, {"images": entries})
+                with named_write_errors(folder.inputs):
+                    write_entries(folder.inputs, {"images": entries})
                 for path in _parts_of_inputs(folder).values():
                     bf.remove(path)
 
@@ -238,7 +240,13 @@ class SampleRun(Run):
                 unreadable = {path: known[path] for path in missing if path in known}
                 lost = [path for path in missing if (k, path) in mine and path not in unreadable]
                 disappeared += [f"{folder.path}/{folder.sample(path)}" for path in lost]
-                _join_parts_of_inputs(folder, finished=not missing)
+                if parts := _parts_of_inputs(folder):
+                    with named_write_errors(folder.inputs):
+                        write_entries(folder.inputs, {"images": recorded_inputs(folder) or {}})
+                    for path in parts.values():
+                        bf.remove(path)
+                if not missing and bf.isdir(folder.inputs_parts):
+                    bf.rmtree(folder.inputs_parts)
 
                 with_sample = len(self.images) - len(missing)
                 record["finished"] = not missing
@@ -246,7 +254,8 @@ class SampleRun(Run):
                 samples_written = sum(written[k] for written, _ in reports)
                 if samples_written or not record["runs"]:  # a run with nothing to do leaves no trace
                     record["runs"] = [*record["runs"], {"samples_written": samples_written, **facts}]
-                _write(write_json, folder.record, record)
+                with named_write_errors(folder.record):
+                    write_json(folder.record, record)
                 others = len(missing) - len(unreadable) - len(lost)
                 logger.info(
                     f"k = {k}: {with_sample} of {len(self.images)} samples are in {folder.path}"
@@ -313,18 +322,3 @@ def _parts_of_inputs(folder: SampleFolder) -> dict[int, str]:
     """The lists of single units' starting images: number of the unit -> path."""
     names = (re.fullmatch(r"(\d+)\.json", name) for name in walk(folder.inputs_parts))
     return {int(name[1]): f"{folder.inputs_parts}/{name[0]}" for name in names if name}
-
-
-def _join_parts_of_inputs(folder: SampleFolder, finished: bool) -> None:
-    """Merge the lists of single units into the folder's."""
-    if parts := _parts_of_inputs(folder):
-        _write(write_entries, folder.inputs, {"images": recorded_inputs(folder) or {}})
-        for path in parts.values():
-            bf.remove(path)
-    if finished and bf.isdir(folder.inputs_parts):
-        bf.rmtree(folder.inputs_parts)
-
-
-def _write(write: Callable[[str, Any], None], path: str, content: Any) -> None:
-    with named_write_errors(path):
-        write(path, content)

@@ -65,8 +65,8 @@ def denoise(
     Raises UserError if the GPU runs out of memory.
     """
     device = dist_util.dev()
-    loops = (diffusion.p_sample_loop_progressive, diffusion.ddim_sample_loop_progressive)
-    steps = loops[args.use_ddim](
+    sample_loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
+    steps = sample_loop(
         model,
         (len(indices), 3, image_size, image_size),
         clip_denoised=args.clip_denoised,

@@ -49,15 +49,20 @@ from guided_diffusion.classifier.figures import (
     render,
     style,
 )
-from guided_diffusion.classifier.results import TimeResult, default_folder, differences_file, name_in_files, read_series
+from guided_diffusion.classifier.results import (
+    TimeResult,
+    class_ranks,
+    default_folder,
+    differences_file,
+    name_in_files,
+    read_series,
+)
 from guided_diffusion.classifier.retention import (
     FEWEST_TIMES,
     STATISTICS,
     Estimate,
     Transition,
     fit_transition,
-    in_top,
-    same_class,
     wilson_interval,
 )
 from guided_diffusion.errors import UserError
@@ -128,16 +133,16 @@ def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
         raise UserError(f"{folder} has no results for N = {num_steps}, only for N = {others} (--timestep_respacing)")
     first = series[0]
     for result in series:
-        times = f"k = {first.step_reverse} and k = {result.step_reverse} of N = {num_steps} in {folder}"
         for array, what in (("names", "images"), ("layers", "layers")):
-            if not np.array_equal(first.differences[array], result.differences[array]):
-                numbers = f"{len(first.differences[array])} and {len(result.differences[array])}"
+            found, expected = result.differences[array], first.differences[array]
+            if not np.array_equal(found, expected):
                 raise UserError(
-                    f"{times} have different {what} ({numbers}).\nEvaluate all times together: "
-                    "evaluate_classifier.py --time_series"
+                    f"k = {first.step_reverse} and k = {result.step_reverse} of N = {num_steps} in {folder} have "
+                    f"different {what} ({len(expected)} and {len(found)}).\n"
+                    "Evaluate all times together: evaluate_classifier.py --time_series"
                 )
-        if first.logits["logits_start"].shape[1] != result.logits["logits_start"].shape[1]:
-            raise UserError(f"{times} are from classifiers with different numbers of classes (--results)")
+    if len({result.logits["logits_start"].shape[1] for result in series}) > 1:
+        raise UserError(f"the results in {folder} are from classifiers with different numbers of classes (--results)")
     if not len(first.differences["names"]) or not len(first.differences["layers"]):
         raise UserError(f"the results in {folder} have no images or no layers (--results)")
     return series
@@ -211,11 +216,11 @@ def measure_retention(series: Sequence[TimeResult]) -> tuple[Rows, Transition | 
     rows, kept = [], []
     for result in series:
         logits = result.logits["logits_sample"]
-        kept.append(same_class(result.logits["logits_start"], logits))
+        kept.append(result.logits["logits_start"].argmax(axis=1) == logits.argmax(axis=1))
         measures = {"predicted class kept": (kept[-1], 1)}
         if known.any():
             for top in (1, 5):
-                measures[f"true class in top {top}"] = (in_top(logits[known], labels[known], top), top)
+                measures[f"true class in top {top}"] = (class_ranks(logits[known], labels[known]) < top, top)
         for measure, (is_kept, top) in measures.items():
             count, total = int(is_kept.sum()), len(is_kept)
             low, high = wilson_interval(count, total)

@@ -102,7 +102,7 @@ class Moments:
 
 
 class _Watch:
-    """Forward hooks on a classifier's watched layers, active in a `with` block."""
+    """Forward hooks that call `_measure(layer, output)` for a classifier's watched layers, in a `with` block."""
 
     def __init__(self, classifier: Classifier):
         self.classifier = classifier
@@ -121,9 +121,6 @@ class _Watch:
     def _hook(self, layer: WatchedLayer, _module: nn.Module, _args: tuple, output: Tensor) -> None:
         with torch.no_grad(), torch.autocast(output.device.type, enabled=False):  # no half precision here
             self._measure(layer, output)
-
-    def _measure(self, layer: WatchedLayer, output: Tensor) -> None:
-        raise NotImplementedError
 
 
 class ActivationMoments(_Watch):

@@ -141,17 +141,14 @@ def _custom(name: str, path: str) -> tuple[nn.Module, Preprocess]:
 def _weights_of(name: str, path: str) -> Any:
     """torchvision's weights with this file name, or else the default ones."""
     entries = torchvision.models.get_model_weights(name)
-    return next((entry for entry in entries if _file_of(entry) == os.path.basename(path)), entries.DEFAULT)
-
-
-def _file_of(weights: Any) -> str:
-    return weights.url.rpartition("/")[2]
+    file = os.path.basename(path)
+    return next((entry for entry in entries if os.path.basename(entry.url) == file), entries.DEFAULT)
 
 
 def _cached_file(name: str, weights: Any) -> str:
     """Path of torchvision's file, downloaded (whole or not at all) if it is not in torch.hub's folder."""
     folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, _file_of(weights))
+    path = os.path.join(folder, os.path.basename(weights.url))
     if not os.path.exists(path):
         try:
             weights.get_state_dict(progress=False, check_hash=True)

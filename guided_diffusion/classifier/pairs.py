@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from ..forward_backward import SampleFolder
 from ..images.folder import LabelledImage, label_where_known, list_images, list_some, without_extension
 from ..images.io import Check, UnreadableImage, open_image
 from ..runs.settings import digest_of
-from ..system.files import is_remote, walk
+from ..system.files import walk
 from .results import class_names_of
 
 
@@ -65,7 +64,17 @@ def find_samples(folder: SampleFolder) -> dict[str, str]:
     ending = without_extension(folder.sample(""))  # _t0500
     paths = sorted(path for path in walk(folder.path) if is_sample(path))
     if not paths:
-        raise UserError(no_samples(folder))
+        times: dict[int, list[int]] = defaultdict(list)
+        for entry in bf.listdir(folder.output) if bf.isdir(folder.output) else ():
+            match = re.fullmatch(r"t_(\d+)_(\d+)_images/?", entry)
+            if match and any(map(is_sample, walk(f"{folder.output}/{entry.rstrip('/')}"))):
+                times[int(match[2])].append(int(match[1]))
+        listed = "; ".join(f"N = {n}: k = {', '.join(map(str, sorted(ks)))}" for n, ks in sorted(times.items()))
+        problem = "has no samples" if bf.isdir(folder.path) else "does not exist"
+        raise UserError(
+            f"no samples for k = {folder.step_reverse} of N = {folder.num_steps}: {folder.path} {problem}.\n"
+            f"Times with samples: {listed or 'none'} (--time_series, --timestep_respacing, --data_dir)"
+        )
     if odd := [path for path in paths if not without_extension(path).endswith(ending)]:
         raise UserError(
             f"{len(odd)} image(s) in {folder.path} are not named like samples of that time: {list_some(odd)};\n"
@@ -83,21 +92,6 @@ def is_sample(path: str) -> bool:
     return path.endswith((".JPEG", ".png")) and not path.rpartition("/")[2].startswith(".")
 
 
-def no_samples(folder: SampleFolder) -> str:
-    """The message for a missing or empty folder: which times exist."""
-    times: dict[int, list[int]] = defaultdict(list)
-    for entry in bf.listdir(folder.output) if bf.isdir(folder.output) else ():
-        match = re.fullmatch(r"t_(\d+)_(\d+)_images/?", entry)
-        if match and any(map(is_sample, walk(f"{folder.output}/{entry.rstrip('/')}"))):
-            times[int(match[2])].append(int(match[1]))
-    problem = "has no samples" if bf.isdir(folder.path) else "does not exist"
-    listed = "; ".join(f"N = {n}: k = {', '.join(map(str, sorted(ks)))}" for n, ks in sorted(times.items()))
-    return (
-        f"no samples for k = {folder.step_reverse} of N = {folder.num_steps}: {folder.path} {problem}.\n"
-        f"Times with samples: {listed or 'none'} (--time_series, --timestep_respacing, --data_dir)"
-    )
-
-
 def check_complete(
     found: Mapping[int, Mapping[str, str]],
     starts: set[str],
@@ -106,11 +100,7 @@ def check_complete(
 ) -> None:
     """Raise UserError unless every sample has its starting image, and every time has the same samples.
 
-    Args:
-        found: result of `find_samples`, by k.
-        starts: paths of the starting images, without extensions.
-        folders: folders of samples by k.
-        starting_data_dir: folder of the starting images.
+    `found` has the results of `find_samples` by k, `starts` the paths of the starting images without extensions.
     """
     for k, samples in found.items():
         if orphans := sorted(path for stem, path in samples.items() if stem not in starts):
@@ -150,10 +140,7 @@ def read_sample(path: str, image_size: int, check: Check | None = None) -> np.nd
 
 def samples_digests(folders: Mapping[int, SampleFolder], samples: Mapping[int, Sequence[str]]) -> dict[int, str]:
     """SHA-256 of the names and sizes of the samples, by k."""
-
-    def size(path: str) -> int:
-        return bf.stat(path).size if is_remote(path) else os.path.getsize(path)
-
     return {
-        k: digest_of(f"{path}\t{size(f'{folders[k].path}/{path}')}" for path in paths) for k, paths in samples.items()
+        k: digest_of(f"{path}\t{bf.stat(f'{folders[k].path}/{path}').size}" for path in paths)
+        for k, paths in samples.items()
     }

@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from .results import class_ranks as class_ranks
-
 try:
     from scipy import optimize, stats
 except ModuleNotFoundError:  # optional (extra "figures"); the scripts say so
@@ -117,16 +115,6 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
     """The 95% confidence interval of a probability, given `count` successes in `total` trials: Wilson (1927)."""
     low, high = stats.binomtest(int(count), int(total)).proportion_ci(method="wilson")
     return float(low), float(high)
-
-
-def same_class(logits_start: np.ndarray, logits_sample: np.ndarray) -> np.ndarray:
-    """Whether each sample has the same predicted class as its starting image: bool (n,) from (n, classes)."""
-    return logits_start.argmax(axis=1) == logits_sample.argmax(axis=1)
-
-
-def in_top(logits: np.ndarray, labels: np.ndarray, top: int) -> np.ndarray:
-    """Whether each label (n,) is among the `top` most probable classes: bool (n,) from logits (n, classes)."""
-    return class_ranks(logits, labels) < top
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import Any
 import blobfile as bf
 
 from .. import logger
-from ..errors import UserError
+from ..errors import UserError, named_write_errors
 from ..script_util import NUM_CLASSES
 from ..system.checkpoint_files import read_saved
 from ..system.files import is_remote, read_json, write_json
@@ -29,6 +29,7 @@ from .imagenet import CLASS_INDEX, WNIDS
 
 ORDERS = ("text", "number")
 IMAGENET = "ImageNet"
+RECORD = "classes.json"  # next to checkpoints
 
 
 def add_class_order(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
@@ -154,20 +155,13 @@ class Classes:
         return _abridged([f"{index}: {name}" for index, name in self.names.items()])
 
 
-def classes_path(folder: str) -> str:
-    """The record of classes for the checkpoints in a folder."""
-    return os.path.join(folder, "classes.json")
-
-
 def write_classes(folder: str, classes: Classes) -> None:
     """Write the record unless it exists already. Raises UserError if it cannot be written."""
-    path = classes_path(folder)
+    path = os.path.join(folder, RECORD)
     if _read(path) == classes.as_json():
         return
-    try:
+    with named_write_errors(path):
         write_json(path, classes.as_json())
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error} (--output)") from error
 
 
 def read_classes(checkpoint: str) -> Classes | None:
@@ -178,7 +172,7 @@ def read_classes(checkpoint: str) -> Classes | None:
     if not checkpoint or checkpoint == "untrained":
         return None
     folder, name = os.path.split(checkpoint)
-    path = classes_path(folder)
+    path = os.path.join(folder, RECORD)
     step = re.fullmatch(r"(?:model|ema_.+_)(\d{6,})\.pt", name)
     optimizer = os.path.join(folder, f"opt{step[1]}.pt") if step else ""
     try:
@@ -281,12 +275,9 @@ def _choose(word: str, names: Mapping[int, str], index: Mapping[str, int], recor
         return index[word]
     if _is_number(word) and int(word) in names:
         return int(word)
-    if record is None:
-        expected = f"a wnid of ImageNet, or an index 0..{NUM_CLASSES - 1}"
-    else:
-        expected = f"a name or an index of {record.describe()} ({record.source})"
+    known = f"{record.describe()} ({record.source})" if record else f"ImageNet: a wnid or 0..{NUM_CLASSES - 1}"
     close = [] if _is_number(word) else difflib.get_close_matches(word, index, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"expected {expected}"
+    hint = f"did you mean {' or '.join(close)}?" if close else f"expected a name or an index of {known}"
     raise UserError(f"--classes {word}: no such class; {hint}")
 
 

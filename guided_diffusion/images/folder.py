@@ -63,11 +63,11 @@ def list_images(data_dir: str, flag: str = "--data_dir") -> list[str]:
         raise UserError(f"the folder of images cannot be listed ({flag}): {error}") from error
     images = sorted(path for path in files if path.lower().endswith(EXTENSIONS))
     if not images:
-        others = f"{_count(len(files), 'other file')}: {_extensions(files)}" if files else "no files at all"
-        raise UserError(f"no images in {data_dir!r} ({flag}), but {others}; expected {', '.join(EXTENSIONS)}")
+        found = f"{len(files)} file(s): {_extensions(files)}" if files else "no files at all"
+        raise UserError(f"no images in {data_dir!r} ({flag}), found {found}; expected {', '.join(EXTENSIONS)}")
     if len(images) < len(files):
         skipped = sorted({*files} - {*images})
-        logger.warn_once(f"{_count(len(skipped), 'file')} skipped: {_extensions(skipped)} (in {data_dir!r})")
+        logger.warn_once(f"{len(skipped)} file(s) skipped: {_extensions(skipped)} (in {data_dir!r})")
     return images
 
 
@@ -112,10 +112,6 @@ def _extensions(files: Sequence[str]) -> str:
     kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in files)
     commonest = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
     return ", ".join(commonest[:5]) + (", ..." if len(commonest) > 5 else "")
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 # Labelling
@@ -361,14 +357,11 @@ def shortage(
     """A warning if `choose_images` found fewer images than asked for, else None."""
     if not _have_classes(chosen):
         missing = num_samples is not None and len(chosen) < num_samples
-        return f"{_count(num_samples, 'image')} asked for (--num_samples), {len(chosen)} found" if missing else None
+        return f"{num_samples} images asked for (--num_samples), {len(chosen)} found" if missing else None
     asked = num_classes * num_per_class
     if num_samples is not None:
         asked = min(asked, num_samples)
     if len(chosen) >= asked:
         return None
-    sizes = Counter(image.label for image in chosen)
-    found = f"{len(chosen)} found: {len(sizes)} of {num_classes} classes (--num_classes)"
-    text = f"{_count(asked, 'image')} asked for, {found}"
-    few = sum(size < num_per_class for size in sizes.values())
-    return f"{text}, {few} with fewer than {_count(num_per_class, 'image')} (--num_per_class)" if few else text
+    found = f"{len(chosen)} found in {len({image.label for image in chosen})} classes"
+    return f"{asked} images asked for, {found} (--num_classes, --num_per_class, --num_samples)"

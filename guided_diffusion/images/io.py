@@ -66,7 +66,8 @@ def open_image(path: str, check: Check | None = None, crop_side: int | None = No
     `check` is called with the open file before decoding. Raises UnreadableImage, and the exceptions of `check`.
     """
     try:
-        file = _open_file(path)
+        on_disk = not is_remote(path) and os.path.getsize(path) > LARGE_FILE
+        file = open(path, "rb") if on_disk else io.BytesIO(read_bytes(path))  # noqa: SIM115
     except Exception as error:  # depends on the storage
         raise UnreadableImage(f"image {path!r} cannot be read: {reason_of(error)}") from error
     with file:
@@ -99,12 +100,6 @@ def _decode(path: str, file: BinaryIO, crop_side: int | None) -> Image.Image:
 LARGE = 2**25  # pixels beyond which copies of an image take too much memory
 LARGE_FILE = 2**24  # bytes beyond which a file is not read into memory
 STRIP = 2**22  # pixels of a large image that are converted together
-
-
-def _open_file(path: str) -> BinaryIO:
-    if not is_remote(path) and os.path.getsize(path) > LARGE_FILE:
-        return open(path, "rb")
-    return io.BytesIO(read_bytes(path))
 
 
 def read_bytes(path: str) -> bytes:

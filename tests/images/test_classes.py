@@ -134,7 +134,7 @@ def test_imagenet_is_known_without_a_record():
         (["3"], PETS, "--classes 3: no such class; expected a name or an index of 0: cat, 1: golden"),
         (["-1"], PETS, "--classes -1: no such class; expected"),
         (["n01440765"], None, "--classes n01440765: no such class; did you mean n0144"),
-        (["1000"], None, "--classes 1000: no such class; expected a wnid of ImageNet, or an index 0..999"),
+        (["1000"], None, "--classes 1000: no such class; expected a name or an index of ImageNet: a wnid or 0..999"),
         ([","], PETS, "--classes ',' names no class"),
     ],
 )

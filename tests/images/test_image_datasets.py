@@ -131,7 +131,7 @@ def test_files_that_are_skipped_are_reported_once(tmp_path, capsys):
     touch(tmp_path, "1.jpg", "2.heic", "3.HEIC", "sub/4.psd", "5")
     for _ in range(2):
         assert list_images(str(tmp_path)) == ["1.jpg"]
-    expected = f"warning: 4 files skipped: .heic, .psd, no extension (in {str(tmp_path)!r})\n"
+    expected = f"warning: 4 file(s) skipped: .heic, .psd, no extension (in {str(tmp_path)!r})\n"
     assert capsys.readouterr().err == expected
 
 
@@ -150,10 +150,10 @@ def test_names_that_are_not_utf8_are_listed_labelled_and_read(tmp_path):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "but no files at all"),
-        ([".hidden.jpg"], "but no files at all"),
-        (["a.txt", "b.txt", "c.tar", "deep/README"], "but 4 other files: .txt, .tar, no extension"),
-        (["val.tar"], "but 1 other file: .tar"),
+        ([], "found no files at all"),
+        ([".hidden.jpg"], "found no files at all"),
+        (["a.txt", "b.txt", "c.tar", "deep/README"], "found 4 file(s): .txt, .tar, no extension"),
+        (["val.tar"], "found 1 file(s): .tar"),
     ],
 )
 def test_folder_without_images(tmp_path, files, message):
@@ -462,20 +462,9 @@ def test_choice_of_nothing(flag):
         (2, 1, None, None),
         (2, 2, 3, None),
         (9, 9, 3, None),
-        (3, 1, None, "3 images asked for, 2 found: 2 of 3 classes (--num_classes)"),
-        (
-            2,
-            2,
-            None,
-            "4 images asked for, 3 found: 2 of 2 classes (--num_classes), 1 with fewer than 2 images (--num_per_class)",
-        ),
-        (
-            9,
-            9,
-            20,
-            "20 images asked for, 3 found: 2 of 9 classes (--num_classes), "
-            "2 with fewer than 9 images (--num_per_class)",
-        ),
+        (3, 1, None, "3 images asked for, 2 found in 2 classes (--num_classes, --num_per_class, --num_samples)"),
+        (2, 2, None, "4 images asked for, 3 found in 2 classes (--num_classes, --num_per_class, --num_samples)"),
+        (9, 9, 20, "20 images asked for, 3 found in 2 classes (--num_classes, --num_per_class, --num_samples)"),
     ],
 )
 def test_shortage(num_classes, num_per_class, num_samples, message):
