@@ -1,7 +1,7 @@
 """The forward-backward experiment: noised images, noise streams, units of work.
 
-An image x_0 is noised up to step k of N, and denoised by the k steps that lead back: Sclocchi, Favero and Wyart, "A
-phase transition in diffusion models reveals the hierarchical nature of data", PNAS 122 (2025), arXiv:2402.16991.
+An image x_0 is noised up to step k of N, then denoised by k steps: Sclocchi, Favero and Wyart, "A phase transition in
+diffusion models reveals the hierarchical nature of data", PNAS 122 (2025), arXiv:2402.16991.
 """
 
 from __future__ import annotations
@@ -26,19 +26,18 @@ from .system.files import folder_name
 def noised_image(
     diffusion: GaussianDiffusion, x_start: torch.Tensor, step_reverse: int, noise: torch.Tensor
 ) -> torch.Tensor:
-    """Take k = `step_reverse` noising steps at once: x_k = sqrt(abar[k-1]) x_0 + sqrt(1 - abar[k-1]) eps.
+    """Noise images to step k = `step_reverse`: x_k = sqrt(abar[k-1]) x_0 + sqrt(1 - abar[k-1]) eps.
 
-    After k steps the signal that is left is abar[k-1], since step 1 has index 0. k = 0 gives the image itself. k = N
-    gives the noise alone, as the paper does: nothing of the image is left.
+    abar has index k-1 because step 1 has index 0. k = 0 returns the images, k = N the noise alone, as in the paper.
 
     Args:
-        diffusion: the (respaced) diffusion, of N steps.
+        diffusion: (respaced) diffusion of N steps.
         x_start: starting images, (B, 3, H, W) in [-1, 1].
         step_reverse: k, 0..N.
-        noise: standard normal eps, of the shape of `x_start`.
+        noise: standard normal eps, shaped like `x_start`.
 
     Returns:
-        x_k, of the shape of `x_start`.
+        x_k, shaped like `x_start`.
     """
     if step_reverse == 0:
         return x_start
@@ -49,16 +48,15 @@ def noised_image(
 
 
 class NoiseStreams:
-    """One stream of standard normal numbers per image of a batch.
+    """One stream of standard normal numbers per image of a batch; the `generator` of a sampling loop.
 
-    A stream depends on the run's seed, the image's name and the step alone, never on the batch that the image is in or
-    on the process that it meets. Handed to a sampling loop as its `generator`.
+    A stream depends only on the seed, the image's name and the step, not on the batch or the process.
 
     Args:
-        seed: the run's seed.
-        names: one per row of the batch: paths of images relative to the data folder, or numbers of samples.
-        step: the time k to which images are noised; the step of a training.
-        device: where the numbers are drawn. Different kinds of device draw different numbers.
+        seed: seed of the run.
+        names: names of the images in the batch: paths relative to the data folder, or numbers of samples.
+        step: time k to which images are noised, or training step.
+        device: device that draws the numbers; CPUs and GPUs draw different ones.
     """
 
     def __init__(self, seed: int, names: Sequence[str], step: int, device: torch.device | str):
@@ -75,23 +73,23 @@ class NoiseStreams:
 
 
 def noise_seed(seed: int, name: str, step: int) -> int:
-    """The 64-bit seed of one image's noise at one step: a hash, so that no two of them are related."""
+    """The 64-bit seed of an image's noise at one step: a hash, so that streams are independent."""
     words = b"\0".join([str(seed).encode(), os.fsencode(name), str(step).encode()])
     return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
 
 
 def check_times(steps: Sequence[int], num_steps: int, flag: str = "--step_reverse") -> list[int]:
-    """The times k, each once. Raises UserError, which names `flag`, unless all are in 0..N = `num_steps`."""
+    """The times k without duplicates. Raises UserError naming `flag` unless all are in 0..N = `num_steps`."""
     return list(dict.fromkeys(check_step_reverse(k, num_steps, flag) for k in steps))
 
 
 def from_pixels(pixels: np.ndarray) -> torch.Tensor:
-    """Images in [-1, 1] of shape (B, 3, H, W), float32, from (B, H, W, 3) of uint8."""
+    """Convert uint8 (B, H, W, 3) to float32 (B, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(to_float(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:
-    """Pixels (B, H, W, 3) of uint8, rounded and cut to 0..255, from images in [-1, 1] of shape (B, 3, H, W).
+    """Convert images (B, 3, H, W) in [-1, 1] to uint8 (B, H, W, 3), rounded and clipped.
 
     Raises ResultError if an image contains NaN or infinity.
     """
@@ -99,7 +97,7 @@ def to_pixels(images: torch.Tensor) -> np.ndarray:
 
 
 class Pixels:
-    """The result of `to_pixels` on its way from the GPU, which may go on with other work meanwhile.
+    """`to_pixels` without waiting for the GPU: the copy to the CPU runs in the background.
 
     Args:
         images: (B, 3, H, W), in [-1, 1].
@@ -110,32 +108,32 @@ class Pixels:
         self._wait = download(pixels.permute(0, 2, 3, 1).contiguous(), torch.isfinite(images).all())
 
     def numpy(self) -> np.ndarray:
-        """All of them, (B, H, W, 3), once they are here. Raises ResultError if an image contains NaN or infinity."""
+        """Wait for all pixels, (B, H, W, 3). Raises ResultError if an image contains NaN or infinity."""
         pixels, finite = self._wait()
         if not finite:
             raise ResultError(
-                "the model gave NaN or infinity, which cannot be written as an image: its weights may be damaged\n"
-                "(--model_path), or too large for half precision (--use_fp16 False)"
+                "the model gave NaN or infinity: its weights may be damaged (--model_path),\n"
+                "or too large for half precision (--use_fp16 False)"
             )
         return pixels
 
     def image(self, i: int) -> np.ndarray:
-        """The i-th, (H, W, 3); otherwise as `numpy`."""
+        """Wait for image i, (H, W, 3). Raises as `numpy` does."""
         return self.numpy()[i]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A batch of fixed composition, taken to one time and back.
+    """A batch of fixed composition at one time.
 
-    Sums in a network may depend, in their last digit, on the size of the batch and on an image's place in it. So a
-    batch is computed as it was cut, even if some of its samples are there already: only `todo` is written.
+    The last digit of a sum in a network may depend on the batch size and on an image's place in the batch. So the whole
+    batch is computed even if some samples exist; only those of `todo` are written.
 
     Attributes:
         step_reverse: k.
-        index: number of the batch in the list of images.
-        images: the images of the batch.
-        todo: paths of the images whose sample is missing.
+        index: number of the batch.
+        images: images of the batch.
+        todo: paths of the images without a sample.
     """
 
     step_reverse: int
@@ -156,9 +154,9 @@ def cut_units(
 
     Args:
         images: the chosen images.
-        batch_size: images per unit; the last has what is left.
+        batch_size: images per unit; the last unit may have fewer.
         step_reverse: k.
-        done: paths of the images whose sample is there.
+        done: paths of the images that have a sample.
     """
     return [
         Unit(step_reverse, index, tuple(batch), frozenset(image.path for image in batch if image.path not in done))
@@ -173,13 +171,13 @@ def default_output(data_dir: str) -> str:
 
 @dataclass(frozen=True)
 class SampleFolder:
-    """Where the samples of one time k are, and what they are called.
+    """The paths of the samples at one time k.
 
     Attributes:
-        output: the folder of results.
+        output: folder of results.
         step_reverse: k.
         num_steps: N.
-        diffusion_steps: steps that the model was trained with, in whose units file names give the time.
+        diffusion_steps: number of steps in training, the unit of the time in file names.
         image_format: "jpeg" or "png".
     """
 
@@ -191,12 +189,12 @@ class SampleFolder:
 
     @property
     def unit(self) -> str:
-        """Start of the paths of everything that belongs to this time: OUTPUT/t_K_N."""
+        """Common start of all paths of this time: OUTPUT/t_K_N."""
         return f"{self.output}/t_{self.step_reverse}_{self.num_steps}"
 
     @property
     def path(self) -> str:
-        """The folder itself: OUTPUT/t_K_N_images."""
+        """The folder of samples: OUTPUT/t_K_N_images."""
         return f"{self.unit}_images"
 
     @property
@@ -206,16 +204,16 @@ class SampleFolder:
 
     @property
     def inputs(self) -> str:
-        """The list of the starting images, with sizes and digests: OUTPUT/t_K_N_inputs.json."""
+        """The list of starting images with sizes and digests: OUTPUT/t_K_N_inputs.json."""
         return f"{self.unit}_inputs.json"
 
     @property
     def inputs_parts(self) -> str:
-        """The folder of the same lists for single units of work, until they are joined."""
+        """The folder of such lists for single units, until they are merged."""
         return f"{self.unit}_inputs_parts"
 
     def sample(self, image_path: str) -> str:
-        """The sample of an image, relative to the folder: [sub/folders/]NAME_t0500.JPEG."""
+        """Path of an image's sample, relative to the folder: [sub/folders/]NAME_t0500.JPEG."""
         time = self.step_reverse * self.diffusion_steps // self.num_steps
         ending = {"jpeg": "JPEG", "png": "png"}[self.image_format]
         return f"{os.path.splitext(image_path)[0]}_t{time:04d}.{ending}"

@@ -1,9 +1,9 @@
-"""Folders of samples that can be resumed: what they were computed from, what is done, and when they are finished.
+"""Resumable folders of samples, one per time.
 
-Beside the folder t_K_N_images lies t_K_N_run.json, the record: the settings, so that a later run with other settings
-stops instead of mixing two experiments; and what was done, where and how fast. t_K_N_inputs.json lists the starting
-images with their sizes and digests. While units of work are under way, their starting images are listed in
-t_K_N_inputs_parts, a file per unit, which is written before the unit's samples.
+Next to the folder t_K_N_images, t_K_N_run.json records the settings, so that a run with other settings stops instead of
+mixing two experiments, and what each run did, on which hardware and how fast. t_K_N_inputs.json lists the starting
+images with their sizes and digests. During a run, t_K_N_inputs_parts has one such list per unit, written before the
+unit's samples.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -36,15 +35,16 @@ from .system.files import SCRATCH, remove_scratch, remove_scratch_of, walk, writ
 
 UPDATE = 600.0  # seconds to wait for other shards to update a record
 
+Unreadable = dict[str, str]  # path of an image -> why it cannot be read
 
-@dataclass
-class _State:
-    """What a folder contains when a run begins.
+
+class _Contents(NamedTuple):
+    """The contents of a folder when a run starts.
 
     Attributes:
-        record: its record, None if there is nothing to resume.
-        files: paths of the files in it.
-        entries: the starting images that are known; None for a folder of an earlier version, which did not list them.
+        record: the record, None if there is nothing to resume.
+        files: paths of the files.
+        entries: starting images on record; None for a folder written by a version that did not list them.
     """
 
     record: Record | None
@@ -53,11 +53,12 @@ class _State:
 
 
 class SampleRun(Run):
-    """A run that writes samples into folders, one for each time. Otherwise as `runs.Run`.
+    """A run that writes samples into one folder per time.
 
     Args:
         folders: folders by k.
         images: the chosen images.
+        settings, machine, args, shard: see `Run`.
     """
 
     def __init__(
@@ -72,25 +73,15 @@ class SampleRun(Run):
         locks = {shard.lock(folder.unit): folder.path for folder in folders.values()}
         super().__init__(locks, settings, machine, {}, args, shard)
         self.folders, self.images = folders, images
-        self.units: list[Unit] = []
+        self.units: list[Unit] = []  # this shard's unfinished units
         self.written: Counter[int] = Counter()  # number of samples by k
-        self.unreadable: dict[int, dict[str, str]] = {k: {} for k in folders}  # by k: path -> why
+        self.unreadable: dict[int, Unreadable] = {k: {} for k in folders}
 
     def __enter__(self):
         """Raises UserError if a folder contains another experiment, or the starting images have changed."""
         super().__enter__()
         try:
-            self.units, inputs = dist_util.on_main(
-                open_folders,
-                self.folders,
-                self.images,
-                self.args.batch_size,
-                self.settings,
-                self.machine,
-                self.args.data_dir,
-                self.shard,
-                self.locks,
-            )
+            self.units, inputs = dist_util.on_main(self._open_folders)
         except BaseException:
             self._stack.close()
             raise
@@ -98,7 +89,7 @@ class SampleRun(Run):
         return self
 
     def read(self, read: Callable[[str, Check], np.ndarray], blank: np.ndarray) -> Iterator[tuple[Unit, Pictures]]:
-        """This rank's units and their starting images. Those without any image that can be read are left out."""
+        """Yield this rank's units and their starting images, except units without a readable image."""
         units = super().read(self.units, {IMAGES: read}, blank, lambda unit: unit.step_reverse)
         writing = self._write_while(units)
         self._stack.callback(writing.close)
@@ -118,218 +109,201 @@ class SampleRun(Run):
         self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
 
     def write(self, unit: Unit, pictures: Pictures, samples: Pixels) -> None:
-        """Write the samples of a unit that are missing, in a thread."""
+        """Write a unit's missing samples in a thread."""
         folder = self.folders[unit.step_reverse]
-        list_inputs = partial(
-            write_entries, f"{folder.inputs_parts}/{unit.index:06d}.json", self.entries(unit, pictures)
-        )
-        self._writer.call(list_inputs)
+        part = f"{folder.inputs_parts}/{unit.index:06d}.json"
+        self._writer.call(partial(write_entries, part, self.entries(unit, pictures)))
         for i, image in enumerate(unit.images):
             if image.path in unit.todo - pictures.unreadable[IMAGES].keys():
                 path = f"{folder.path}/{folder.sample(image.path)}"
                 self._writer.submit(path, partial(samples.image, i), partial(self.written.update, [unit.step_reverse]))
 
     def finish(self) -> int:
-        """Record what all ranks did. Returns the exit status; raises ResultError if samples have disappeared."""
+        """Record the work of all ranks. Returns the exit status; raises ResultError if samples have disappeared."""
         facts = self.facts()
-        return dist_util.on_main(self._finish, dist_util.gather_objects((self.written, self.unreadable)), facts)
+        return dist_util.on_main(self._close_folders, dist_util.gather_objects((self.written, self.unreadable)), facts)
 
-    def _finish(
-        self, reports: Sequence[tuple[Counter[int], dict[int, dict[str, str]]]], facts: Mapping[str, Any]
-    ) -> int:
-        self.locks.check()
-        runs = {k: {"samples_written": sum(written[k] for written, _ in reports), **facts} for k in self.folders}
-        unreadable = {k: {p: why for _, bad in reports for p, why in bad[k].items()} for k in self.folders}
-        close_folders(self.folders, self.images, self.args.batch_size, self.shard, runs, unreadable)
-        of_all_times = {path: why for of_time in unreadable.values() for path, why in of_time.items()}
-        return report_unreadable(of_all_times, "they have no sample", len(self.images))
+    # On rank 0
 
+    def _open_folders(self) -> tuple[list[Unit], Inputs]:
+        """Start or resume the folders. Returns this shard's unfinished units and the starting images on record.
 
-def open_folders(
-    folders: Mapping[int, SampleFolder],
-    images: Sequence[LabelledImage],
-    batch_size: int,
-    settings: Mapping[str, Any],
-    machine: Mapping[str, Any],
-    data_dir: str,
-    shard: Shard,
-    locks: Locks,
-) -> tuple[list[Unit], Inputs]:
-    """Begin or resume folders of samples. For rank 0, which holds the `locks` of this shard.
+        Raises:
+            UserError: a folder contains another experiment, the starting images have changed, or a file cannot be
+                written.
+        """
+        paths = [image.path for image in self.images]
+        inputs = Inputs(self.args.data_dir, "--data_dir")
+        with self._locked_records():
+            contents = {k: self._contents_of(folder) for k, folder in self.folders.items()}
+            done = {
+                k: {path for path in paths if self.folders[k].sample(path) in found.files}
+                for k, found in contents.items()
+            }
+            for k, found in contents.items():
+                inputs.merge(found.entries or {}, self.folders[k].path)
+            output = next(iter(self.folders.values())).output
+            inputs.compare(paths, output)
+            if unlisted := sorted({p for k, found in contents.items() if found.entries is None for p in done[k]}):
+                logger.warn(
+                    f"{output} was started by a version that did not record the contents of the images: assuming that "
+                    "they have not changed"
+                )
+                inputs.read_all(unlisted)
+            for k, folder in self.folders.items():
+                if contents[k].record is None:
+                    record = {"finished": False, "num_shards": self.shard.count}
+                    record |= {"settings": dict(self.settings), "begun_with": dict(self.machine), "runs": []}
+                    with named_write_errors(folder.record):
+                        write_json(folder.record, record)
+                used = done[k] if contents[k].entries is None else contents[k].entries.keys()
+                entries = {p: e if p in used else e._replace(sha256=None) for p, e in inputs.entries(paths).items()}
+                with named_write_errors(folder.inputs):
+                    write_entries(folder.inputs, {"images": entries})
+                for path in _parts_of_inputs(folder).values():
+                    bf.remove(path)
 
-    Args:
-        folders: folders by k.
-        images: the chosen images.
-        batch_size: images per unit of work.
-        settings: what decides the samples.
-        machine: hardware, threads and versions, which decide the last digits: a difference is a warning.
-        data_dir: folder of the images.
-        shard: part of the work that this run does.
-        locks: this shard's locks.
+        units = [unit for unit in self._units_of_shard(done) if unit.todo]
+        for k, found in contents.items():
+            changes = machine_changes(found.record["begun_with"], self.machine) if found.record else []
+            if changes and any(unit.step_reverse == k for unit in units):
+                path = self.folders[k].path
+                logger.warn(f"{path}: {'; '.join(changes)}. Samples will agree to rounding, not to the byte")
+        return units, inputs
 
-    Returns:
-        this shard's units of work that are not done, and the starting images as far as they are known.
-
-    Raises:
-        UserError: a folder contains another experiment, the starting images have changed, or a file cannot be written.
-    """
-    with _update(folders):
-        states = {k: _look(folder, settings, images, batch_size, shard, locks) for k, folder in folders.items()}
-        done = {k: {i.path for i in images if folders[k].sample(i.path) in state.files} for k, state in states.items()}
-        inputs = Inputs(data_dir, "--data_dir")
-        for k, state in states.items():
-            inputs.merge(state.entries or {}, folders[k].path)
-        paths = [image.path for image in images]
-        inputs.compare(paths, next(iter(folders.values())).output)
-        if unlisted := sorted({path for k, state in states.items() if state.entries is None for path in done[k]}):
-            logger.warn(
-                f"{next(iter(folders.values())).output} was begun by a version that did not record the contents of the "
-                "images: those of now are taken to be the same"
+    def _contents_of(self, folder: SampleFolder) -> _Contents:
+        """The contents of a folder. Raises UserError unless they are samples with these settings."""
+        others = self.locks.others()
+        if not others:
+            for path in (folder.path, folder.inputs_parts):
+                remove_scratch(path)
+            for path in (folder.record, folder.inputs):
+                remove_scratch_of(path)
+        files = {path for path in walk(folder.path) if not path.endswith(SCRATCH)}
+        if not files and not others:  # nothing was computed, or the folder was moved away: no experiment to mix with
+            return _Contents(None, files, {})
+        record = _read_record(folder)
+        if record is None and files:
+            raise UserError(
+                f"{folder.path} contains files, but {folder.record} is missing: their settings are not known.\n"
+                "Choose another --output, or move the folder away"
             )
-            inputs.read_all(unlisted)
-        for k, folder in folders.items():
-            _begin(folder, states[k], settings, machine, shard)
-            known = done[k] if states[k].entries is None else states[k].entries.keys()
-            entries = {p: e if p in known else e._replace(sha256=None) for p, e in inputs.entries(paths).items()}
-            _write(write_entries, folder.inputs, {"images": entries})
-            _remove(_listed_parts(folder).values())
+        changes = differences(record["settings"], self.settings) if record else []
+        if record is None or (not files and changes and not self.locks.rivals()):
+            return _Contents(None, files, {})
+        if changes:
+            raise UserError(
+                f"{folder.path} was started with other settings: {'; '.join(changes)}.\n"
+                "Resume with the recorded settings, choose another --output, or move the folder away"
+            )
+        check_num_shards(record.get("num_shards"), self.shard, folder.path)
+        listed = read_entries(folder.inputs)
+        if listed is None:
+            return _Contents(record, files, None)
+        entries = dict(listed.get("images", {}))
+        units = cut_units(self.images, self.args.batch_size, folder.step_reverse)
+        for index, path in _parts_of_inputs(folder).items():
+            read = (read_entries(path) or {}).get("images", {})
+            entries |= read
+            for image in units[index].images if index < len(units) else ():
+                if image.path not in read:
+                    entries.pop(image.path, None)  # it was unreadable, and may have been repaired since
+        for path in _recorded_unreadable(record):
+            entries.pop(path, None)
+        return _Contents(record, files, entries)
 
-    everything = [unit for k in folders for unit in cut_units(images, batch_size, k, done[k])]
-    units = [unit for unit in shard.units(everything) if unit.todo]
-    for k, state in states.items():
-        begun_with = state.record["begun_with"] if state.record else machine
-        if any(unit.step_reverse == k for unit in units) and (changes := machine_changes(begun_with, machine)):
-            logger.warn(f"{folders[k].path}: {'; '.join(changes)}. Samples will agree to rounding, not to the byte")
-    return units, inputs
+    def _close_folders(self, reports: Sequence[tuple[Counter[int], dict[int, Unreadable]]], facts: Record) -> int:
+        """Check the folders and record the run. Returns the exit status.
 
+        Args:
+            reports: per rank, `written` and `unreadable`.
+            facts: see `Run.facts`.
 
-def close_folders(
-    folders: Mapping[int, SampleFolder],
-    images: Sequence[LabelledImage],
-    batch_size: int,
-    shard: Shard,
-    runs: Mapping[int, Mapping[str, Any]],
-    unreadable: Mapping[int, Mapping[str, str]],
-) -> None:
-    """Record the end of a run, after looking at what is in the folders. For rank 0.
+        Raises:
+            ResultError: samples of this run are not there.
+            UserError: a record cannot be written.
+        """
+        self.locks.check()
+        mine = {(unit.step_reverse, image.path) for unit in self._units_of_shard() for image in unit.images}
+        all_unreadable: Unreadable = {}
+        disappeared: list[str] = []
+        with self._locked_records():
+            for k, folder in self.folders.items():
+                record = _read_record(folder)
+                if record is None:
+                    raise ResultError(f"{folder.record} has disappeared: was the output removed during the run?")
+                files = set(walk(folder.path))
+                missing = [image.path for image in self.images if folder.sample(image.path) not in files]
+                now_unreadable = {path: why for _, unreadable in reports for path, why in unreadable[k].items()}
+                all_unreadable |= now_unreadable
+                known = {**_recorded_unreadable(record), **now_unreadable}
+                unreadable = {path: known[path] for path in missing if path in known}
+                lost = [path for path in missing if (k, path) in mine and path not in unreadable]
+                disappeared += [f"{folder.path}/{folder.sample(path)}" for path in lost]
+                if parts := _parts_of_inputs(folder):
+                    with named_write_errors(folder.inputs):
+                        write_entries(folder.inputs, {"images": recorded_inputs(folder) or {}})
+                    for path in parts.values():
+                        bf.remove(path)
+                if not missing and bf.isdir(folder.inputs_parts):
+                    bf.rmtree(folder.inputs_parts)
 
-    Args:
-        folders: folders by k.
-        images: the chosen images.
-        batch_size: images per unit of work.
-        shard: part of the work that this run did.
-        runs: by k, what the record should say of this run; a run that had nothing to do leaves no trace.
-        unreadable: by k, path of each image that could not be read, and why.
+                with_sample = len(self.images) - len(missing)
+                record["finished"] = not missing
+                record["images"] = {"chosen": len(self.images), "with_sample": with_sample, "unreadable": unreadable}
+                samples_written = sum(written[k] for written, _ in reports)
+                if samples_written or not record["runs"]:  # a run with nothing to do leaves no trace
+                    record["runs"] = [*record["runs"], {"samples_written": samples_written, **facts}]
+                with named_write_errors(folder.record):
+                    write_json(folder.record, record)
+                others = len(missing) - len(unreadable) - len(lost)
+                logger.info(
+                    f"k = {k}: {with_sample} of {len(self.images)} samples are in {folder.path}"
+                    + (f"; {others} are for the other shards" if others else "")
+                )
+        if disappeared:
+            raise ResultError(
+                f"{len(disappeared)} sample(s) that were written are missing, such as {disappeared[0]}:\n"
+                "was the folder changed during the run? Rerun the same command to compute them again"
+            )
+        return report_unreadable(all_unreadable, "they have no sample", len(self.images))
 
-    Raises:
-        ResultError: samples of this run are not there.
-        UserError: a record cannot be written.
-    """
-    everything = [unit for k in folders for unit in cut_units(images, batch_size, k)]
-    mine = {k: {i.path for u in shard.units(everything) if u.step_reverse == k for i in u.images} for k in folders}
-    lost: dict[int, list[str]] = {}
-    with _update(folders):
-        for k, folder in folders.items():
-            record = _read_record(folder)
-            if record is None:
-                raise ResultError(f"{folder.record} has disappeared: was the output removed during the run?")
-            files = set(walk(folder.path))
-            missing = [image.path for image in images if folder.sample(image.path) not in files]
-            known = {**_earlier_unreadable(record), **unreadable[k]}
-            bad = {path: known[path] for path in missing if path in known}
-            lost[k] = [path for path in missing if path in mine[k] and path not in bad]
-            _join_inputs(folder, finished=not missing)
-            run = [runs[k]] if runs[k]["samples_written"] or not record["runs"] else []
-            counts = {"chosen": len(images), "with_sample": len(images) - len(missing), "unreadable": bad}
-            changes = {"finished": not missing, "images": counts, "runs": [*record["runs"], *run]}
-            _write(write_json, folder.record, {**record, **changes})
-            words = f"k = {k}: {len(images) - len(missing)} of {len(images)} samples are in {folder.path}"
-            if others := len(missing) - len(bad) - len(lost[k]):
-                words += f"; {others} are for the other shards"
-            logger.info(words)
-    if gone := [f"{folders[k].path}/{folders[k].sample(path)}" for k, paths in lost.items() for path in paths]:
-        raise ResultError(
-            f"{len(gone)} sample(s) that were written are missing, such as {gone[0]}:\n"
-            "was the folder changed during the run? Rerun the same command to make them again"
-        )
+    def _units_of_shard(self, done: Mapping[int, set[str]] | None = None) -> Sequence[Unit]:
+        """This shard's units of all times; `done` has the images by k that already have a sample."""
+        size, done = self.args.batch_size, done or {}
+        units = [unit for k in self.folders for unit in cut_units(self.images, size, k, done.get(k, ()))]
+        return self.shard.units(units)
+
+    def _locked_records(self) -> Locks:
+        """Locks for updating the records of the folders, which several shards share."""
+        return Locks({f"{folder.record}.lock": folder.record for folder in self.folders.values()}, wait=UPDATE)
 
 
 def recorded_compilation(folders: Iterable[SampleFolder]) -> bool | None:
-    """Whether the run on record in these folders compiled its network; None if there is no record.
+    """Whether the recorded runs in these folders compiled their network; None without a record.
 
     Raises UserError if some did and others did not.
     """
-    compiled = {}
+    compiled: dict[bool, str] = {}
     for folder in folders:
-        with suppress(UserError):  # a damaged record is reported by `open_folders`
+        with suppress(UserError):  # `SampleRun` reports a damaged record
             if record := _read_record(folder):
-                compiled[folder.record] = bool(record["settings"].get("compile"))
-    if len(set(compiled.values())) > 1:
-        yes, no = (next(path for path, was in compiled.items() if was is which) for which in (True, False))
+                compiled.setdefault(bool(record["settings"].get("compile")), folder.record)
+    if len(compiled) == 2:
         raise UserError(
-            f"{yes} is of a compiled run and {no} is not: resume these times in separate commands (--step_reverse)"
+            f"{compiled[True]} is of a compiled run and {compiled[False]} is not: resume these times in separate "
+            "commands (--step_reverse)"
         )
-    return next(iter(compiled.values()), None)
+    return next(iter(compiled), None)
 
 
 def recorded_inputs(folder: SampleFolder) -> Entries | None:
-    """The starting images of a folder's samples, finished or not; None if nothing lists them. Raises UserError."""
+    """The starting images of a folder's samples, finished or not; None if they are not recorded. Raises UserError."""
     listed = read_entries(folder.inputs)
     if listed is None:
         return None
-    parts = [read_entries(path) or {} for path in _listed_parts(folder).values()]
+    parts = [read_entries(path) or {} for path in _parts_of_inputs(folder).values()]
     return {path: entry for group in (listed, *parts) for path, entry in group.get("images", {}).items()}
-
-
-# What is there
-
-
-def _look(
-    folder: SampleFolder,
-    settings: Mapping[str, Any],
-    images: Sequence[LabelledImage],
-    batch_size: int,
-    shard: Shard,
-    locks: Locks,
-) -> _State:
-    """Look at a folder. Raises UserError if it contains something else than samples of these settings."""
-    others = locks.other_shards()
-    if not others:
-        for path in (folder.path, folder.inputs_parts):
-            remove_scratch(path)
-        for path in (folder.record, folder.inputs):
-            remove_scratch_of(path)
-    files = {path for path in walk(folder.path) if not path.endswith(SCRATCH)}
-    if not files and not others:  # nothing was computed, or the folder was moved away: no experiment to mix with
-        return _State(None, files, {})
-    record = _read_record(folder)
-    if record is None and files:
-        raise UserError(
-            f"{folder.path} contains files, but {folder.record} is missing: their settings are not known.\n"
-            "Choose another --output, or move the folder away"
-        )
-    if record is None or (not files and differences(record["settings"], settings) and not locks.conflicting_shards()):
-        return _State(None, files, {})
-    if changes := differences(record["settings"], settings):
-        raise UserError(
-            f"{folder.path} was begun with other settings: {'; '.join(changes)}.\n"
-            "Resume with the settings on record, choose another --output, or move the folder away"
-        )
-    check_num_shards(record.get("num_shards"), shard, folder.path)
-    listed = read_entries(folder.inputs)
-    if listed is None:
-        return _State(record, files, None)
-    entries = dict(listed.get("images", {}))
-    units = cut_units(images, batch_size, folder.step_reverse)
-    for index, path in _listed_parts(folder).items():
-        of_unit = (read_entries(path) or {}).get("images", {})
-        entries |= of_unit
-        for image in units[index].images if index < len(units) else ():
-            if image.path not in of_unit:
-                entries.pop(image.path, None)  # it could not be read, and may have been repaired since
-    for path in _earlier_unreadable(record):
-        entries.pop(path, None)
-    return _State(record, files, entries)
 
 
 def _read_record(folder: SampleFolder) -> Record | None:
@@ -337,56 +311,14 @@ def _read_record(folder: SampleFolder) -> Record | None:
     return read_record(folder.record, {"settings": dict, "begun_with": dict, "runs": list}, folder.path)
 
 
-def _earlier_unreadable(record: Record) -> dict[str, str]:
-    """The images that earlier runs, and other shards, could not read: path -> why."""
+def _recorded_unreadable(record: Record) -> Unreadable:
+    """The images that earlier runs and other shards could not read."""
     counts = record.get("images")
     found = counts.get("unreadable") if isinstance(counts, dict) else None
     return found if isinstance(found, dict) else {}
 
 
-def _listed_parts(folder: SampleFolder) -> dict[int, str]:
-    """The lists of starting images of single units: number of the unit -> path."""
+def _parts_of_inputs(folder: SampleFolder) -> dict[int, str]:
+    """The lists of single units' starting images: number of the unit -> path."""
     names = (re.fullmatch(r"(\d+)\.json", name) for name in walk(folder.inputs_parts))
     return {int(name[1]): f"{folder.inputs_parts}/{name[0]}" for name in names if name}
-
-
-# Writing
-
-
-def _begin(
-    folder: SampleFolder,
-    state: _State,
-    settings: Mapping[str, Any],
-    machine: Mapping[str, Any],
-    shard: Shard,
-) -> None:
-    """Write the record of a folder that is not resumed."""
-    if state.record is None:
-        record = {"finished": False, "num_shards": shard.count}
-        record |= {"settings": dict(settings), "begun_with": dict(machine), "runs": []}
-        _write(write_json, folder.record, record)
-
-
-def _join_inputs(folder: SampleFolder, finished: bool) -> None:
-    """Join the lists of single units with the folder's."""
-    parts = _listed_parts(folder)
-    if parts:
-        _write(write_entries, folder.inputs, {"images": recorded_inputs(folder) or {}})
-        _remove(parts.values())
-    if finished and bf.isdir(folder.inputs_parts):
-        bf.rmtree(folder.inputs_parts)
-
-
-def _update(folders: Mapping[int, SampleFolder]) -> Locks:
-    """Locks for reading and writing the records of folders, while other shards may do so."""
-    return Locks({f"{folder.record}.lock": folder.record for folder in folders.values()}, wait=UPDATE)
-
-
-def _write(write, path: str, content: Any) -> None:
-    with named_write_errors(path):
-        write(path, content)
-
-
-def _remove(paths) -> None:
-    for path in paths:
-        bf.remove(path)

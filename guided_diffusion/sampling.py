@@ -1,8 +1,8 @@
-"""What the sampling scripts share: numbered samples, batches of fixed composition, the file of samples.
+"""Numbered samples in batches of fixed composition, and the file they are written to.
 
-Sample number i has its noise and, where classes are drawn, its class, from the seed and i alone. The samples are cut,
-in order, every batch_size; the ranks take the batches in turn. So the file has the same bytes for any number of ranks,
-and after a restart, on the same hardware, precision and CPU threads per rank.
+The noise of sample i, and its class if classes are drawn, depend only on the seed and i. Samples are cut into batches
+in order, and ranks take batches in turn. So the file has the same bytes for any number of ranks and after a restart, on
+the same hardware and with the same precision and CPU threads per rank.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ from .runs.shards import cut
 from .script_util import NUM_CLASSES
 from .system.files import whole_file, write_json, write_whole
 
-GRID = 64  # the most samples in the picture beside the file
+GRID = 64  # most samples in the preview next to the file
 
 
 def draw_classes(seed: int, num_samples: int, classes: Sequence[int] = range(NUM_CLASSES)) -> np.ndarray:
@@ -51,23 +51,23 @@ def denoise(
     conditions: Mapping[str, torch.Tensor],
     cond_fn: Guide | None = None,
 ) -> torch.Tensor:
-    """Make the samples of these numbers from noise, on this rank's device: (B, 3, image_size, image_size).
+    """Denoise pure noise on this rank's device. Returns samples (B, 3, image_size, image_size).
 
     Args:
         model: called as model(x, timesteps, **conditions).
-        diffusion: its steps are taken back one by one, each of which moves `bar`.
+        diffusion: diffusion to sample from.
         indices: numbers of the B samples.
         image_size: height and width, in pixels.
         args: flags seed, use_ddim and clip_denoised.
-        bar: of the steps.
-        conditions: what the model is given besides x and time, each (B, ...).
+        bar: progress bar, advanced at every step.
+        conditions: keyword arguments of the model, each (B, ...).
         cond_fn: guidance, called like the model.
 
-    Raises UserError where the GPU's memory does not suffice.
+    Raises UserError if the GPU runs out of memory.
     """
     device = dist_util.dev()
-    loops = (diffusion.p_sample_loop_progressive, diffusion.ddim_sample_loop_progressive)
-    steps = loops[args.use_ddim](
+    sample_loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
+    steps = sample_loop(
         model,
         (len(indices), 3, image_size, image_size),
         clip_denoised=args.clip_denoised,
@@ -85,9 +85,9 @@ def denoise(
 
 
 def class_gradient(classifier: Model, scale: float) -> Guide:
-    """Guidance towards the classes y (B,): cond_fn(x, t, y) = scale * gradient in x of log p(y | x, t), shaped as x.
+    """Guidance towards the classes y (B,): cond_fn(x, t, y) = scale * grad_x log p(y | x, t), shaped like x.
 
-    Source: ADM, section 4. `classifier(x, t)` gives logits (B, classes), each row by its own image alone.
+    Source: ADM, section 4. `classifier(x, t)` returns logits (B, classes); a row depends only on its own image.
     """
 
     def cond_fn(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -100,8 +100,8 @@ def class_gradient(classifier: Model, scale: float) -> Guide:
 
 
 @dataclass(frozen=True)
-class Numbers:
-    """A batch of samples, number `index` of all: the numbers of its samples. It reads no files."""
+class SampleBatch:
+    """Batch number `index`: the numbers of its samples. It reads no files."""
 
     index: int
     samples: range
@@ -119,75 +119,63 @@ def write_samples(
     labels: np.ndarray | None = None,
     class_names: Mapping[int, str] | None = None,
 ) -> None:
-    """Make all samples and write samples_NxHxWx3.npz, with its record and a picture of the first ones beside it.
+    """Write samples_NxHxWx3.npz with its record and a preview of the first samples, or resume doing so.
 
-    Samples wait as parts in samples_NxHxWx3_parts. A file that was made with the same settings is left as it is.
+    Finished batches are kept in samples_NxHxWx3_parts. A finished file with the same settings is left as it is.
 
     Args:
-        make: makes the samples (B, 3, image_size, image_size) of a batch's numbers, moving a bar by `num_steps`.
+        make: function of the numbers of a batch and a progress bar, which it advances by `num_steps`; returns samples
+            (B, 3, image_size, image_size).
         image_size: height and width, in pixels.
-        num_steps: denoising steps of a batch.
+        num_steps: denoising steps per batch.
         args: flags num_samples, batch_size and output.
         default_output: folder of results if neither --output nor the environment names one.
-        settings: what decides the bytes, see `settings.settings_of`.
-        machine: what decides the last digits, see `inference.prepare_network`.
+        settings: settings that determine the bytes, see `settings.settings_of`.
+        machine: hardware and software that determine the last digits, see `inference.prepare_network`.
         labels: classes of the samples, (num_samples,).
-        class_names: class index -> name, as far as they are known.
+        class_names: known names of classes by index.
 
     Raises:
-        UserError: the file was made with other settings, or it or a part cannot be written.
+        UserError: the file was computed with other settings, or a file cannot be written.
     """
     shape = (args.num_samples, image_size, image_size, 3)
     stem = f"{logger.choose_dir(args.output, default_output)}/samples_{'x'.join(map(str, shape))}"
     result = Result(f"{stem}.npz", settings)
     with ResultRun([result], f"{stem}_parts", settings, machine, {}, args) as run:
         if not run.unfinished:
-            logger.info(f"{result.path} is there already, made with the same settings: nothing to do")
+            logger.info(f"{result.path} exists already, with the same settings: nothing to do")
             return
-        numbers = cut(range(args.num_samples), args.batch_size)
-        batches = [Numbers(index, samples) for index, samples in enumerate(numbers)]
+        batches = [SampleBatch(i, numbers) for i, numbers in enumerate(cut(range(args.num_samples), args.batch_size))]
         left = run.remaining_units(batches)
-        to_make = sum(len(batch.samples) for batch in left)
+        to_do = sum(len(batch.samples) for batch in left)
         logger.info(
-            f"{args.num_samples} samples for {result.path}: {to_make} to make, {args.num_samples - to_make} are there"
+            f"{args.num_samples} samples for {result.path}: {to_do} to do, {args.num_samples - to_do} done already"
         )
         run.log_machine()
         for batch, nothing in run.read(left, {}, None, lambda batch: num_steps):
             run.write(batch, nothing, pixels=to_pixels(make(batch.samples, run.bar)))
-        named = {str(index): class_names[index] for index in sorted({*labels.tolist()})} if class_names else {}
-        record = {"finished": True, "settings": settings, "samples": args.num_samples}
-        record |= {"samples_made": to_make, **({"classes": named} if named else {})}
-        run.finish(len(batches), partial(_put_together, run, result, len(batches), shape, labels, record))
+
+        def join_parts(facts: Record) -> int:
+            record = {"finished": True, "settings": settings, "samples": args.num_samples}
+            if class_names:
+                record["classes"] = {str(index): class_names[index] for index in sorted({*labels.tolist()})}
+            record["last_run"] = {"samples_made": to_do, **facts}
+            first = islice((x for index in range(len(batches)) for x in run.parts.read(index)["pixels"]), GRID)
+            with named_write_errors():
+                write_whole(f"{stem}.png", encode(image_grid(np.stack(list(first))), "png", 0))
+                write_json(record_of(result.path), record)
+                pixels = (run.parts.read(index)["pixels"] for index in range(len(batches)))
+                write_npz(result.path, shape, pixels, labels)  # last: if it exists, everything does
+            return 0
+
+        run.finish(len(batches), join_parts)
     logger.info(f"{args.num_samples} samples are in {result.path}")
 
 
-def _put_together(
-    run: ResultRun,
-    result: Result,
-    count: int,
-    shape: tuple[int, ...],
-    labels: np.ndarray | None,
-    record: Record,
-    facts: Record,
-) -> int:
-    """Write the samples of all parts. The file of samples comes last: where it is, all is."""
-    pixels = (run.parts.read(index)["pixels"] for index in range(count))
-    first: list[np.ndarray] = []
-    while len(first) < min(GRID, shape[0]):
-        first += list(next(pixels))
-    record["last_run"] = {"samples_made": record.pop("samples_made"), **facts}
-    with named_write_errors():
-        picture = encode(image_grid(np.stack(first[:GRID])), "png", 0)
-        write_whole(result.path.removesuffix(".npz") + ".png", picture)
-        write_json(record_of(result.path), record)
-        write_npz(result.path, shape, (run.parts.read(index)["pixels"] for index in range(count)), labels)
-    return 0
-
-
 def write_npz(path: str, shape: tuple[int, ...], pixels: Iterable[np.ndarray], labels: np.ndarray | None) -> None:
-    """Write samples as people know them: arr_0, uint8 of `shape`, and arr_1, int64, where there are labels.
+    """Write samples in guided-diffusion's format: arr_0, uint8 of `shape`, and arr_1, int64, if there are labels.
 
-    `pixels` gives arr_0 piece by piece, so that it need not fit in memory.
+    `pixels` yields arr_0 in pieces, so that it need not fit in memory.
     """
     uint8 = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.uint8)), "fortran_order": False, "shape": shape}
     with whole_file(path) as f, zipfile.ZipFile(f, "w") as archive:
@@ -201,9 +189,9 @@ def write_npz(path: str, shape: tuple[int, ...], pixels: Iterable[np.ndarray], l
 
 
 def image_grid(pixels: np.ndarray, side: int = 64, pad: int = 2) -> np.ndarray:
-    """Images (n, H, W, 3) of uint8 in one picture, row by row, as nearly square as possible.
+    """Arrange uint8 images (n, H, W, 3) row by row in one picture that is as nearly square as possible.
 
-    Every pixel of a small image is repeated, as often as H stays within `side`. Gaps of `pad` pixels are white.
+    Small images are enlarged by repeating pixels, as long as H stays within `side`. Gaps of `pad` pixels are white.
     """
     factor = max(1, side // pixels.shape[1])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (n, 3, H, W)

@@ -1,12 +1,11 @@
-"""Run the whole experiment in minutes, on data with an exactly known hierarchy: the random hierarchy model.
+"""Run the whole experiment in minutes on the random hierarchy model, whose hierarchy is known exactly.
 
-Generates images from a small grammar, noises them, denoises them with a small U-Net, measures what survived with a
-small ConvNeXt, and plots the figures. These scripts do it, as they do for ImageNet:
+Generates images from a small grammar and runs the same scripts as for ImageNet, with a small U-Net and ConvNeXt:
 
   forward_backward_dataset_sample.py, classifier_statistics.py, evaluate_classifier.py, scripts/plot_figures.py
 
-For these images the optimal denoiser is known, and with it the exact probability that each symbol survives, from the
-class down to the leaves. It is plotted together with the networks' results. See random_hierarchy_model/README.md.
+The optimal denoiser of these images is known, and with it the exact probability that each symbol survives, from the
+class down to the leaves. It is plotted with the networks' results. See random_hierarchy_model/README.md.
 
   python scripts/demo.py
 """
@@ -29,6 +28,8 @@ from guided_diffusion.command_line.stopping import run
 from guided_diffusion import dist_util, logger
 from guided_diffusion.classifier.figures import (
     BLUE,
+    CHANCE,
+    ERROR_BARS,
     GREEN,
     PAGE,
     TIME_LABEL,
@@ -68,7 +69,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXACT, LOOP, UNET, CONVNEXT = "exact posterior", "loop, exact denoiser", "loop, U-Net", "U-Net, seen by ConvNeXt"
-STATISTICS_IMAGES = 512  # images for the classifier's statistics; some of them are noised
+STATISTICS_IMAGES = 512  # images for the classifier's statistics, including those that are noised
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,15 +80,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.num_images % (classes := GRAMMAR_FLAGS["num_symbols"]):
         raise UserError(f"--num_images {args.num_images}: expected a multiple of the {classes} classes")
 
-    dist_util.use_device(args.device)  # now, because the scripts would stop only after images have been written
+    dist_util.use_device(args.device)  # stops if it does not exist, before images are written
     diffusion = create_gaussian_diffusion(timestep_respacing=args.timestep_respacing)
     args.time_series = check_times(args.time_series, diffusion.num_timesteps, "--time_series")
     logger.make_dir()
     images = images_from_flags(GRAMMAR_FLAGS)
     folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
     paths = write_images(images, folders["images"], max(STATISTICS_IMAGES, args.num_images), args.seed)
-    found = label_images(folders["images"], list_images(folders["images"]))
-    chosen = [image.path for image in choose_images(found, classes, args.num_images // classes)]
+    labelled = label_images(folders["images"], list_images(folders["images"]))
+    chosen = [image.path for image in choose_images(labelled, classes, args.num_images // classes)]
 
     run_scripts(args, folders, len(paths), launch)
 
@@ -98,8 +99,8 @@ def main(argv: list[str] | None = None) -> int:
         write_whole(f"{folders['figures']}/{name}", data)
     sys.stdout.write(table(rows))
     logger.info(
-        f"figures are in {folders['figures']}: retention (what survives at each level, with the exact answer),\n"
-        "similarity_against_time (the same in a classifier's activations), class_retention, distributions, gallery"
+        f"figures are in {folders['figures']}: retention (symbols that survive at each level, with the exact answer),\n"
+        "similarity_against_time (of the classifier's activations), class_retention, distributions, gallery"
     )
     return 0
 
@@ -108,9 +109,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def write_images(images: TreeImages, folder: str, count: int, seed: int) -> list[str]:
-    """Write images of the grammar, equally many per class, in one folder per class. Returns their paths, sorted.
+    """Write images of the grammar, one folder per class, with equally many images. Returns their sorted paths.
 
-    A path contains the image's seed and number, which determine its pixels, so existing files are kept.
+    Existing files are kept: the path contains the seed and the number, which determine the pixels.
     """
     classes, symbols = derivations(images, count, seed)
     pixels = to_pixels(images.render(symbols[0]))
@@ -122,7 +123,7 @@ def write_images(images: TreeImages, folder: str, count: int, seed: int) -> list
 
 
 def derivations(images: TreeImages, count: int, seed: int) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
-    """The classes of images 0 to count - 1, which take turns, and the symbols at every level, starting with level 0."""
+    """The classes of images 0 to count - 1, in turn, and their symbols at every level, starting with level 0."""
     classes = np.arange(count) % images.grammar.num_symbols
     return classes, images.grammar.sample(count, seed, classes=classes)
 
@@ -163,7 +164,7 @@ def launcher(processes: int) -> list[str]:
 
 
 def run_script(script: str, flags: list[str], launch: list[str]) -> None:
-    """Run a script: its `main` in this process, or new processes with a launcher. Raises UserError if it fails."""
+    """Run a script in this process, or in new ones with a launcher. Raises UserError if it fails."""
     if launch:
         status = subprocess.run([*launch, str(REPOSITORY / script), *flags], check=False).returncode
     else:
@@ -172,7 +173,7 @@ def run_script(script: str, flags: list[str], launch: list[str]) -> None:
         raise UserError(f"{script} failed with status {status}: see its message above")
 
 
-# What survived
+# The results
 
 
 def measure(
@@ -182,12 +183,12 @@ def measure(
     folders: dict[str, str],
     args: argparse.Namespace,
 ) -> Rows:
-    """The fraction of symbols that survives at each level and time: exactly, and in samples."""
+    """The fraction of symbols that survive at each level and time: the exact probability, and measured in samples."""
     depth = images.grammar.depth
     levels = ["class", *(f"level {level}" for level in range(depth - 1, 0, -1)), "leaves"]
     numbers = [int(path.rpartition("_")[2].removesuffix(".png")) for path in paths]
     symbols = derivations(images, max(numbers) + 1, args.seed)[1]
-    true = [torch.from_numpy(of_level[numbers]) for of_level in symbols]
+    true = [torch.from_numpy(level[numbers]) for level in symbols]
     x_start = images.render(true[0])
     exact = ExactDenoiser(images, create_gaussian_diffusion().alphas_cumprod)
     chance = probability_kept(images, x_start, 0.0, true).mean(0)
@@ -197,34 +198,32 @@ def measure(
     bar = logger.progress_bar(sum(args.time_series), "exact denoiser", "step")
     with bar:
         for k in args.time_series:
-            noise = NoiseStreams(args.seed, paths, k, "cpu")  # the noise of the U-Net's samples
+            noise = NoiseStreams(args.seed, paths, k, "cpu")  # as for the U-Net's samples
             x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape))
             signal = 1.0 if k == 0 else 0.0 if k == n else float(diffusion.alphas_cumprod[k - 1])
             back = diffusion.p_sample_loop_forw_back(exact, x.shape, k, noise=x, generator=noise)
             folder = SampleFolder(folders["samples"], k, n, diffusion.original_num_steps, "png")
             samples = np.stack([read_sample(f"{folder.path}/{folder.sample(path)}", size) for path in paths])
             name = name_in_files(CLASSIFIER)
-            found = read_arrays(logits_file(folders["classifier"], name, k, n), ("names", "labels", "logits_sample"))
-            seen = found["logits_sample"].argmax(axis=1) == found["labels"]
+            results = read_arrays(logits_file(folders["classifier"], name, k, n), ("labels", "logits_sample"))
+            kept = results["logits_sample"].argmax(axis=1) == results["labels"]
             curves = {
                 EXACT: probability_kept(images, x, signal, true),
                 LOOP: fraction_kept(images, back, true),
                 UNET: fraction_kept(images, from_pixels(samples), true),
-                CONVNEXT: torch.from_numpy(seen).double()[:, None],
+                CONVNEXT: torch.from_numpy(kept).double()[:, None],
             }
             for curve, kept in curves.items():
                 means, errors = kept.mean(0).tolist(), (kept.std(0) / len(kept) ** 0.5).tolist()
-                about = {"k": k, "N": n, "k/N": k / n, "curve": curve, "images": len(kept)}
-                rows += [
-                    {**about, "level": level, "kept": value, "error": error, "chance": float(least)}
-                    for level, value, error, least in zip(levels, means, errors, chance, strict=False)
-                ]
+                row = {"k": k, "N": n, "k/N": k / n, "curve": curve, "images": len(kept)}
+                for level, mean, error, by_chance in zip(levels, means, errors, chance.tolist(), strict=False):
+                    rows.append({**row, "level": level, "kept": mean, "error": error, "chance": by_chance})
             bar.update(k)
     return rows
 
 
 def draw(rows: Rows) -> tuple[Figure, Rows]:
-    """A panel per level: what survives as a function of time, with error bars of one standard error."""
+    """One panel per level: the fraction that survives as a function of time, with standard errors."""
     levels = list(dict.fromkeys(row["level"] for row in rows))
     figure, (panels,) = new_figure(PAGE, 2.2, columns=len(levels))
     looks = {
@@ -241,12 +240,8 @@ def draw(rows: Rows) -> tuple[Figure, Rows]:
             if own:
                 times, kept, errors = ([row[name] for row in own] for name in ("k/N", "kept", "error"))
                 errors = None if curve == EXACT else errors
-                bars = axes.errorbar(
-                    times, kept, errors, label=curve, markerfacecolor="none", elinewidth=0.6, capsize=1.5, **look
-                )
-                handles.setdefault(curve, bars)
-        chance = of_level[0]["chance"]
-        handles["chance"] = axes.axhline(chance, color="0.45", linestyle=":", linewidth=0.8, label="chance level")
+                handles.setdefault(curve, axes.errorbar(times, kept, errors, label=curve, **ERROR_BARS, **look))
+        handles["chance"] = axes.axhline(of_level[0]["chance"], **CHANCE)
         axes.set_title(level, fontsize=8)
         axes.set(xlabel=TIME_LABEL, xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
     for axes in panels[1:]:
@@ -259,22 +254,19 @@ def draw(rows: Rows) -> tuple[Figure, Rows]:
 def table(rows: Rows) -> str:
     """The fractions that survive, with a line per time and a column per level and curve."""
     short = {EXACT: "exact", LOOP: "loop", UNET: "U-Net", CONVNEXT: "ConvNeXt"}
-    kept = {(row["k"], row["level"], row["curve"]): row["kept"] for row in rows}
-    of_level: dict[str, list[str]] = {}
-    for _, level, curve in kept:
-        of_level.setdefault(level, [])
-        if curve not in of_level[level]:
-            of_level[level].append(curve)
-    groups = {level: "".join(f"  {short[curve]:>5}" for curve in curves) for level, curves in of_level.items()}
+    kept = {(row["k/N"], row["level"], row["curve"]): row["kept"] for row in rows}
+    levels = dict.fromkeys(level for _, level, _ in kept)
+    columns = {level: [c for c in short if (rows[0]["k/N"], level, c) in kept] for level in levels}
+    groups = {level: "".join(f"  {short[curve]:>5}" for curve in curves) for level, curves in columns.items()}
     lines = [
         "what survives (exact: exact answer; loop: exact denoiser in the loop; ConvNeXt: class of the U-Net's samples)",
         "",
         "     " + "".join(f"  {level:<{len(group) - 2}}" for level, group in groups.items()).rstrip(),
         "  k/N" + "".join(groups.values()),
     ]
-    for k, time in dict.fromkeys((row["k"], row["k/N"]) for row in rows):
-        columns = ((kept[k, level, curve], short[curve]) for level, curves in of_level.items() for curve in curves)
-        lines.append(f"{time:>5.3g}" + "".join(f"  {value:>{max(5, len(name))}.2f}" for value, name in columns))
+    for time in dict.fromkeys(time for time, _, _ in kept):
+        numbers = ((kept[time, level, c], max(5, len(short[c]))) for level in levels for c in columns[level])
+        lines.append(f"{time:>5.3g}" + "".join(f"  {value:>{width}.2f}" for value, width in numbers))
     return "\n" + "\n".join(lines) + "\n\n"
 
 

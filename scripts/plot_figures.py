@@ -1,4 +1,4 @@
-"""Plot what survived: similarity and class retention as functions of time, distributions, and a gallery.
+"""Plot similarity and class retention as functions of time, distributions of the similarity, and a gallery.
 
 Reads the results of evaluate_classifier.py and, for the gallery, the images. Writes each figure as PNG and PDF, with a
 CSV of the plotted points:
@@ -8,7 +8,7 @@ CSV of the plotted points:
   distributions             distributions of the similarity at an early, a middle and the last layer
   gallery                   starting images and their samples (needs --starting_data_dir and --data_dir)
 
-It also writes transition.json: the time at which class retention falls fastest, and its uncertainty.
+transition.json has the time at which class retention falls fastest, and its uncertainty.
 
   python scripts/plot_figures.py --classifier_name convnext_base --timestep_respacing 250 \\
       --starting_data_dir datasets/ILSVRC2012/validation --data_dir results/diffused_ILSVRC2012_validation
@@ -22,6 +22,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ from guided_diffusion.command_line.stopping import run
 from guided_diffusion import logger
 from guided_diffusion.classifier.figures import (
     BLUE,
+    CHANCE,
     COLUMN,
+    ERROR_BARS,
     GREEN,
     PAGE,
     TIME_LABEL,
@@ -46,21 +49,26 @@ from guided_diffusion.classifier.figures import (
     render,
     style,
 )
-from guided_diffusion.classifier.results import TimeResult, default_folder, differences_file, name_in_files, read_series
+from guided_diffusion.classifier.results import (
+    TimeResult,
+    class_ranks,
+    default_folder,
+    differences_file,
+    name_in_files,
+    read_series,
+)
 from guided_diffusion.classifier.retention import (
     FEWEST_TIMES,
     STATISTICS,
     Estimate,
     Transition,
     fit_transition,
-    in_top,
-    same_class,
     wilson_interval,
 )
 from guided_diffusion.errors import UserError
-from guided_diffusion.images.folder import list_images
+from guided_diffusion.images.folder import list_images, without_extension
 from guided_diffusion.images.io import open_image, read_image
-from guided_diffusion.runs.inputs import Inputs, inputs_of, read_entries
+from guided_diffusion.runs.inputs import Inputs, inputs_of, read_entries, spread
 from guided_diffusion.script_util import number_of_steps
 from guided_diffusion.system.files import write_json, write_whole
 
@@ -70,7 +78,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_SHOWN = 10  # times in the gallery and the distributions: more would be too small to see
-COLUMNS = {"max": "mode", "mean": "mean", "median": "median"}  # CSV column of each --statistic
 LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks
 
 
@@ -82,16 +89,18 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("the gallery needs both --starting_data_dir and --data_dir; without a gallery, give neither")
     name = name_in_files(args.classifier_name)
     folder = args.results or default_folder(name)
-    series = find_series(folder, name, steps_of(args.timestep_respacing, args.diffusion_steps))
+    respacing = args.timestep_respacing  # may be N itself, whatever --diffusion_steps is
+    num_steps = int(respacing) if respacing.isdecimal() else number_of_steps(args.diffusion_steps, respacing)
+    series = find_series(folder, name, num_steps)
     count = len(series[0].differences["names"])
-    logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {series[0].num_steps}")
+    logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {num_steps}")
 
     shown = spread(series, MOST_SHOWN)
     if len(shown) < len(series):
         logger.info(f"the gallery and the distributions show {len(shown)} of the {len(series)} times")
 
     draw: dict[str, Callable[[], tuple[Figure, Rows]]] = {}
-    if args.data_dir:  # first, because it finds most mistakes
+    if args.data_dir:  # first, because most mistakes show here
         chosen = choose_names(series[0].differences["names"].tolist(), args.gallery, args.gallery_count, args.seed)
         known = [recorded_files(args, differences_file(folder, name, t.step_reverse, t.num_steps)) for t in shown]
         draw["gallery"] = lambda: draw_gallery(shown, chosen, args.starting_data_dir, args.data_dir, known)
@@ -104,9 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     with style():
         for name, figure_and_rows in draw.items():
             files |= render(name, *figure_and_rows())
-    for name, data in files.items():  # once all of them are drawn
+    for name, data in files.items():  # after all figures are drawn
         write_whole(f"{args.output}/{name}", data)
-    write_json(f"{args.output}/transition.json", transition and {"images": count, **transition.as_dict()})
+    write_json(f"{args.output}/transition.json", transition and {"images": count, **asdict(transition)})
 
     logger.info(describe(transition, len(series)))
     if not args.data_dir:
@@ -115,34 +124,25 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def steps_of(timestep_respacing: str, diffusion_steps: int) -> int:
-    """The number of steps N. Raises UserError."""
-    if timestep_respacing.isdecimal():  # N itself, whatever --diffusion_steps is
-        return int(timestep_respacing)
-    return number_of_steps(diffusion_steps, timestep_respacing)
-
-
 def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
     """The results at all times k of N = `num_steps`, in order. Raises UserError if they do not belong together."""
-    found = read_series(folder, name)
-    series = [result for result in found if result.num_steps == num_steps]
+    results = read_series(folder, name)
+    series = [result for result in results if result.num_steps == num_steps]
     if not series:
-        others = ", ".join(str(n) for n in sorted({result.num_steps for result in found}))
-        raise UserError(f"{folder} has no results for N = {num_steps}, but for N = {others}: see --timestep_respacing")
+        others = ", ".join(str(n) for n in sorted({result.num_steps for result in results}))
+        raise UserError(f"{folder} has no results for N = {num_steps}, only for N = {others} (--timestep_respacing)")
     first = series[0]
     for result in series:
-        times = f"k = {first.step_reverse} and k = {result.step_reverse} of N = {num_steps} in {folder}"
         for array, what in (("names", "images"), ("layers", "layers")):
-            if not np.array_equal(first.differences[array], result.differences[array]):
-                numbers = f"{len(first.differences[array])} and {len(result.differences[array])}"
+            found, expected = result.differences[array], first.differences[array]
+            if not np.array_equal(found, expected):
                 raise UserError(
-                    f"{times} have different {what} ({numbers}).\nEvaluate all times together: "
-                    "evaluate_classifier.py --time_series"
+                    f"k = {first.step_reverse} and k = {result.step_reverse} of N = {num_steps} in {folder} have "
+                    f"different {what} ({len(expected)} and {len(found)}).\n"
+                    "Evaluate all times together: evaluate_classifier.py --time_series"
                 )
-        if first.logits["logits_start"].shape[1] != result.logits["logits_start"].shape[1]:
-            raise UserError(
-                f"{times} have different numbers of classes, so they come from different classifiers (--results)"
-            )
+    if len({result.logits["logits_start"].shape[1] for result in series}) > 1:
+        raise UserError(f"the results in {folder} are from classifiers with different numbers of classes (--results)")
     if not len(first.differences["names"]) or not len(first.differences["layers"]):
         raise UserError(f"the results in {folder} have no images or no layers (--results)")
     return series
@@ -153,43 +153,37 @@ def times_of(series: Sequence[TimeResult]) -> np.ndarray:
     return np.array([result.step_reverse / result.num_steps for result in series])
 
 
-def spread(series: Sequence[TimeResult], most: int) -> list[TimeResult]:
-    """At most `most` of the times, evenly spaced in the list, including the first and the last."""
-    places = np.linspace(0, len(series) - 1, min(most, len(series))).round().astype(int)
-    return [series[place] for place in places]
-
-
 # Similarity against time
 
 
 def measure_similarity(series: Sequence[TimeResult]) -> Rows:
-    """The statistics of the cosine similarity over images where it is defined, at each layer and time."""
+    """Statistics of the cosine similarity over the images for which it is defined, at each layer and time."""
     rows = []
     for result in series:
         for depth, layer in enumerate(result.differences["layers"].tolist()):
             values = result.differences["cosine"][:, depth]
             values = values[np.isfinite(values)]  # undefined if all activations of the layer are 0
             row = {"layer": layer, "depth": depth, **time_columns(result), "images": len(values)}
-            for name, statistic in STATISTICS.items():
-                found = statistic(values) if len(values) else Estimate(np.nan, np.nan, np.nan)
-                column = COLUMNS[name]
-                row |= {column: found.value, f"{column}_low": found.low, f"{column}_high": found.high}
+            for statistic in STATISTICS.values():
+                estimate = statistic(values) if len(values) else Estimate(np.nan, np.nan, np.nan)
+                column = statistic.__name__
+                row |= {column: estimate.value, f"{column}_low": estimate.low, f"{column}_high": estimate.high}
             quartiles = np.quantile(values, [0.25, 0.75]).tolist() if len(values) else [np.nan, np.nan]
             rows.append({**row, "quartile_1": quartiles[0], "quartile_3": quartiles[1]})
     return rows
 
 
 def time_columns(result: TimeResult) -> dict[str, Any]:
-    """The CSV columns that give the time."""
+    """The CSV columns of the time."""
     return {"k": result.step_reverse, "N": result.num_steps, "k/N": result.step_reverse / result.num_steps}
 
 
 def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figure, Rows]:
-    """The statistic of each layer's similarity as a function of time, in a band of one standard error either way."""
+    """A statistic of each layer's similarity as a function of time, with bands of one standard error."""
     rows = measure_similarity(series)
     layers = series[0].differences["layers"].tolist()
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
-    colours, column = early_to_late(), COLUMNS[statistic]
+    colours, column = early_to_late(), STATISTICS[statistic].__name__
     times = times_of(series)
     for depth, layer in enumerate(layers):
         own = [row for row in rows if row["depth"] == depth]
@@ -215,18 +209,18 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
 
 
 def measure_retention(series: Sequence[TimeResult]) -> tuple[Rows, Transition | None]:
-    """The fraction of images that keep their class, with 95% intervals and chance levels; and the transition."""
+    """The fractions of images that keep their class, with 95% intervals and chance levels; and the transition."""
     labels = series[0].logits["labels"]
     classes = series[0].logits["logits_start"].shape[1]
     known = (labels >= 0) & (labels < classes)
     rows, kept = [], []
     for result in series:
         logits = result.logits["logits_sample"]
-        kept.append(same_class(result.logits["logits_start"], logits))
+        kept.append(result.logits["logits_start"].argmax(axis=1) == logits.argmax(axis=1))
         measures = {"predicted class kept": (kept[-1], 1)}
         if known.any():
             for top in (1, 5):
-                measures[f"true class in top {top}"] = (in_top(logits[known], labels[known], top), top)
+                measures[f"true class in top {top}"] = (class_ranks(logits[known], labels[known]) < top, top)
         for measure, (is_kept, top) in measures.items():
             count, total = int(is_kept.sum()), len(is_kept)
             low, high = wilson_interval(count, total)
@@ -248,13 +242,10 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
         own = [row for row in rows if row["measure"] == measure]
         if own:
             value, low, high = (np.array([row[name] for row in own]) for name in ("fraction", "low", "high"))
-            # At 0 and 1, rounding may put an end of the interval on the wrong side.
-            errors = np.maximum([value - low, high - value], 0)
-            # Open markers keep overlapping curves visible.
-            look = {"markerfacecolor": "none", "elinewidth": 0.6, "capsize": 1.5, **look}
-            handles.append(axes.errorbar(times_of(series), value, yerr=errors, label=measure, **look))
+            errors = np.maximum([value - low, high - value], 0)  # rounding may make one negative at 0 or 1
+            handles.append(axes.errorbar(times_of(series), value, errors, label=measure, **ERROR_BARS, **look))
     for chance in sorted({row["chance"] for row in rows}):
-        line = axes.axhline(chance, color="0.45", linestyle=":", linewidth=0.8, zorder=1, label="chance level")
+        line = axes.axhline(chance, zorder=1, **CHANCE)
     handles.append(line)
     if transition:
         axes.axvspan(transition.low, transition.high, color="0.85", linewidth=0, zorder=0)
@@ -270,15 +261,11 @@ def describe(transition: Transition | None, num_times: int) -> str:
     if num_times < FEWEST_TIMES:
         return f"no transition: the fit needs at least {FEWEST_TIMES} times, and there are {num_times}"
     if transition is None:
-        return "no transition: class retention at the first and at the last time agree within their errors"
-    words = (
-        f"class retention falls fastest at k/N = {transition.time:.4f} +- {transition.error:.4f} "
-        f"(95%: {transition.low:.4f} to {transition.high:.4f}), over a width of {transition.width:.4f}"
-    )
+        return "no transition: class retention at the first and last time agree within their errors"
+    remedy = "" if transition.resolved else ".\nThe whole fall is between two times: add times there to resolve it"
     return (
-        words
-        if transition.resolved
-        else f"{words}.\nThe whole fall lies between two times: add times there to resolve it"
+        f"class retention falls fastest at k/N = {transition.time:.4f} +- {transition.error:.4f} "
+        f"(95%: {transition.low:.4f} to {transition.high:.4f}), over a width of {transition.width:.4f}{remedy}"
     )
 
 
@@ -297,7 +284,7 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
         lowest = min((v.min() for v in values if len(v)), default=0)
         edges = np.linspace(min(np.floor(lowest * 20) / 20, 0.95), 1, bins + 1)
         for result, own in zip(series, values, strict=True):
-            counts = np.histogram(np.minimum(own, 1), edges)[0]  # rounding may lift a similarity above 1
+            counts = np.histogram(np.minimum(own, 1), edges)[0]  # rounding may give a similarity above 1
             colour = colours(result.step_reverse / result.num_steps)
             axes.stairs(counts / max(1, len(own)), edges, color=colour, linewidth=0.9)
             ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
@@ -315,46 +302,40 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
 # The gallery
 
 
-def choose_names(names: list[str], wanted: Sequence[str], count: int, seed: int) -> list[str]:
-    """Starting images for the gallery: the ones `wanted`, by path or file name, or else random ones."""
-    if not wanted:
+def choose_names(names: list[str], requested: Sequence[str], count: int, seed: int) -> list[str]:
+    """Starting images for the gallery: those `requested` by path or file name, or else random ones."""
+    if not requested:
         chosen = np.random.default_rng(seed).choice(len(names), size=min(count, len(names)), replace=False)
         return [names[i] for i in sorted(chosen)]
-    found = []
-    for want in wanted:
-        fits = [name for name in names if want in known_as(name)]
-        if len(fits) != 1:
-            close = fits[:3] or difflib.get_close_matches(want, names, n=3, cutoff=0.3)
-            number = len(fits) or "none"
+    matches = []
+    for request in requested:
+        matching = [name for name in names if request in aliases(name)]
+        if len(matching) != 1:
+            close = matching[:3] or difflib.get_close_matches(request, names, n=3, cutoff=0.3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
             raise UserError(
-                f"--gallery {want}: {number} of the {len(names)} images has this name, expected one"
-                + (f"; there are {', '.join(close)}" if close else "")
+                f"--gallery {request}: {len(matching) or 'none'} of the {len(names)} images match, expected one{hint}"
             )
-        found += fits
-    return found
+        matches += matching
+    return matches
 
 
-def known_as(name: str) -> set[str]:
-    """The names of a starting image: with and without its folders, with and without its extension."""
-    return {name, stem(name), os.path.basename(name), os.path.basename(stem(name))}
-
-
-def stem(path: str) -> str:
-    """A path without its extension."""
-    return os.path.splitext(path)[0]
+def aliases(name: str) -> set[str]:
+    """The names of a starting image: with and without folders, with and without extension."""
+    return {form for path in (name, without_extension(name)) for form in (path, os.path.basename(path))}
 
 
 def find_samples(data_dir: str, result: TimeResult, names: Sequence[str]) -> list[str]:
     """Paths of the samples of starting images at one time. Raises UserError if one is missing."""
     folder = f"{data_dir}/t_{result.step_reverse}_{result.num_steps}_images"
-    samples = {re.sub(r"_t\d{4,}$", "", stem(path)): path for path in list_images(folder)}
-    if missing := [name for name in names if stem(name) not in samples]:
+    samples = {re.sub(r"_t\d{4,}$", "", without_extension(path)): path for path in list_images(folder)}
+    if missing := [name for name in names if without_extension(name) not in samples]:
         raise UserError(f"{folder} (--data_dir) has no sample of {missing[0]}, which is in the results (--results)")
-    return [f"{folder}/{samples[stem(name)]}" for name in names]
+    return [f"{folder}/{samples[without_extension(name)]}" for name in names]
 
 
 def recorded_files(args: argparse.Namespace, result: str) -> tuple[Inputs, Inputs]:
-    """The recorded contents of the starting images and of the samples from which a result was computed."""
+    """The recorded contents of the starting images and the samples that a result was computed from."""
     entries = read_entries(inputs_of(result)) or {}
     return (
         Inputs(args.starting_data_dir, "--starting_data_dir", entries.get("starting images")),
@@ -369,12 +350,12 @@ def draw_gallery(
     data_dir: str,
     known: Sequence[tuple[Inputs, Inputs]] | None = None,
 ) -> tuple[Figure, Rows]:
-    """A row per starting image: the image and its sample at each time.
+    """One row per starting image, with its sample at each time.
 
-    `known` has the contents of the files for each time, see `recorded_files`. Raises UserError if they have changed.
+    `known` is the result of `recorded_files` for each time. Raises UserError if a file has changed since.
     """
     known = known or [(Inputs(starting_data_dir, ""), Inputs(data_dir, "")) for _ in series]
-    paths = [find_samples(data_dir, result, names) for result in series]  # by time, then by image
+    paths = [find_samples(data_dir, result, names) for result in series]  # by time, then image
     columns, count = 1 + len(series), len(names)
     width = COLUMN if columns <= 4 else PAGE
     cell = width / columns

@@ -1,6 +1,6 @@
-"""What a classifier's layers put out, measured inside forward hooks: moments over images, similarities of pairs.
+"""Measurements of a classifier's activations in forward hooks: moments over images, similarities of pairs.
 
-Nothing of a layer's activations is kept beyond its hook, so that memory does not grow with the number of layers.
+Activations are reduced inside the hook, so that memory does not grow with the number of layers.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ NORMALIZATIONS = ("std", "rms", "none")
 
 
 class Moments:
-    """Mean and variance per channel of a stream of values, exact to float64 rounding however it is cut.
+    """Running mean and variance per channel, exact to float64 rounding for any batch size.
 
-    Batches, and the streams of several processes, are joined by the pairwise formula of Chan, Golub and LeVeque (1983).
-    Values are counted from the stream's first, so that a mean that is large beside the deviation costs no digits. The
-    sums stay on the device of the values until they are asked for.
+    Batches and processes are combined with the pairwise formula of Chan, Golub and LeVeque (1983). The first value is
+    subtracted from all, so that a mean that is large compared with the deviation costs no digits. The sums stay on the
+    device of the values.
     """
 
     def __init__(self) -> None:
         self.count = 0
-        self._shift = torch.zeros((), dtype=torch.float64)  # what values are counted from
-        self._mean = torch.zeros((), dtype=torch.float64)  # less the shift
+        self._shift = torch.zeros((), dtype=torch.float64)
+        self._mean = torch.zeros((), dtype=torch.float64)  # minus the shift
         self._squares = torch.zeros((), dtype=torch.float64)  # sum of squared deviations from the mean
 
     def update(self, values: Tensor) -> None:
@@ -48,7 +48,7 @@ class Moments:
         self._join(len(values), mean, (values - mean).square_().sum(0))
 
     def merge(self, other: Moments) -> None:
-        """Add what another stream has seen."""
+        """Add the values of other moments."""
         if self.count == 0:
             self._shift = other._shift
         self._join(other.count, other._mean + (other._shift - self._shift), other._squares)
@@ -69,7 +69,7 @@ class Moments:
 
     @property
     def variance(self) -> np.ndarray:
-        """Of the population, that is divided by the count: (C,), float64."""
+        """Population variance (C,), float64."""
         return self._squares.cpu().numpy() / max(self.count, 1)
 
     @property
@@ -83,13 +83,13 @@ class Moments:
         return {**moments, "count": np.int64(self.count)}
 
     def state(self) -> dict[str, np.ndarray]:
-        """Everything that `merge` needs, exactly, for `from_state`."""
+        """The exact internal sums, for `from_state`."""
         sums = {"shift": self._shift, "mean": self._mean, "squares": self._squares}
         return {"count": np.int64(self.count), **{name: value.cpu().numpy() for name, value in sums.items()}}
 
     @classmethod
     def from_state(cls, state: Mapping[str, np.ndarray]) -> Moments:
-        """The moments whose `state` was kept."""
+        """Moments from their `state`."""
         moments = cls()
         moments.count = int(state["count"])
         moments._shift, moments._mean, moments._squares = (
@@ -97,12 +97,12 @@ class Moments:
         )
         return moments
 
-    def __getstate__(self) -> dict[str, Any]:  # pickled from the CPU, since another process may not have this one's GPU
-        return {name: v.cpu() if isinstance(v, Tensor) else v for name, v in vars(self).items()}
+    def __reduce__(self) -> tuple[Any, ...]:  # without the GPU, which another process may not have
+        return Moments.from_state, (self.state(),)
 
 
 class _Watch:
-    """Hooks on a classifier's watched layers, within a `with` block; see the two classes below."""
+    """Forward hooks that call `_measure(layer, output)` for a classifier's watched layers, in a `with` block."""
 
     def __init__(self, classifier: Classifier):
         self.classifier = classifier
@@ -119,19 +119,15 @@ class _Watch:
             self._hooks.pop().remove()
 
     def _hook(self, layer: WatchedLayer, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        # The network may compute in half precision, what is measured of it does not.
-        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):
+        with torch.no_grad(), torch.autocast(output.device.type, enabled=False):  # no half precision here
             self._measure(layer, output)
-
-    def _measure(self, layer: WatchedLayer, output: Tensor) -> None:
-        raise NotImplementedError
 
 
 class ActivationMoments(_Watch):
     """Moments of every watched layer over all images that pass through the classifier in the `with` block.
 
-    `moments` has them by the layer's name: per channel, over images and positions; of the logits, of all classes
-    together, with C = 1.
+    Attributes:
+        moments: moments by layer name, per channel over images and positions; for the logits, over all classes, C = 1.
     """
 
     def __init__(self, classifier: Classifier):
@@ -146,28 +142,24 @@ class ActivationMoments(_Watch):
 
 @dataclass(frozen=True)
 class Normalization:
-    """How activations are standardised: by layer, `mean` is subtracted, then divided by `scale`; both (C,), float64.
+    """The mean and scale by which each layer's activations are standardised, (C,) float64; none for an absent layer."""
 
-    A layer without an entry is taken as it is.
-    """
-
-    kind: str = "none"
     mean: Mapping[str, np.ndarray] = field(default_factory=dict)
     scale: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 def load_normalization(path: str, classifier: Classifier, kind: str) -> Normalization:
-    """Read the statistics that classifier_statistics.py wrote.
+    """Read the statistics written by classifier_statistics.py.
+
+    Constant (dead) channels are divided by 1, and a warning gives their number.
 
     Args:
-        path: its file act_stat_NAME.npz; not read where `kind` is "none".
-        classifier: whose layers are to be standardised.
-        kind: "std" divides by the standard deviation, as the paper says; "rms" by the root of the second moment, as the
-            code released with it does, after subtracting the mean all the same; "none" leaves activations alone.
+        path: act_stat_NAME.npz; not read if `kind` is "none".
+        classifier: classifier whose layers are standardised.
+        kind: "std" subtracts the mean and divides by the standard deviation, as in the paper; "rms" subtracts the mean
+            and divides by the root of the second moment, as in the released code; "none" does neither.
 
-    A channel that never changed (a dead one) is divided by 1, and counted in a warning.
-
-    Raises UserError where the file is missing, damaged, or of another classifier or other layers.
+    Raises UserError if the file is missing, damaged, or of another classifier or other layers.
     """
     if kind not in NORMALIZATIONS:
         raise UserError(f"--normalization is {kind!r}; expected {', '.join(NORMALIZATIONS)}")
@@ -175,45 +167,45 @@ def load_normalization(path: str, classifier: Classifier, kind: str) -> Normaliz
         return Normalization()
     remedy = f"Run classifier_statistics.py for {classifier.name} with the same --layers, or use --normalization none"
     if not bf.exists(path):
-        raise UserError(f"there are no statistics {path} to standardise activations with.\n{remedy}")
+        raise UserError(f"the statistics {path} do not exist.\n{remedy}")
     try:
         with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-    except Exception as error:  # damaged bytes raise nearly any kind
-        raise UserError(f"{path} is damaged, it holds no statistics: {first_line(error)}.\n{remedy}") from error
+    except Exception as error:  # depends on the damage
+        raise UserError(f"the statistics {path} are damaged: {first_line(error)}.\n{remedy}") from error
 
     means, scales, dead = {}, {}, 0
     for layer in classifier.layers:
         mean, variance, second_moment = _statistics(path, layer, arrays, remedy)
         rms = np.sqrt(second_moment)
         scale = np.sqrt(variance) if kind == "std" else rms
-        constant = scale <= np.finfo(np.float32).eps * rms  # nothing but the rounding of a constant
+        constant = scale <= np.finfo(np.float32).eps * rms  # up to rounding
         dead += int(constant.sum())
         means[layer.name], scales[layer.name] = mean, np.where(constant, 1, scale)
     if dead:
-        logger.warn(f"{path}: {dead} channels never change; they are divided by 1, not by their scale of 0")
-    return Normalization(kind, means, scales)
+        logger.warn(f"{path}: {dead} channels are constant, and divided by 1 instead of their scale of 0")
+    return Normalization(means, scales)
 
 
 def _statistics(path: str, layer: WatchedLayer, arrays: Mapping[str, np.ndarray], remedy: str) -> list[np.ndarray]:
-    """Mean, variance and second moment of a layer, each (C,). Raises UserError where they are not there or unsound."""
-    names = [f"{moment}/{layer.name}" for moment in ("mean", "variance", "second_moment")]
-    if missing := [name for name in names if name not in arrays]:
-        raise UserError(f"{path} holds no {missing[0]}: it is of other layers or of another classifier.\n{remedy}")
+    """Mean, variance and second moment of a layer, each (C,). Raises UserError if they are missing or do not fit."""
     channels = 1 if layer.is_logits else layer.channels
+    names = [f"{moment}/{layer.name}" for moment in ("mean", "variance", "second_moment")]
     for name in names:
+        if name not in arrays:
+            raise UserError(f"{path} has no {name}: it is of other layers or of another classifier.\n{remedy}")
         if arrays[name].shape != (channels,):
+            shape = list(arrays[name].shape)
             raise UserError(
-                f"{path} is of another classifier: {name} has shape {list(arrays[name].shape)}, "
-                f"and not [{channels}].\n{remedy}"
+                f"{path} is of another classifier: {name} has shape {shape}, expected [{channels}].\n{remedy}"
             )
         if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path}: {name} has values that are not finite.\n{remedy}")
+            raise UserError(f"{path}: {name} contains NaN or infinity.\n{remedy}")
     return [arrays[name].astype(np.float64) for name in names]
 
 
-class Compared(NamedTuple):
-    """What `Similarities` has found."""
+class Comparison(NamedTuple):
+    """Similarities and logits of a batch; see `Similarities`."""
 
     cosine: np.ndarray
     L2: np.ndarray
@@ -222,29 +214,29 @@ class Compared(NamedTuple):
 
 
 class Similarities(_Watch):
-    """Compares the activations of starting images and of their samples, layer by layer, within a `with` block.
+    """Compares the activations of starting images and their samples, layer by layer, in a `with` block.
 
-    The rows of a batch are B starting images, their B samples of the first time, of the second, ... of the last:
-    (1 + times) B in all. After a forward pass, `latest()` gives what it has found, as soon as it is on the CPU; it may
-    be kept, and called after the next pass has begun. With a and b the standardised activations of a start and of a
-    sample, all entries of a layer in one vector, there are float64 arrays of shape (times, B, layers):
+    A batch has (1 + times) B rows: B starting images, then their B samples at each time. After a forward pass,
+    `latest()` waits for the results and returns them; it can be called after the next pass has started. With a and b
+    the standardised activations of a layer for a start and a sample, flattened, the results are float64 arrays of shape
+    (times, B, layers):
 
         cosine = a.b / (|a| |b|),    L2 = |a - b|,    L2_normalized = |a - b| / sqrt(|a| |b|)
 
-    The first and the last are undefined, and NaN, if a or b is 0. Any other NaN or infinity is a ResultError, which
-    `latest()` raises. `logits` is float32, of shape (1 + times, B, classes).
+    cosine and L2_normalized are NaN if a or b is 0. For any other NaN or infinity, `latest()` raises ResultError.
+    `logits` is float32, of shape (1 + times, B, classes).
 
-    Products and sums are float32, the sums pairwise as PyTorch's are: errors are below 1e-6, relative to |a| |b| for
-    the cosine.
+    Products and sums are float32, with PyTorch's pairwise summation: errors are below 1e-6 (for the cosine, relative to
+    |a| |b|).
     """
 
-    latest: Callable[[], Compared]
+    latest: Callable[[], Comparison]
 
     def __init__(self, classifier: Classifier, normalization: Normalization, times: int):
         super().__init__(classifier)
         self.normalization = normalization
         self.times = times
-        self._found: dict[str, Tensor] = {}  # layer -> sums of a.a, b.b, a.b, (a - b).(a - b): (4, times, B)
+        self._sums: dict[str, Tensor] = {}  # layer -> a.a, b.b, a.b, (a - b).(a - b): (4, times, B)
         self._constants: dict[Any, tuple[Tensor, ...]] = {}
 
     def __enter__(self) -> Similarities:
@@ -254,13 +246,13 @@ class Similarities(_Watch):
 
     def _measure(self, layer: WatchedLayer, output: Tensor) -> None:
         rows = self._standardised(layer, output)
-        as_in_memory = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)  # nothing is copied to flatten it
-        rows = rows.permute(0, *as_in_memory).reshape(1 + self.times, -1, output[0].numel())  # (1 + T, B, D)
+        memory_order = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)  # flattening then copies nothing
+        rows = rows.permute(0, *memory_order).reshape(1 + self.times, -1, output[0].numel())  # (1 + T, B, D)
         a, b = rows[:1], rows[1:]
         aa = (a * a).sum(-1).expand(self.times, -1)  # (T, B)
         bb, ab = ((b * other).sum(-1) for other in (b, a))
-        dd = (b - a).square_().sum(-1)  # not from the others: it may be much smaller than they
-        self._found[layer.name] = torch.stack([aa, bb, ab, dd]).double()
+        dd = (b - a).square_().sum(-1)  # not aa + bb - 2 ab, which would cancel
+        self._sums[layer.name] = torch.stack([aa, bb, ab, dd]).double()
 
     def _standardised(self, layer: WatchedLayer, output: Tensor) -> Tensor:
         if layer.name not in self.normalization.mean:
@@ -273,19 +265,19 @@ class Similarities(_Watch):
                 torch.as_tensor(values[layer.name], dtype=torch.float64).reshape(shape)
                 for values in (self.normalization.mean, self.normalization.scale)
             )
-            # The mean as the sum of two float32 numbers: one would be too coarse where it is large beside the scale.
+            # The mean as a sum of two float32 numbers: one is too coarse if the mean is large compared with the scale.
             parts = mean.float(), (mean - mean.float().double()).float(), scale.float()
             self._constants[key] = tuple(part.to(output.device) for part in parts)
         mean, rest, scale = self._constants[key]
         return (output.float() - mean).sub_(rest).div_(scale)
 
     def _finish(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        sums = torch.stack([self._found.pop(layer.name) for layer in self.classifier.layers], -1)  # (4, T, B, L)
+        sums = torch.stack([self._sums.pop(layer.name) for layer in self.classifier.layers], -1)  # (4, T, B, L)
         logits = output.detach().float().unflatten(0, (1 + self.times, -1))
-        self.latest = partial(_compared, download(sums, logits))
+        self.latest = partial(_comparison, download(sums, logits))
 
 
-def _compared(wait: Callable[[], list[np.ndarray]]) -> Compared:
+def _comparison(wait: Callable[[], list[np.ndarray]]) -> Comparison:
     (aa, bb, ab, dd), logits = wait()
     if not all(np.isfinite(values).all() for values in (aa, bb, ab, dd, logits)):
         raise ResultError(
@@ -294,4 +286,4 @@ def _compared(wait: Callable[[], list[np.ndarray]]) -> Compared:
         )
     norms = np.sqrt(aa) * np.sqrt(bb)  # (T, B, L)
     norms[norms == 0] = np.nan
-    return Compared(ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms), logits)
+    return Comparison(ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms), logits)

@@ -1,4 +1,4 @@
-"""Figures: their style and their files, PNG and PDF with a CSV of the plotted points."""
+"""The style of figures, and their files: PNG, PDF and a CSV of the plotted points."""
 
 from __future__ import annotations
 
@@ -43,35 +43,37 @@ STYLE = {
     "pdf.fonttype": 42,  # keeps text in the PDF as text
 }
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"  # from the colour-blind-safe palette of Okabe and Ito
+ERROR_BARS = {"markerfacecolor": "none", "elinewidth": 0.6, "capsize": 1.5}  # open markers keep overlaps visible
+CHANCE = {"color": "0.45", "linestyle": ":", "linewidth": 0.8, "label": "chance level"}
 TIME_LABEL = "time of reversal k/N"
 
 
 def check_packages() -> None:
-    """Raise UserError if matplotlib or scipy, of the extra "figures", is not installed."""
+    """Raise UserError if matplotlib or scipy (the extra "figures") is not installed."""
     for package in ("matplotlib", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'figures need {package}: pip install -e ".[figures]"')
 
 
 def style() -> AbstractContextManager:
-    """The context to draw in: `STYLE` on top of matplotlib's defaults, regardless of the user's settings."""
+    """A context that sets `STYLE` on top of matplotlib's defaults, regardless of the user's settings."""
     return matplotlib.rc_context({**matplotlib.rcParamsDefault, **STYLE})
 
 
 def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple[Figure, np.ndarray]:
-    """A figure of this size in inches, and its panels: Axes in an array (rows, columns)."""
+    """A figure of this size in inches, and an array (rows, columns) of its Axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def early_to_late() -> Colormap:
-    """Colours from dark to light: viridis without its last tenth, which is too pale for lines on white."""
+    """Viridis without its last tenth, which is too pale for lines on white."""
     return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
 
 
 def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str, pad: float) -> Any:
-    """Add a bar with the colours of `early_to_late`, labelled from `low` to `high`, beside one Axes or several."""
+    """Add a bar of the colours of `early_to_late`, labelled from `low` to `high`, next to one or several Axes."""
     bar = figure.colorbar(ScalarMappable(Normalize(low, high), early_to_late()), ax=axes, pad=pad, aspect=25)
     bar.set_label(label)
     bar.outline.set_linewidth(0.6)
@@ -81,7 +83,7 @@ def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str,
 def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:
     """The contents of a figure's files, by name. Equal figures give equal bytes.
 
-    Undefined values in the rows must be "". Raises ResultError if a number is NaN or infinite.
+    Raises ResultError if a number in the rows is NaN or infinite; undefined values must be "".
     """
     for row in rows:
         for column, value in row.items():

@@ -1,11 +1,11 @@
-"""Samples and the starting images that they were made of: pairing them, and saying exactly what is missing."""
+"""Pairing samples with their starting images, and reporting what is missing."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 import blobfile as bf
 import numpy as np
@@ -13,11 +13,11 @@ import numpy as np
 from .. import logger
 from ..errors import UserError
 from ..forward_backward import SampleFolder
-from ..images.folder import LabelledImage, label_where_known, list_images
-from ..images.io import Check, open_image
+from ..images.folder import LabelledImage, label_where_known, list_images, list_some, without_extension
+from ..images.io import Check, UnreadableImage, open_image
 from ..runs.settings import digest_of
-from ..system.files import is_remote, walk
-from .results import class_names_of, readable_or_error
+from ..system.files import walk
+from .results import class_names_of
 
 
 def find_pairs(
@@ -26,87 +26,70 @@ def find_pairs(
     """Pair samples with their starting images.
 
     Args:
-        starting_data_dir: the starting images; those without a sample at any time are left out.
-        labels_file: see `label_images`. Classes need not be known.
-        folders: by k, where the samples are.
+        starting_data_dir: folder of the starting images; those without any sample are skipped.
+        labels_file: see `label_images`. Classes may be unknown.
+        folders: folders of samples by k.
 
     Returns:
         starts: the starting images that have samples, in the order of their paths.
-        class_names: the classes of all images that are there.
-        samples: by k the paths of the samples, in the same order, relative to the folder of their time.
+        class_names: the classes of all images.
+        samples: by k, the samples' paths relative to their folder, in the order of `starts`.
 
     Raises:
-        UserError: a sample has no starting image, a time lacks samples that another has, or has none.
+        UserError: a sample has no starting image, or a time lacks samples.
     """
-    try:
-        paths = list_images(starting_data_dir)
-        images, why_unknown = label_where_known(starting_data_dir, paths, labels_file, "text")
-    except UserError as error:
-        raise UserError(str(error).replace("--data_dir", "--starting_data_dir")) from None
+    flag = "--starting_data_dir"
+    paths = list_images(starting_data_dir, flag)
+    images, why_unknown = label_where_known(starting_data_dir, paths, labels_file, "text", flag)
     if why_unknown:
-        logger.warn(
-            f"{why_unknown.replace('--data_dir', '--starting_data_dir')}: their classes are not known (--labels_file)"
-        )
+        logger.warn(f"{why_unknown}: their classes are unknown (--labels_file)")
     found = {k: find_samples(folder) for k, folder in folders.items()}
-    check_complete(found, {stem_of(image.path) for image in images}, folders, starting_data_dir)
+    check_complete(found, {without_extension(image.path) for image in images}, folders, starting_data_dir)
     stems = set().union(*found.values())
-    starts = [image for image in images if stem_of(image.path) in stems]
-    uses = Counter(stem_of(image.path) for image in starts)
-    if twice := [image.path for image in starts if uses[stem_of(image.path)] > 1]:
-        raise UserError(
-            f"{twice[0]} and {twice[1]} would have samples of the same name: move one of them away "
-            "(--starting_data_dir)"
-        )
-    if without := len(images) - len(starts):
-        logger.info(f"{without} of {len(images)} images in {starting_data_dir} have no sample: they are left out")
-    in_order = {k: [samples[stem_of(image.path)] for image in starts] for k, samples in found.items()}
+    starts = [image for image in images if without_extension(image.path) in stems]
+    uses = Counter(without_extension(image.path) for image in starts)
+    if twice := [image.path for image in starts if uses[without_extension(image.path)] > 1]:
+        raise UserError(f"{twice[0]} and {twice[1]} would have the same sample: move one of them away ({flag})")
+    if skipped := len(images) - len(starts):
+        logger.info(f"skipping {skipped} of {len(images)} images in {starting_data_dir}, which have no sample")
+    in_order = {k: [samples[without_extension(image.path)] for image in starts] for k, samples in found.items()}
     return starts, class_names_of(images), in_order
 
 
 def find_samples(folder: SampleFolder) -> dict[str, str]:
-    """The samples in the folder of a time: path of the starting image without its extension -> path of the sample.
+    """The samples in a folder: path of the starting image without its extension -> path of the sample.
 
-    Raises UserError where there is none, or images that are called otherwise.
+    Raises UserError if there are none, or if images have other names than samples.
     """
-    ending = stem_of(folder.sample(""))  # _t0500
+    ending = without_extension(folder.sample(""))  # _t0500
     paths = sorted(path for path in walk(folder.path) if is_sample(path))
     if not paths:
-        raise UserError(no_samples(folder))
-    if odd := [path for path in paths if not stem_of(path).endswith(ending)]:
+        times: dict[int, list[int]] = defaultdict(list)
+        for entry in bf.listdir(folder.output) if bf.isdir(folder.output) else ():
+            match = re.fullmatch(r"t_(\d+)_(\d+)_images/?", entry)
+            if match and any(map(is_sample, walk(f"{folder.output}/{entry.rstrip('/')}"))):
+                times[int(match[2])].append(int(match[1]))
+        listed = "; ".join(f"N = {n}: k = {', '.join(map(str, sorted(ks)))}" for n, ks in sorted(times.items()))
+        problem = "has no samples" if bf.isdir(folder.path) else "does not exist"
         raise UserError(
-            f"{len(odd)} image(s) in {folder.path} are not called as samples of that time: {some(odd)};\n"
-            f"expected names that end in {ending}.JPEG or {ending}.png (--diffusion_steps, --timestep_respacing)"
+            f"no samples for k = {folder.step_reverse} of N = {folder.num_steps}: {folder.path} {problem}.\n"
+            f"Times with samples: {listed or 'none'} (--time_series, --timestep_respacing, --data_dir)"
         )
-    samples = {stem_of(path).removesuffix(ending): path for path in paths}
+    if odd := [path for path in paths if not without_extension(path).endswith(ending)]:
+        raise UserError(
+            f"{len(odd)} image(s) in {folder.path} are not named like samples of that time: {list_some(odd)};\n"
+            f"expected names ending in {ending}.JPEG or {ending}.png (--diffusion_steps, --timestep_respacing)"
+        )
+    samples = {without_extension(path).removesuffix(ending): path for path in paths}
     if len(samples) < len(paths):
-        twice = next(path for path in paths if samples[stem_of(path).removesuffix(ending)] != path)
-        raise UserError(f"{folder.path} has two samples of one image, {twice} and another: move one away (--data_dir)")
+        twice = next(path for path in paths if samples[without_extension(path).removesuffix(ending)] != path)
+        raise UserError(f"{folder.path} has two samples of an image, {twice} and another: move one away (--data_dir)")
     return samples
 
 
 def is_sample(path: str) -> bool:
-    """Whether a file is a sample, and not, say, one that is being written."""
+    """Whether a file is a sample, and not one that is still being written."""
     return path.endswith((".JPEG", ".png")) and not path.rpartition("/")[2].startswith(".")
-
-
-def stem_of(path: str) -> str:
-    """A path without its extension."""
-    return os.path.splitext(path)[0]
-
-
-def no_samples(folder: SampleFolder) -> str:
-    """What to say where the folder of a time is missing or empty: which times there are."""
-    there: dict[int, list[int]] = defaultdict(list)
-    for entry in bf.listdir(folder.output) if bf.isdir(folder.output) else ():
-        match = re.fullmatch(r"t_(\d+)_(\d+)_images/?", entry)
-        if match and any(map(is_sample, walk(f"{folder.output}/{entry.rstrip('/')}"))):
-            there[int(match[2])].append(int(match[1]))
-    state = "holds no samples" if bf.isdir(folder.path) else "does not exist"
-    lists = "; ".join(f"of N = {n}: k = {', '.join(map(str, sorted(ks)))}" for n, ks in sorted(there.items()))
-    return (
-        f"there are no samples of k = {folder.step_reverse} of N = {folder.num_steps}: {folder.path} {state}.\n"
-        f"Samples are there {lists or 'of no time at all'} (--time_series, --timestep_respacing, --data_dir)"
-    )
 
 
 def check_complete(
@@ -115,42 +98,38 @@ def check_complete(
     folders: Mapping[int, SampleFolder],
     starting_data_dir: str,
 ) -> None:
-    """Raise UserError unless every sample has its starting image, and every time the samples of the others.
+    """Raise UserError unless every sample has its starting image, and every time has the same samples.
 
-    Args:
-        found: by k, the samples: path of the starting image without its extension -> path of the sample.
-        starts: paths of the starting images, without their extensions.
-        folders: by k, where the samples are.
-        starting_data_dir: where the starting images are.
+    `found` has the results of `find_samples` by k, `starts` the paths of the starting images without extensions.
     """
     for k, samples in found.items():
-        if alone := sorted(path for stem, path in samples.items() if stem not in starts):
+        if orphans := sorted(path for stem, path in samples.items() if stem not in starts):
             raise UserError(
-                f"{len(alone)} of {len(samples)} samples in {folders[k].path} have no starting image in "
-                f"{starting_data_dir}: {some(alone)}.\nGive the folder that the samples were made of "
-                "(--starting_data_dir), or its samples (--data_dir)"
+                f"{len(orphans)} of {len(samples)} samples in {folders[k].path} have no starting image in "
+                f"{starting_data_dir}: {list_some(orphans)}.\nExpected the folder that the samples were computed from "
+                "(--starting_data_dir, --data_dir)"
             )
-    everything = set().union(*found.values())
-    lacking = {k: sorted(everything - samples.keys()) for k, samples in found.items() if len(samples) < len(everything)}
-    if lacking:
-        phrases = [f"k = {k} lacks {len(stems)} of {len(everything)} ({some(stems)})" for k, stems in lacking.items()]
+    stems = set().union(*found.values())
+    missing = {k: sorted(stems - samples.keys()) for k, samples in found.items() if len(samples) < len(stems)}
+    if missing:
+        counts = [f"k = {k} lacks {len(lacks)} of {len(stems)} ({list_some(lacks)})" for k, lacks in missing.items()]
         raise UserError(
-            f"samples are missing in {next(iter(folders.values())).output} that other times have: "
-            f"{'; '.join(phrases)}.\nMake them with forward_backward_dataset_sample.py, or leave these times out of "
-            "--time_series"
+            f"some times in {next(iter(folders.values())).output} lack samples: {'; '.join(counts)}.\n"
+            "Compute them with forward_backward_dataset_sample.py, or leave these times out (--time_series)"
         )
 
 
 def check_sizes(folders: Mapping[int, SampleFolder], samples: Mapping[int, Sequence[str]], image_size: int) -> None:
-    """Look at the first sample of every time. Raises UserError where it has another size than --image_size says."""
+    """Raise UserError unless the first sample of every time has the size given by --image_size."""
     for k, folder in folders.items():
-        readable_or_error(read_sample, f"{folder.path}/{samples[k][0]}", image_size)
+        with suppress(UnreadableImage):
+            read_sample(f"{folder.path}/{samples[k][0]}", image_size)
 
 
 def read_sample(path: str, image_size: int, check: Check | None = None) -> np.ndarray:
-    """The pixels of a sample: uint8 (H, W, 3). Raises UserError where it has another size, UnreadableImage.
+    """Read a sample: uint8 (image_size, image_size, 3). `check` is called with the open file.
 
-    `check` is called with the open file.
+    Raises UserError if it has another size, UnreadableImage if it cannot be read.
     """
     pixels = np.array(open_image(path, check))
     if pixels.shape[:2] != (image_size, image_size):
@@ -159,17 +138,9 @@ def read_sample(path: str, image_size: int, check: Check | None = None) -> np.nd
     return pixels
 
 
-def some(paths: Sequence[str]) -> str:
-    """Up to three paths, for a message."""
-    return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
-
-
 def samples_digests(folders: Mapping[int, SampleFolder], samples: Mapping[int, Sequence[str]]) -> dict[int, str]:
-    """By k, SHA-256 of the names and sizes of its samples."""
-
-    def size(path: str) -> int:
-        return bf.stat(path).size if is_remote(path) else os.path.getsize(path)
-
+    """SHA-256 of the names and sizes of the samples, by k."""
     return {
-        k: digest_of(f"{path}\t{size(f'{folders[k].path}/{path}')}" for path in paths) for k, paths in samples.items()
+        k: digest_of(f"{path}\t{bf.stat(f'{folders[k].path}/{path}').size}" for path in paths)
+        for k, paths in samples.items()
     }

@@ -1,34 +1,31 @@
 """Statistics for the figures: how much of an image, and of its class, survives noising and denoising.
 
-Errors of a mode and of the transition come from the bootstrap over images: Efron, "Bootstrap methods: another look at
-the jackknife", Annals of Statistics 7 (1979).
+Errors of modes and transitions are from the bootstrap over images: Efron, Annals of Statistics 7, 1 (1979).
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from .results import class_ranks as class_ranks
 
 try:
     from scipy import optimize, stats
 except ModuleNotFoundError:  # optional (extra "figures"); the scripts say so
     optimize = stats = None
 
-RESAMPLES = 400  # bootstrap resamples for the transition; half as many for each mode
-RESAMPLED_AT_ONCE = 200_000  # values: few enough for the cache
+RESAMPLES = 400  # bootstrap resamples for the transition; half as many for a mode
+BATCH = 200_000  # values resampled together: few enough for the cache
 NORMAL_QUARTILES = 1.349  # interquartile range of the standard normal distribution
-FEWEST_TIMES = 3  # times needed to fit a transition
-FEWEST_FOR_TOP = 5  # times needed to fit the curve's upper end as well
-AT_BOUND = 1e-3  # a fitted fraction this close to 0 or 1 counts as fixed there
+FEWEST_TIMES = 3  # to fit a transition
+FEWEST_FOR_TOP = 5  # to fit the curve's upper end as well
+AT_BOUND = 1e-3  # a fitted fraction this close to 0 or 1 counts as fixed
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic over images and its 68% confidence interval (one standard error either way)."""
+    """A statistic over images and its 68% confidence interval (plus or minus one standard error)."""
 
     value: float
     low: float
@@ -36,14 +33,13 @@ class Estimate:
 
 
 def mode(values: np.ndarray, seed: int = 0) -> Estimate:
-    """The maximum of the density from which the values were drawn.
+    """The maximum of the values' density, estimated with a Gaussian kernel.
 
-    The density is estimated with a Gaussian kernel. A mode is a zero of the density's slope, so the kernel's width is
-    the best one for the slope of a normal density: (4/5)^(1/7) s n^(-1/7) (Wand and Jones, "Kernel smoothing", 1995),
-    where s is the smaller of the standard deviation and the interquartile range / 1.349. The interval contains the
-    middle 68% of the modes of resampled values, at the same kernel width. It does not include the bias from smoothing:
-    the mode of a skewed density moves towards the longer tail by a few tenths of the width. If the middle half of the
-    values are all equal, that value is the mode.
+    The kernel width is optimal for the slope of a normal density: (4/5)^(1/7) s n^(-1/7) (Wand and Jones, "Kernel
+    smoothing", 1995), where s is the smaller of the standard deviation and the interquartile range / 1.349. The
+    interval has the middle 68% of the modes of resampled values, with the same kernel width. It does not include the
+    bias from smoothing: the mode of a skewed density moves towards the longer tail by a few tenths of the width. If the
+    middle half of the values are equal, that value is the mode.
 
     Args:
         values: (n,) finite values, n >= 1.
@@ -56,7 +52,7 @@ def mode(values: np.ndarray, seed: int = 0) -> Estimate:
     extent = np.ptp(values)
     width = (4 / 5) ** (1 / 7) * scale * len(values) ** (-1 / 7)
     spacing = max(width / 8, extent / 4096)
-    margin = 4 * max(width, spacing)  # keeps both ends of the grid empty: the Fourier transform joins them
+    margin = 4 * max(width, spacing)  # empty bins at both ends, as the Fourier transform is periodic
     start, num_bins = values.min() - margin, int(np.ceil((extent + 2 * margin) / spacing)) + 1
     bins = np.rint((values - start) / spacing).astype(np.int64)
 
@@ -69,14 +65,13 @@ def mode(values: np.ndarray, seed: int = 0) -> Estimate:
 
 
 def _histograms(bins: np.ndarray, num_bins: int) -> np.ndarray:
-    """Counts (R, num_bins) of each row of bin numbers (R, n)."""
-    rows = len(bins)
-    flat = bins + num_bins * np.arange(rows)[:, None]
-    return np.bincount(flat.ravel(), minlength=rows * num_bins).reshape(rows, num_bins)
+    """Counts (R, num_bins) of bin numbers (R, n), row by row."""
+    flat = bins + num_bins * np.arange(len(bins))[:, None]
+    return np.bincount(flat.ravel(), minlength=len(bins) * num_bins).reshape(-1, num_bins)
 
 
 def _peaks(counts: np.ndarray, width: float) -> np.ndarray:
-    """Positions (R,), in bins, of the maxima of histograms (R, bins) smoothed by a Gaussian of this width in bins."""
+    """Maxima (R,) of histograms (R, bins) smoothed by a Gaussian of this width; both in units of bins."""
     bins = counts.shape[1]
     kernel = np.exp(-0.5 * (2 * np.pi * width * np.fft.rfftfreq(bins)) ** 2)
     density = np.fft.irfft(np.fft.rfft(counts, axis=1) * kernel, n=bins, axis=1)
@@ -86,12 +81,12 @@ def _peaks(counts: np.ndarray, width: float) -> np.ndarray:
 
 
 def _bootstrap(values: np.ndarray, statistic: Any, resamples: int, confidence: float, seed: int) -> Any:
-    """scipy's percentile bootstrap of `statistic(values, axis)` over values (n,)."""
+    """The percentile bootstrap of `statistic(values, axis)` over values (n,)."""
     return stats.bootstrap(
         (values,),
         statistic,
         n_resamples=resamples,
-        batch=max(1, RESAMPLED_AT_ONCE // len(values)),
+        batch=max(1, BATCH // len(values)),
         vectorized=True,
         confidence_level=confidence,
         method="percentile",
@@ -107,7 +102,7 @@ def mean(values: np.ndarray) -> Estimate:
 
 
 def median(values: np.ndarray) -> Estimate:
-    """The median of values (n,); the interval lies between the quantiles (1 ± 1/sqrt(n)) / 2, for any distribution."""
+    """The median of values (n,); its interval is between the quantiles (1 ± 1/sqrt(n)) / 2, for any distribution."""
     step = min(0.5, 0.5 / np.sqrt(len(values)))
     low, value, high = np.quantile(values, [0.5 - step, 0.5, 0.5 + step])
     return Estimate(float(value), float(low), float(high))
@@ -122,21 +117,9 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def same_class(logits_start: np.ndarray, logits_sample: np.ndarray) -> np.ndarray:
-    """Whether each sample is predicted to be of the same class as its starting image: bool (n,) from (n, classes)."""
-    return logits_start.argmax(axis=1) == logits_sample.argmax(axis=1)
-
-
-def in_top(logits: np.ndarray, labels: np.ndarray, top: int) -> np.ndarray:
-    """Whether the true class is among the `top` most probable: bool (n,). For the arguments see `class_ranks`."""
-    return class_ranks(logits, labels) < top
-
-
 @dataclass(frozen=True)
 class Transition:
-    """Where class retention falls fastest: the midpoint c of a fitted logistic curve.
-
-    The curve is lower + (upper - lower) / (1 + exp((k/N - c) / w)).
+    """The logistic curve of class retention, lower + (upper - lower) / (1 + exp((k/N - c) / w)), steepest at c.
 
     Attributes:
         time: c, in units of k/N.
@@ -144,7 +127,7 @@ class Transition:
         low, high: 95% confidence interval of c.
         width: w, in units of k/N; the curve falls from 73% to 27% of its height between c - w and c + w.
         upper, lower: fraction of images that keep their class long before and long after the transition.
-        resolved: False if the whole fall lies between two consecutive times; the interval then spans both.
+        resolved: False if the whole fall is between two consecutive times; the interval then spans both.
     """
 
     time: float
@@ -156,22 +139,14 @@ class Transition:
     lower: float
     resolved: bool
 
-    def curve(self, times: np.ndarray) -> np.ndarray:
-        """The fitted fraction at `times`, in units of k/N."""
-        return _logistic(times, self.time, self.width, self.lower, self.upper)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The attributes, for a JSON file."""
-        return asdict(self)
-
 
 def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0) -> Transition | None:
     """Fit a logistic curve to the fraction of images that keep their class.
 
-    The fit is by least squares, weighted by the binomial errors of the fractions. Both ends of the curve lie within
-    0..1. With fewer than 5 times the upper end is 1, since at k = 0 the sample is the starting image. Errors come from
-    resampling images, each with all of its times, because the outcomes of an image at neighbouring times are
-    correlated; the fit is linearised for this, so that resampling it is resampling a mean.
+    The fit is by least squares, weighted by the binomial errors of the fractions. Both ends of the curve are within
+    0..1. With fewer than 5 times the upper end is 1, since the sample at k = 0 is the starting image. Errors are from
+    resampling images with all of their times, because the outcomes at neighbouring times are correlated; the fit is
+    linearised, so that only a mean is resampled.
 
     Args:
         times: (T,) k/N, increasing.
@@ -179,14 +154,14 @@ def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0) -> Transi
         seed: seed of the bootstrap.
 
     Returns:
-        The transition, or None if there are fewer than 3 times or if the 95% confidence intervals of the first and the
-        last fraction overlap.
+        the transition, or None if there are fewer than 3 times, or if the 95% confidence intervals of the first and
+        last fractions overlap.
     """
     num_times, n = kept.shape
     counts = kept.sum(axis=1)
     if num_times < FEWEST_TIMES or wilson_interval(counts[-1], n)[1] >= wilson_interval(counts[0], n)[0]:
         return None
-    guess = (counts + 1) / (n + 2)  # never 0 or 1, so that every error is positive
+    guess = (counts + 1) / (n + 2)  # not 0 or 1, so that errors are positive
     errors = np.sqrt(guess * (1 - guess) / n)
     centre, width, lower, upper = _fit_logistic(times, counts / n, errors)
 
@@ -198,7 +173,7 @@ def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0) -> Transi
     resolved = bool(width > gap / 8)
     if not resolved:
         low, high = min(low, times[after - 1]), max(high, times[after])
-        error = max(error, gap / np.sqrt(12))  # standard deviation of a uniform distribution over the gap
+        error = max(error, gap / np.sqrt(12))  # of a uniform distribution over the gap
     numbers = (centre, error, min(low, centre), max(high, centre), width, upper, lower)
     return Transition(*map(float, numbers), resolved)
 
@@ -233,7 +208,7 @@ def _fit_logistic(times: np.ndarray, fractions: np.ndarray, errors: np.ndarray) 
         jac=lambda *at: _logistic_slopes(*at)[:, :free],
         ftol=1e-7,
         xtol=1e-7,
-        max_nfev=100_000,  # three times leave the width of a steep fall undetermined: then the fit takes long
+        max_nfev=100_000,  # slow if three times do not determine the width of a steep fall
     )
     return (*fitted.tolist(), 1.0)[:4]
 
@@ -241,8 +216,8 @@ def _fit_logistic(times: np.ndarray, fractions: np.ndarray, errors: np.ndarray) 
 def _centre_shifts(
     times: np.ndarray, errors: np.ndarray, centre: float, width: float, lower: float, upper: float
 ) -> np.ndarray:
-    """How far the fitted centre moves per change of each fraction: its derivatives (T,), from the linearised fit."""
+    """Derivatives (T,) of the fitted centre with respect to the fractions, from the linearised fit."""
     free = [True, True, AT_BOUND < lower < 1 - AT_BOUND, AT_BOUND < upper < 1 - AT_BOUND]
-    slopes = _logistic_slopes(times, centre, width, lower, upper) * [width, width, 1, 1]  # all of the order of 1
-    # rcond leaves out what the times do not determine, such as the centre of a step within a gap.
+    slopes = _logistic_slopes(times, centre, width, lower, upper) * [width, width, 1, 1]  # of order 1
+    # rcond drops parameters that the times do not determine, such as the centre of a step within a gap.
     return width * np.linalg.pinv(slopes[:, free] / errors[:, None], rcond=1e-3)[0] / errors

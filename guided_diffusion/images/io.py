@@ -19,7 +19,7 @@ from PIL import Image, UnidentifiedImageError, features
 from ..errors import UserError
 from ..system.files import LFS_POINTER, is_remote
 
-# Formats that begin with a signature, so that other bytes are not taken for an image, and their usual extensions.
+# Formats with a signature, so that other bytes are not mistaken for an image, and their usual extensions.
 _FORMATS = {
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
     "PNG": (".png", ".apng"),
@@ -31,91 +31,75 @@ _FORMATS = {
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
 }
-_NEEDS = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # parts of Pillow that a build may lack
+_OPTIONAL = {"WEBP": "webp", "JPEG2000": "jpg_2000", "AVIF": "avif"}  # features that a build of Pillow may lack
 _BUILT = features.get_supported()
-FORMATS = tuple(name for name in _FORMATS if name not in _NEEDS or _NEEDS[name] in _BUILT)  # whatever the extension
+FORMATS = tuple(name for name in _FORMATS if name not in _OPTIONAL or _OPTIONAL[name] in _BUILT)
 EXTENSIONS = tuple(extension for name in FORMATS for extension in _FORMATS[name])
 
-# What Pillow finds odd in a file that it can read is nothing that its owner must act on. A filter for the process,
-# because `warnings.catch_warnings` is not safe where several threads read.
+# Pillow's warnings are about files that it can read. The filter is global because `warnings.catch_warnings` is not
+# thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what is wrong with a file is in the exception
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # the exception has the same message
 
 
 class UnreadableImage(UserError):
-    """An image file that is missing, truncated, or no image. The message gives its path and the reason."""
+    """An image file that is missing, truncated, or not an image. The message gives its path and the reason."""
 
 
-Check = Callable[[BinaryIO], None]  # looks at an open file, such as by `inputs.Inputs.note`
+Check = Callable[[BinaryIO], None]  # inspects an open file, such as `inputs.Inputs.note`
 
 
 def read_image(path: str, image_size: int, check: Check | None = None) -> np.ndarray:
-    """Read an image file, local or remote, as its middle square: uint8 of shape (image_size, image_size, 3), RGB.
+    """Read the central square of an image file, local or remote: uint8 (image_size, image_size, 3), RGB.
 
-    `check` is called with the open file, before it is decoded. Raises UnreadableImage, and what `check` raises.
+    `check` is called with the open file before decoding. Raises UnreadableImage, and the exceptions of `check`.
     """
-    return center_crop_arr(open_for_crop(path, image_size, check), image_size)
+    return center_crop_arr(open_image(path, check, image_size), image_size)
 
 
-def open_image(path: str, check: Check | None = None) -> Image.Image:
-    """Read an image file, local or remote, as an upright RGB image; what is transparent becomes white.
+def open_image(path: str, check: Check | None = None, crop_side: int | None = None) -> Image.Image:
+    """Read an image file, local or remote, as an upright RGB image on white.
 
-    `check` is called with the open file, before it is decoded. Raises UnreadableImage, and what `check` raises.
+    With `crop_side`, the image is for a crop that reduces its short side to at most this. To save memory, a very large
+    image is then halved as the crop would do it, which does not change the pixels of the crop.
+
+    `check` is called with the open file before decoding. Raises UnreadableImage, and the exceptions of `check`.
     """
-    return _open(path, None, check)
-
-
-def open_for_crop(path: str, short_side: int, check: Check | None = None) -> Image.Image:
-    """As `open_image`, for a crop that first reduces the image to at most this short side.
-
-    A very large image may come reduced to half its size, by the first of the crop's own steps. Cropping it gives the
-    same pixels as cropping the whole image, in less memory.
-    """
-    return _open(path, short_side, check)
-
-
-def _open(path: str, short_side: int | None, check: Check | None) -> Image.Image:
     try:
-        file = _open_file(path)
-    except Exception as error:  # remote storage raises kinds of its own
+        on_disk = not is_remote(path) and os.path.getsize(path) > LARGE_FILE
+        file = open(path, "rb") if on_disk else io.BytesIO(read_bytes(path))  # noqa: SIM115
+    except Exception as error:  # depends on the storage
         raise UnreadableImage(f"image {path!r} cannot be read: {reason_of(error)}") from error
     with file:
         if check is not None:
             check(file)
             file.seek(0)
-        return _decode(path, file, short_side)
+        return _decode(path, file, crop_side)
 
 
-def _decode(path: str, file: BinaryIO, short_side: int | None) -> Image.Image:
+def _decode(path: str, file: BinaryIO, crop_side: int | None) -> Image.Image:
     try:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise ValueError("it is a Git LFS pointer, not the image itself: fetch that by git lfs pull")
+            raise ValueError("it is a Git LFS pointer, not the image: fetch it with git lfs pull")
         file.seek(0)
         with Image.open(file, formats=FORMATS) as image:
             raw_mode = str(image.tile[0][3]) if image.tile else ""
             image.load()
-            file.close()  # the memory is needed for what follows
+            file.close()  # frees memory
             if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
-                raise ValueError("it has 32 bits per value, of unknown range; expected 8 or 16")
+                raise ValueError("it has 32 bits per channel, of unknown range; expected 8 or 16")
             _match_transparency(image, raw_mode)
             turn = _turn_of(image)
-            if short_side and math.prod(image.size) > LARGE and min(image.size) >= 2 * short_side:
+            if crop_side and math.prod(image.size) > LARGE and min(image.size) >= 2 * crop_side:
                 return _halved_rgb(image, turn)
             return _to_rgb(image if turn is None else image.transpose(turn))
-    except Exception as error:  # Pillow's decoders raise nearly any kind
+    except Exception as error:  # depends on the decoder
         raise UnreadableImage(f"image {path!r} cannot be read: {reason_of(error)}") from error
 
 
-LARGE = 2**25  # pixels: beyond, copies of an image take too much memory
-LARGE_FILE = 2**24  # bytes: likewise for its file
-STRIP = 2**22  # pixels of it that are converted together
-
-
-def _open_file(path: str) -> BinaryIO:
-    """The bytes of an image: read into memory, or left on the disk if there are many."""
-    if not is_remote(path) and os.path.getsize(path) > LARGE_FILE:
-        return open(path, "rb")
-    return io.BytesIO(read_bytes(path))
+LARGE = 2**25  # pixels beyond which copies of an image take too much memory
+LARGE_FILE = 2**24  # bytes beyond which a file is not read into memory
+STRIP = 2**22  # pixels of a large image that are converted together
 
 
 def read_bytes(path: str) -> bytes:
@@ -131,7 +115,7 @@ def reason_of(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"it is not one of {', '.join(FORMATS)}"
     if isinstance(error, Image.DecompressionBombError):
-        return f"it has too many pixels, more than {2 * Image.MAX_IMAGE_PIXELS:,}; make it smaller"
+        return f"it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -149,7 +133,7 @@ _TURNS = {
 
 
 def _turn_of(image: Image.Image) -> Image.Transpose | None:
-    """What turns an image upright, by its EXIF orientation; None where it is upright, or the EXIF cannot be read."""
+    """The operation that makes an image upright, by its EXIF orientation; None if there is nothing to do."""
     try:
         return _TURNS.get(image.getexif().get(0x0112))
     except Exception:
@@ -157,21 +141,21 @@ def _turn_of(image: Image.Image) -> Image.Transpose | None:
 
 
 def _match_transparency(image: Image.Image, raw_mode: str) -> None:
-    """Give a PNG's transparent colour in the units of the pixels: Pillow leaves it in those of the file.
+    """Convert a PNG's transparent colour, which Pillow leaves in the file's bit depth, to that of the pixels.
 
-    Colours of 16 bits are 8 bits here, so that one that differs in the last bits alone counts as transparent too.
+    As 16-bit colours become 8-bit, colours that differ only in the last bits become transparent too.
     """
     transparent = image.info.get("transparency")
     if raw_mode in ("L;2", "L;4") and isinstance(transparent, int):
-        most = 2 ** int(raw_mode[2:]) - 1
-        if transparent <= most:
-            image.info["transparency"] = transparent * 255 // most
+        highest = 2 ** int(raw_mode[2:]) - 1
+        if transparent <= highest:
+            image.info["transparency"] = transparent * 255 // highest
     elif raw_mode == "RGB;16B" and isinstance(transparent, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """In RGB, with what is transparent on white."""
+    """An image in RGB, on white."""
     if image.mode.startswith("I"):
         image = _eight_bits(image)
     if image.has_transparency_data:
@@ -181,7 +165,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey, which Pillow would clip, scaled to 8 bits; a transparent value is white."""
+    """16-bit grey scaled to 8 bits (Pillow would clip it), on white."""
     values = np.asarray(image)
     grey = ((values.astype(np.int32).clip(0, 65535) + 128) // 257).astype(np.uint8)  # value / 257, rounded
     if "transparency" in image.info:
@@ -190,17 +174,14 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _halved_rgb(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
-    """An image upright, in RGB and reduced as by the first step of `_resize_short_side`.
-
-    It goes channel by channel, which Pillow treats alike and apart: a copy of all channels would need too much memory.
-    """
+    """An image upright, in RGB, halved as in `_resize_short_side`; channel by channel to save memory."""
     if image.getbands()[0] in ("1", "L", "I"):  # grey
         return Image.merge("RGB", [_half(_channel(image, 0, turn))] * 3)
     return Image.merge("RGB", [_half(_channel(image, number, turn)) for number in range(3)])
 
 
 def _channel(image: Image.Image, number: int, turn: Image.Transpose | None) -> Image.Image:
-    """Red, green or blue (0, 1, 2) of an image, upright."""
+    """Red, green or blue (0, 1, 2) of an image, upright; strip by strip to save memory."""
     width, height = image.size
     channel = Image.new("L", image.size)
     rows = max(1, STRIP // width)
@@ -210,12 +191,12 @@ def _channel(image: Image.Image, number: int, turn: Image.Transpose | None) -> I
     return channel if turn is None else channel.transpose(turn)
 
 
-MIN_CROP_FRAC = 0.8  # of random crops, by default
+MIN_CROP_FRAC = 0.8  # default of random crops
 
 
 def center_crop_arr(pil_image: Image.Image, image_size: int) -> np.ndarray:
-    """The middle square of an image, resized to (image_size, image_size, channels), as ADM was trained on
-    (Dhariwal and Nichol, arXiv:2105.05233).
+    """The central square of an image, resized to (image_size, image_size, channels) as in the training of ADM (Dhariwal
+    and Nichol, arXiv:2105.05233).
     """
     pil_image = _resize_short_side(pil_image, image_size)
     left, top = ((side - image_size) // 2 for side in pil_image.size)
@@ -231,7 +212,7 @@ def random_crop_arr(
 ) -> np.ndarray:
     """A random square of an image, resized to (image_size, image_size, channels).
 
-    The side of the square is between `min_crop_frac` and `max_crop_frac` of the image's short side.
+    The side of the square is between `min_crop_frac` and `max_crop_frac` times the image's short side.
     """
     short_side = rng.randint(math.ceil(image_size / max_crop_frac), math.ceil(image_size / min_crop_frac))
     pil_image = _resize_short_side(pil_image, short_side)
@@ -240,7 +221,7 @@ def random_crop_arr(
 
 
 def _resize_short_side(pil_image: Image.Image, short_side: int) -> Image.Image:
-    # Halving with a box filter first is quick, and averages over every pixel.
+    # Halving with a box filter first is fast and averages over every pixel.
     while min(pil_image.size) >= 2 * short_side:
         pil_image = _half(pil_image)
     scale = short_side / min(pil_image.size)
@@ -252,5 +233,5 @@ def _half(image: Image.Image) -> Image.Image:
 
 
 def to_float(image: np.ndarray) -> np.ndarray:
-    """uint8 in 0..255 to float32 in [-1, 1]."""
+    """Convert uint8 to float32 in [-1, 1]."""
     return image.astype(np.float32) / 127.5 - 1

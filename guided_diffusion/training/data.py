@@ -32,7 +32,7 @@ from ..command_line.stopping import STOP_SIGNALS
 from ..errors import UserError
 from ..images.classes import Classes
 from ..images.folder import LabelledImage, classes_of, label_images, list_images
-from ..images.io import MIN_CROP_FRAC, UnreadableImage, center_crop_arr, open_for_crop, random_crop_arr, to_float
+from ..images.io import MIN_CROP_FRAC, UnreadableImage, center_crop_arr, open_image, random_crop_arr, to_float
 from ..runs.inputs import compare_with_record
 from ..script_util import NUM_CLASSES
 
@@ -283,6 +283,6 @@ def read_augmented(
 
     Raises UnreadableImage.
     """
-    image = open_for_crop(path, math.ceil(resolution / MIN_CROP_FRAC))
+    image = open_image(path, crop_side=math.ceil(resolution / MIN_CROP_FRAC))
     pixels = random_crop_arr(image, resolution, rng=rng) if random_crop else center_crop_arr(image, resolution)
     return pixels[:, ::-1] if random_flip and rng.random() < 0.5 else pixels

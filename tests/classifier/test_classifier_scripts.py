@@ -345,7 +345,7 @@ def test_images_of_unknown_classes(statistics_flags, starts, flags, tmp_path, ca
     make_samples(tmp_path / "data", tmp_path / "samples")
     assert statistics({**statistics_flags, "data_dir": tmp_path / "data"}, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "carry no class" in said and "accuracy is not known" in said
+    assert "do not give a class" in said and "accuracy is not known" in said
     both = {"starting_data_dir": tmp_path / "data", "data_dir": tmp_path / "samples"}
     assert evaluate({**flags, **both}, tmp_path / "out") == 0
     assert "their classes are not known" in capsys.readouterr().err
@@ -570,11 +570,15 @@ def has_another_size(folder: Path) -> None:
 
 
 MISTAKES = {
-    "a sample is missing": (lacks_a_sample, {}, ["k = 10 lacks 2 of 11", "n02123045/1, n02123045/2", "--time_series"]),
+    "a sample is missing": (
+        lacks_a_sample,
+        {},
+        ["k = 10 lacks 2 of 11", "'n02123045/1', 'n", "--time_series"],
+    ),
     "a sample without start": (has_one_too_many, {}, ["1 of 12 samples", "99_t0250.JPEG", "--starting_data_dir"]),
-    "an empty time": (is_empty, {}, ["k = 10 of N = 20", "holds no samples", "of N = 20: k = 5", "--time_series"]),
+    "an empty time": (is_empty, {}, ["k = 10 of N = 20", "has no samples", "N = 20: k = 5", "--time_series"]),
     "a time that is not there": (None, {"time_series": "5,15"}, ["t_15_20_images does not exist", "k = 5, 10"]),
-    "another respacing": (None, {"timestep_respacing": 250}, ["of N = 250", "of N = 20: k = 5, 10", "_respacing"]),
+    "another respacing": (None, {"timestep_respacing": 250}, ["of N = 250", "N = 20: k = 5, 10", "_respacing"]),
     "no such respacing": (None, {"timestep_respacing": "many"}, ["many"]),
     "a time beyond the end": (None, {"time_series": 21}, ["--time_series 21", "20"]),
     "no time": (None, {"time_series": ","}, ["--time_series", "25 50 125"]),
@@ -582,7 +586,7 @@ MISTAKES = {
     "other training steps": (None, {"diffusion_steps": 4000}, ["_t0250.JPEG", "_t1000.JPEG", "--diffusion_steps"]),
     "another size": (has_another_size, {}, ["32x32", "64x64", "--image_size"]),
     "no starting images": (None, {"starting_data_dir": "nowhere"}, ["nowhere", "(--starting_data_dir)"]),
-    "no samples": (None, {"data_dir": "nowhere"}, ["nowhere", "of no time at all", "--data_dir"]),
+    "no samples": (None, {"data_dir": "nowhere"}, ["nowhere", "Times with samples: none", "--data_dir"]),
     "no such classifier": (None, {"classifier_name": "regnet_x_400m"}, ["regnet_x_400mf"]),
     "weights of another classifier": (None, {"classifier_name": "resnet18"}, ["--classifier_path"]),
     "no such layers": (None, {"layers": "blocks.*"}, ["--layers", "blocks.*"]),

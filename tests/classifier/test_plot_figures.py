@@ -210,8 +210,8 @@ def damage(folder):
     [
         (None, ["--results", "nowhere"], "nowhere does not exist"),
         (None, ["--classifier_name", "resnet50"], "no results of resnet50"),
-        (None, ["--timestep_respacing", "100"], "no results for N = 100, but for N = 250: see --timestep_respacing"),
-        (None, ["--timestep_respacing", ""], "no results for N = 1000, but for N = 250: see --timestep_respacing"),
+        (None, ["--timestep_respacing", "100"], r"no results for N = 100, only for N = 250 \(--timestep_respacing\)"),
+        (None, ["--timestep_respacing", ""], r"no results for N = 1000, only for N = 250 \(--timestep"),
         (None, ["--timestep_respacing", "soon"], "--timestep_respacing soon: expected a whole number of steps"),
         (damage, [], "damaged"),
         (other_images, [], r"different images \(20 and 19\)"),

@@ -82,7 +82,11 @@ def test_layers_by_name_and_pattern_come_in_the_order_of_the_network():
     ("name", "pattern", "message"),
     [
         ("resnet18", "layer5", r"^--layers: layer5 matches no layer of the classifier; did you mean layer4"),
-        ("resnet18", "zzz*", r"its parts are conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool, fc$"),
+        (
+            "resnet18",
+            "zzz*",
+            r"its modules are conv1, bn1, relu, maxpool, layer1, layer2, layer3, layer4, avgpool, fc$",
+        ),
         ("resnet18", "layer1.0.relu", r"layer1.0.relu cannot be watched: the network calls it 2 times per image"),
         ("googlenet", "aux1", r"aux1 cannot be watched: the network calls it 0 times"),
         ("vit_b_32", "encoder.layers.encoder_layer_0.self_attention", r"its output is not a tensor with a row per im"),
@@ -118,12 +122,12 @@ def test_a_pattern_leaves_out_what_cannot_be_watched(name, patterns, number, som
     layers = [layer.name for layer in open_classifier(name, "untrained", patterns).layers]
     assert len(layers) == number and some in layers
     (line,) = capsys.readouterr().err.splitlines()
-    assert re.match(rf"--layers: {told}", line) and len(line) < 300
+    assert re.match(rf"--layers: skipped {told}", line) and len(line) < 300
 
 
 def test_a_pattern_of_which_nothing_can_be_watched_is_refused():
     with pytest.raises(
-        UserError, match=r"^--layers: none of the 6 layers that aux1\.\* matches can be watched: aux1.conv "
+        UserError, match=r"^--layers: none of the 6 layers matching aux1\.\* can be watched: aux1.conv "
     ):
         open_classifier("googlenet", "untrained", ["fc", "aux1.*"])
     with pytest.raises(UserError, match=r"^--layers: layer4.0.relu cannot be watched: the network calls it 2 times"):
@@ -131,7 +135,7 @@ def test_a_pattern_of_which_nothing_can_be_watched_is_refused():
 
 
 def test_names():
-    with pytest.raises(UserError, match=r"^--classifier_name is 'ConvNext_bse', .*; did you mean convnext_base"):
+    with pytest.raises(UserError, match=r"^--classifier_name 'ConvNext_bse' is .*; did you mean convnext_base"):
         open_classifier("ConvNext_bse", "untrained")
 
 
@@ -172,10 +176,10 @@ def test_one_s_own(tmp_path, monkeypatch):
     loaded = open_classifier("own_networks:small", str(tmp_path / "own.pth"), ["2"], 16)
     assert torch.equal(loaded.model[2].bias, one.model[2].bias + 1)
     for name, path, message in (
-        ("own_networks:smal", "", r"'own_networks:smal', which cannot be found: .* attribute .smal.\.\nExpected"),
+        ("own_networks:smal", "", r"'own_networks:smal' cannot be found: .* attribute .smal.\.\nExpected"),
         ("no_networks:small", "", r"cannot be found: No module named 'no_networks'"),
-        (":small", "", r"':small', which cannot be found: "),
-        ("own_networks:network_alone", "", r"returned Identity; expected a function that returns \(network, preproces"),
+        (":small", "", r"':small' cannot be found: "),
+        ("own_networks:network_alone", "", r"returned Identity; expected \(network, preprocess\)"),
         ("own_networks:small", "nowhere.pth", r"--classifier_path nowhere.pth cannot be read"),
     ):
         with pytest.raises(UserError, match=message):
@@ -266,8 +270,8 @@ def test_without_a_network_the_message_says_which_file_to_fetch_and_where_to_put
     folder = tmp_path / "hub" / "checkpoints"
     lines = str(caught.value).splitlines()
     assert len(lines) == 2 and lines[0].startswith("the weights of resnet18 cannot be downloaded: <urlopen error")
-    assert lines[0].endswith("Fetch https://download.pytorch.org/models/resnet18-f37072fd.pth")
-    assert f"put the file into {folder}, or name it with --classifier_path" in lines[1]
+    assert lines[0].endswith("Download https://download.pytorch.org/models/resnet18-f37072fd.pth")
+    assert f"put the file into {folder} or give its path with --classifier_path" in lines[1]
     assert list(folder.iterdir()) == []
     # Put there as told, it is taken.
     torch.save(model.state_dict(), folder / "resnet18-f37072fd.pth")

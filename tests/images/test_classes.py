@@ -123,18 +123,18 @@ def test_imagenet_is_known_without_a_record():
     some = Classes({281: "n02123045", 744: "n04008634"}, "ImageNet", "x")
     assert choose_classes(["744,n02123045"], some) == [281, 744]
     for word in ("n01440764", "0"):
-        with pytest.raises(UserError, match=rf"--classes {word}: there is no such class"):
+        with pytest.raises(UserError, match=rf"--classes {word}: no such class"):
             choose_classes([word], some)
 
 
 @pytest.mark.parametrize(
     ("words", "record", "message"),
     [
-        (["cats"], PETS, "--classes cats: there is no such class; did you mean cat?"),
-        (["3"], PETS, "--classes 3: there is no such class; expected a name or an index of 0: cat, 1: golden"),
-        (["-1"], PETS, "--classes -1: there is no such class; expected"),
-        (["n01440765"], None, "--classes n01440765: there is no such class; did you mean n0144"),
-        (["1000"], None, "--classes 1000: there is no such class; expected a wnid of ImageNet, or an index 0..999"),
+        (["cats"], PETS, "--classes cats: no such class; did you mean cat?"),
+        (["3"], PETS, "--classes 3: no such class; expected a name or an index of 0: cat, 1: golden"),
+        (["-1"], PETS, "--classes -1: no such class; expected"),
+        (["n01440765"], None, "--classes n01440765: no such class; did you mean n0144"),
+        (["1000"], None, "--classes 1000: no such class; expected a name or an index of ImageNet: a wnid or 0..999"),
         ([","], PETS, "--classes ',' names no class"),
     ],
 )

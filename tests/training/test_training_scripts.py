@@ -451,7 +451,7 @@ def test_a_run_from_a_checkpoint_of_other_classes(pictures, tmp_path, capfd):
     assert main_of("image_train")(*flags_of(folder, tmp_path / "first", class_cond=True, iterations=1)) == 0
     changes = {"class_cond": True, "iterations": 2, "resume_checkpoint": tmp_path / "first/model000001.pt"}
     flags = flags_of(pictures, tmp_path / "second", **changes)
-    with pytest.raises(UserError, match=r"not among the model's 2: cold, warm\.\nThose are a, b .*--class_order text"):
+    with pytest.raises(UserError, match=r"not among the model's 2: cold, warm\.\nThe model's are a, b .*--class_ord"):
         main_of("image_train")(*flags)
     assert not (tmp_path / "second/classes.json").exists()
     assert main_of("image_train")(*flags, "--class_order", "text") == 0
@@ -745,7 +745,7 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
         (
             "classifier_train",
             {"val_data_dir": "val"},
-            r"1 of 1 classes in 'val' \(--val_data_dir\) are not among the model's 2: hot\.\nThose are cold, warm",
+            r"1 of 1 classes in 'val' \(--val_data_dir\) are not among the model's 2: hot\.\nThe model's are cold, wa",
         ),
         ("classifier_train", {"classifier_pool": "max"}, r"--classifier_pool max"),
     ],
