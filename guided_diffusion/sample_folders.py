@@ -9,6 +9,7 @@ t_K_N_inputs_parts, a file per unit, which is written before the unit's samples.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from .runs.settings import differences, machine_changes
 from .runs.shards import Shard, check_num_shards
 from .system.files import SCRATCH, remove_scratch, remove_scratch_of, walk, write_json
 
+LONGEST_NAME = 255  # bytes of a file name, on nearly every file system
 UPDATE = 600.0  # seconds to wait for other shards to update a record
 
 
@@ -143,6 +145,18 @@ class SampleRun(Run):
         close_folders(self.folders, self.images, self.args.batch_size, self.shard, runs, unreadable)
         of_all_times = {path: why for of_time in unreadable.values() for path, why in of_time.items()}
         return report_unreadable(of_all_times, "they have no sample", len(self.images))
+
+
+def check_names(folders: Mapping[int, SampleFolder], images: Iterable[LabelledImage]) -> None:
+    """Raise UserError if the name of a sample would be too long for a file."""
+    for folder in folders.values():
+        for image in images:
+            for part in folder.sample(image.path).split("/"):
+                if (length := len(os.fsencode(part))) > LONGEST_NAME:
+                    raise UserError(
+                        f"the sample of {image.path} would have a name of {length} bytes, {part}: expected at most "
+                        f"{LONGEST_NAME}.\nShorten the image's name (--data_dir)"
+                    )
 
 
 def open_folders(

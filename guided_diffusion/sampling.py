@@ -65,8 +65,8 @@ def denoise(
     Raises UserError where the GPU's memory does not suffice.
     """
     device = dist_util.dev()
-    loops = (diffusion.p_sample_loop_progressive, diffusion.ddim_sample_loop_progressive)
-    steps = loops[args.use_ddim](
+    loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
+    steps = loop(
         model,
         (len(indices), 3, image_size, image_size),
         clip_denoised=args.clip_denoised,

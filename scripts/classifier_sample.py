@@ -19,22 +19,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model, load_noisy_classifier
+from guided_diffusion.command_line.flags import SAMPLING, add_flags
 from guided_diffusion.command_line.parser import ArgumentParser
-from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare
-from guided_diffusion.images.classes import add_classes, classes_to_sample, sampled_classes_setting
+from guided_diffusion.images.classes import classes_to_sample, sampled_classes_setting
 from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
 from guided_diffusion.script_util import (
-    add_flags,
     args_to_dict,
     classifier_defaults,
     diffusion_defaults,
     diffusion_from_flags,
     model_and_diffusion_defaults,
     model_defaults,
-    sampling_defaults,
 )
 
 import torch
@@ -91,14 +90,10 @@ def main(argv: list[str] | None = None) -> int:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --model_path FILE --classifier_path FILE [flags]", description=__doc__)
-    guidance = {"classifier_path": "", "classifier_scale": 1.0}
-    classifier = {name: default for name, default in classifier_defaults().items() if name not in model_defaults()}
-    sampling = parser.add_argument_group("sampling")
-    add_flags(sampling, {**sampling_defaults(), **guidance})
-    add_classes(sampling)
+    classifier = {name: default for name, default in classifier_defaults().items() if name != "image_size"}
+    add_flags(parser.add_argument_group("sampling"), [*SAMPLING, "classifier_path", "classifier_scale", "classes"])
     model = parser.add_argument_group("the model, as it was trained")
-    add_preset(model, "diffusion model", "classifier")
-    add_flags(model, model_defaults())
+    add_flags(model, {"preset": preset_flag("diffusion model", "classifier"), **model_defaults()})
     add_flags(parser.add_argument_group("the classifier, as it was trained"), classifier)
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser

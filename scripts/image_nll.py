@@ -24,15 +24,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.command_line.parser import ArgumentParser, whole_number
-from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.flags import add_flags
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import NoiseStreams, from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.images.classes import add_class_order, read_classes
+from guided_diffusion.images.classes import read_classes
 from guided_diffusion.images.folder import LabelledImage, check_labels, label_images, list_images
 from guided_diffusion.images.io import read_image
 from guided_diffusion.runs.inputs import Inputs
@@ -40,7 +41,6 @@ from guided_diffusion.runs.records import Record, check_finite, plain_write_erro
 from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
 from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
 from guided_diffusion.script_util import (
-    add_flags,
     args_to_dict,
     diffusion_defaults,
     diffusion_from_flags,
@@ -192,31 +192,10 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER --model_path FILE [flags]", description=__doc__)
     measuring = parser.add_argument_group("measuring")
-    add_flags(
-        measuring,
-        {
-            "data_dir": "",
-            "model_path": "",
-            "clip_denoised": True,
-            "num_samples": 1000,
-            "batch_size": 1,
-            "labels_file": "",
-            "output": "",
-            "seed": 0,
-            "num_threads": 0,
-        },
-    )
-    add_class_order(measuring)
-    measuring.add_argument(
-        "--num_workers",
-        default=4,
-        type=whole_number(0),
-        metavar="INT",
-        help="threads per process that read images ahead (default: %(default)s)",
-    )
+    names = ("data_dir", "model_path", "clip_denoised", "num_samples", "batch_size", "labels_file", "class_order")
+    add_flags(measuring, [*names, "output", "seed", "num_workers", "num_threads"], num_samples=1000, batch_size=1)
     model = parser.add_argument_group("the model, as it was trained")
-    add_preset(model, "diffusion model")
-    add_flags(model, model_defaults())
+    add_flags(model, {"preset": preset_flag("diffusion model"), **model_defaults()})
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 

@@ -21,8 +21,9 @@ from typing import BinaryIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_upsampler
+from guided_diffusion.command_line.flags import SAMPLING, add_flags
 from guided_diffusion.command_line.parser import ArgumentParser
-from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare
 from guided_diffusion.errors import UserError, first_line
@@ -34,11 +35,8 @@ from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import denoise, write_samples
 from guided_diffusion.script_util import (
     NUM_CLASSES,
-    add_flags,
     args_to_dict,
-    diffusion_defaults,
     diffusion_from_flags,
-    sampling_defaults,
     sr_model_and_diffusion_defaults,
 )
 from guided_diffusion.system.files import LFS_POINTER, read_json
@@ -210,13 +208,9 @@ def file_digest(path: str) -> str:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --model_path FILE --base_samples FILE.npz [flags]", description=__doc__)
-    flags = sr_model_and_diffusion_defaults()
-    model = {name: default for name, default in flags.items() if name not in diffusion_defaults()}
-    add_flags(parser.add_argument_group("sampling"), {**sampling_defaults(), "base_samples": ""})
-    upsampler = parser.add_argument_group("the upsampler, as it was trained")
-    add_preset(upsampler, "upsampler")
-    add_flags(upsampler, model)
-    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("sampling"), [*SAMPLING, "base_samples"])
+    model = parser.add_argument_group("the upsampler and the diffusion, as they were trained")
+    add_flags(model, {"preset": preset_flag("upsampler"), **sr_model_and_diffusion_defaults()})
     return parser
 
 

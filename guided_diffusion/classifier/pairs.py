@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -13,11 +14,17 @@ import numpy as np
 from .. import logger
 from ..errors import UserError
 from ..forward_backward import SampleFolder
-from ..images.folder import LabelledImage, label_where_known, list_images
+from ..images.folder import LabelledImage, check_stems, label_where_known, list_images
 from ..images.io import Check, open_image
+from ..runs.inputs import Inputs
+from ..runs.parts import Parts
 from ..runs.settings import digest_of
+from ..runs.shards import cut
+from ..sample_folders import recorded_inputs
 from ..system.files import is_remote, walk
-from .results import class_names_of, readable_or_error
+from .results import SIMILARITIES, class_names_of, readable_or_error
+
+STARTS, SAMPLES = "starting images", "samples"  # kinds of files
 
 
 def find_pairs(
@@ -38,25 +45,16 @@ def find_pairs(
     Raises:
         UserError: a sample has no starting image, a time lacks samples that another has, or has none.
     """
-    try:
-        paths = list_images(starting_data_dir)
-        images, why_unknown = label_where_known(starting_data_dir, paths, labels_file, "text")
-    except UserError as error:
-        raise UserError(str(error).replace("--data_dir", "--starting_data_dir")) from None
+    flag = "--starting_data_dir"
+    paths = list_images(starting_data_dir, flag)
+    images, why_unknown = label_where_known(starting_data_dir, paths, labels_file, "text", flag)
     if why_unknown:
-        logger.warn(
-            f"{why_unknown.replace('--data_dir', '--starting_data_dir')}: their classes are not known (--labels_file)"
-        )
+        logger.warn(f"{why_unknown}: their classes are unknown (--labels_file)")
     found = {k: find_samples(folder) for k, folder in folders.items()}
     check_complete(found, {stem_of(image.path) for image in images}, folders, starting_data_dir)
     stems = set().union(*found.values())
     starts = [image for image in images if stem_of(image.path) in stems]
-    uses = Counter(stem_of(image.path) for image in starts)
-    if twice := [image.path for image in starts if uses[stem_of(image.path)] > 1]:
-        raise UserError(
-            f"{twice[0]} and {twice[1]} would have samples of the same name: move one of them away "
-            "(--starting_data_dir)"
-        )
+    check_stems([image.path for image in starts], flag)
     if without := len(images) - len(starts):
         logger.info(f"{without} of {len(images)} images in {starting_data_dir} have no sample: they are left out")
     in_order = {k: [samples[stem_of(image.path)] for image in starts] for k, samples in found.items()}
@@ -164,6 +162,14 @@ def some(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
 
 
+def check_starts(inputs: Inputs, starts: Sequence[str], folders: Mapping[int, SampleFolder], data_dir: str) -> None:
+    """Raise UserError if the samples are on record as made from starting images with other contents."""
+    for folder in folders.values():
+        inputs.merge(recorded_inputs(folder) or {}, folder.path)
+    inputs.known = inputs.entries(starts)
+    inputs.compare(starts, data_dir, "make the samples again")
+
+
 def samples_digests(folders: Mapping[int, SampleFolder], samples: Mapping[int, Sequence[str]]) -> dict[int, str]:
     """By k, SHA-256 of the names and sizes of its samples."""
 
@@ -173,3 +179,64 @@ def samples_digests(folders: Mapping[int, SampleFolder], samples: Mapping[int, S
     return {
         k: digest_of(f"{path}\t{size(f'{folders[k].path}/{path}')}" for path in paths) for k, paths in samples.items()
     }
+
+
+class PairBatch(NamedTuple):
+    """B starting images and their samples.
+
+    Attributes:
+        index: number of the batch.
+        images: starting images.
+        samples: for each time, paths of the B samples relative to the folder of all times.
+    """
+
+    index: int
+    images: Sequence[LabelledImage]
+    samples: Sequence[Sequence[str]]
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Paths of the starting images, and of the samples, time by time."""
+        samples = [path for of_time in self.samples for path in of_time]
+        return {STARTS: [image.path for image in self.images], SAMPLES: samples}
+
+
+def pair_batches(starts: Sequence[LabelledImage], samples: Sequence[Sequence[str]], size: int) -> list[PairBatch]:
+    """Cut the list of starting images, in order, every `size`; `samples` has a list of paths for each time."""
+    of_times = zip(*(cut(paths, size) for paths in samples), strict=True)
+    return [PairBatch(i, *batch) for i, batch in enumerate(zip(cut(starts, size), of_times, strict=True))]
+
+
+def join_parts(
+    parts: Parts, batches: Sequence[PairBatch], t: int, unreadable: Mapping[str, str]
+) -> tuple[list[LabelledImage], dict[str, str], dict[str, np.ndarray]]:
+    """Join the parts of all batches at the t-th time.
+
+    Args:
+        parts: parts, with similarities (T, B, L) and logits (1 + T, B, classes).
+        batches: the batches.
+        t: number of the time.
+        unreadable: unreadable files: path -> why.
+
+    Returns:
+        images: starting images of the n complete pairs.
+        missing: starting images of the other pairs: path -> why.
+        arrays: similarities (n, L), logits_start and logits_sample (n, classes), by name.
+    """
+    images: list[LabelledImage] = []
+    missing: dict[str, str] = {}
+    pieces = defaultdict(list)
+    for batch in batches:
+        part = parts.read(batch.index)
+        readable = part["readable"].reshape(-1, len(batch.images))  # (1 + T, B)
+        both = readable[0] & readable[1 + t]
+        for image, sample, is_readable in zip(batch.images, batch.samples[t], both, strict=True):
+            if is_readable:
+                images.append(image)
+            else:
+                missing[image.path] = unreadable.get(image.path) or unreadable.get(sample, "unreadable")
+        pieces["logits_start"].append(part["logits"][0, both])
+        pieces["logits_sample"].append(part["logits"][1 + t, both])
+        for name in SIMILARITIES:
+            pieces[name].append(part[name][t, both])
+    return images, missing, {name: np.concatenate(values) for name, values in pieces.items()}

@@ -5,6 +5,7 @@ A path of an image is relative to `data_dir`, with "/" between its parts on ever
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import re
@@ -19,7 +20,7 @@ from .. import logger
 from ..errors import UserError
 from ..script_util import NUM_CLASSES
 from ..system.files import is_remote
-from .classes import IMAGENET, Classes, number_classes
+from .classes import IMAGENET, Classes, number_classes, read_classes
 from .imagenet import CLASS_INDEX, DEVKIT_IDS, WNIDS
 from .io import EXTENSIONS, read_bytes, reason_of
 
@@ -42,27 +43,27 @@ class LabelledImage:
 # Finding
 
 
-def list_images(data_dir: str) -> list[str]:
+def list_images(data_dir: str, flag: str = "--data_dir") -> list[str]:
     """The images below a folder, local or remote: paths relative to it, sorted by code point.
 
     Links are followed, except one to a folder that contains it. Files and folders whose names begin with a dot are left
     out. Files with other extensions are left out too, and reported once.
 
-    Raises UserError where there is no such folder, or no image in it.
+    Raises UserError, which names `flag`, if there is no such folder, or no image in it.
     """
     if not data_dir:
-        raise UserError("no folder of images was given: --data_dir")
+        raise UserError(f"no folder of images was given: {flag}")
     try:
         if not bf.isdir(data_dir):
             found = "is a file, not a folder" if bf.exists(data_dir) else "does not exist"
-            raise UserError(f"the folder of images {data_dir!r} {found} (--data_dir)")
+            raise UserError(f"the folder of images {data_dir!r} {found} ({flag})")
         files = list(_list_files(data_dir))
     except (OSError, bf.Error) as error:
-        raise UserError(f"the folder of images cannot be listed (--data_dir): {error}") from error
+        raise UserError(f"the folder of images cannot be listed ({flag}): {error}") from error
     images = sorted(path for path in files if path.lower().endswith(EXTENSIONS))
     if not images:
         raise UserError(
-            f"no images in {data_dir!r} (--data_dir): found {_describe_files(files)}; "
+            f"no images in {data_dir!r} ({flag}): found {_describe_files(files)}; "
             f"expected files that end in {', '.join(EXTENSIONS)}"
         )
     if len(images) < len(files) and data_dir not in _reported:
@@ -151,6 +152,7 @@ def label_images(
     labels_file: str | None = None,
     class_order: str = "",
     recorded: Classes | None = None,
+    flag: str = "--data_dir",
 ) -> list[LabelledImage]:
     """Give each of `paths` its class.
 
@@ -164,29 +166,34 @@ def label_images(
 
     Raises UnknownClasses where some images have a class and others have none, and for the official ILSVRC2012_val_
     files without a `labels_file`; UserError for a class that `recorded` lacks, or a `class_order` that contradicts it.
-    `data_dir` serves the messages alone.
+    `data_dir` and `flag`, its flag, are for messages.
     """
-    images = _label(data_dir, paths, labels_file, "text" if recorded else class_order)
+    where = f"{data_dir!r} ({flag})"
+    images = _label(where, paths, labels_file, "text" if recorded else class_order)
     if recorded is None:
         return images
-    index = recorded.indices({image.class_name for image in images if image.class_name}, f"{data_dir!r} (--data_dir)")
+    index = recorded.indices({image.class_name for image in images if image.class_name}, where)
     recorded.check_order(class_order)
     return [replace(image, label=index.get(image.class_name)) for image in images]
 
 
 def label_where_known(
-    data_dir: str, paths: Sequence[str], labels_file: str | None = None, class_order: str = ""
+    data_dir: str,
+    paths: Sequence[str],
+    labels_file: str | None = None,
+    class_order: str = "",
+    flag: str = "--data_dir",
 ) -> tuple[list[LabelledImage], str | None]:
     """As `label_images`, for callers that can do without labels: either every image has a class, or none has.
 
     Returns the images, and, if none has a class, why.
     """
     try:
-        images = label_images(data_dir, paths, labels_file, class_order)
+        images = label_images(data_dir, paths, labels_file, class_order, flag=flag)
     except UnknownClasses as error:
         return [LabelledImage(path, None, "") for path in paths], error.why
     known = all(image.label is not None for image in images)
-    return images, None if known else f"the names in {data_dir!r} (--data_dir) do not give the classes of the images"
+    return images, None if known else f"the names in {data_dir!r} ({flag}) do not give the classes of the images"
 
 
 def classes_of(images: Sequence[LabelledImage], class_order: str = "", source: str = "") -> Classes | None:
@@ -196,26 +203,25 @@ def classes_of(images: Sequence[LabelledImage], class_order: str = "", source: s
     return Classes(names, IMAGENET if of_imagenet else class_order or "text", source) if names else None
 
 
-def _label(data_dir: str, paths: Sequence[str], labels_file: str | None, class_order: str) -> list[LabelledImage]:
+def _label(where: str, paths: Sequence[str], labels_file: str | None, class_order: str) -> list[LabelledImage]:
     if labels_file:
-        return _label_from_file(data_dir, paths, labels_file)
+        return _label_from_file(where, paths, labels_file)
     wnids = [_wnid_in(path) for path in paths]
     if any(wnids):
         without = [path for path, wnid in zip(paths, wnids, strict=True) if wnid is None]
         if without:
             raise UnknownClasses.because(
-                f"{len(without)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) name no ImageNet class: "
-                f"{_some(without)}",
+                f"{len(without)} of {_count(len(paths), 'image')} in {where} name no ImageNet class: {_some(without)}",
                 "The others do, by a wnid. Move these away, or give --labels_file.",
             )
         return [LabelledImage(path, CLASS_INDEX[w], w) for path, w in zip(paths, wnids, strict=True) if w]
     official = [path for path in paths if re.search(r"ILSVRC2012_(val|test)_\d{8}", path)]
     if official:
         raise UnknownClasses.because(
-            f"the names of ImageNet's validation files carry no class: {_some(official)} in {data_dir!r}",
+            f"the names of ImageNet's validation files carry no class: {_some(official)} in {where}",
             f"Give --labels_file: {LABELS_FILE_FORMS}.",
         )
-    return _label_by_name(data_dir, paths, class_order)
+    return _label_by_name(where, paths, class_order)
 
 
 def _wnid_in(path: str) -> str | None:
@@ -223,29 +229,28 @@ def _wnid_in(path: str) -> str | None:
     return next((part for part in [*reversed(folders), *name.split("_")] if part in CLASS_INDEX), None)
 
 
-def _label_by_name(data_dir: str, paths: Sequence[str], class_order: str) -> list[LabelledImage]:
+def _label_by_name(where: str, paths: Sequence[str], class_order: str) -> list[LabelledImage]:
     flat = [path for path in paths if "/" not in path]
     if flat and len(flat) < len(paths):
         raise UnknownClasses.because(
-            f"{len(flat)} of {_count(len(paths), 'image')} in {data_dir!r} (--data_dir) lie outside of its class "
-            f"folders: {_some(flat)}",
+            f"{len(flat)} of {_count(len(paths), 'image')} in {where} lie outside of its class folders: {_some(flat)}",
             "Move them into one of the folders, or away.",
         )
     if flat and not all("_" in path for path in flat):
         return [LabelledImage(path, None, "") for path in paths]
     names = [path.split("_" if flat else "/", 1)[0] for path in paths]
-    label = number_classes({*names}, class_order, f"{data_dir!r} (--data_dir)")
+    label = number_classes({*names}, class_order, where)
     return [LabelledImage(path, label[name], name) for path, name in zip(paths, names, strict=True)]
 
 
-def _label_from_file(data_dir: str, paths: Sequence[str], labels_file: str) -> list[LabelledImage]:
+def _label_from_file(where: str, paths: Sequence[str], labels_file: str) -> list[LabelledImage]:
     classes = read_labels_file(labels_file)
     labels = [find_entry(classes, path) for path in paths]
     without = [path for path, label in zip(paths, labels, strict=True) if label is None]
     if without:
         raise UserError(
             f"--labels_file {labels_file!r} has no entry for {len(without)} of {_count(len(paths), 'image')} in "
-            f"{data_dir!r}: {_some(without)}.\nIt has {len(classes)}, the first for {next(iter(classes))!r}."
+            f"{where}: {_some(without)}.\nIt has {len(classes)}, the first for {next(iter(classes))!r}."
         )
     return [LabelledImage(p, label, WNIDS[label]) for p, label in zip(paths, labels, strict=True) if label is not None]
 
@@ -339,6 +344,45 @@ def _read_lines(path: str) -> list[str]:
 # Choosing
 
 
+def find_images(args: argparse.Namespace) -> list[LabelledImage]:
+    """The images chosen by the flags, with warnings about what is missing.
+
+    Args:
+        args: flags data_dir, model_path, labels_file, class_order, class_cond, num_classes, num_per_class and
+            num_samples.
+
+    Raises UserError if there are none, if classes are needed and unknown, or if two images would share a sample.
+    """
+    paths, why_unknown = list_images(args.data_dir), None
+    if args.class_cond:
+        recorded = read_classes(args.model_path)
+        found = label_images(args.data_dir, paths, args.labels_file, args.class_order, recorded)
+    else:
+        found, why_unknown = label_where_known(args.data_dir, paths, args.labels_file, args.class_order)
+    images = choose_images(found, args.num_classes, args.num_per_class, args.num_samples)
+    if args.class_cond:
+        check_labels(images, args.data_dir)
+    if why_unknown:
+        logger.warn(
+            f"{why_unknown}: --num_classes and --num_per_class do not apply, "
+            f"{len(images)} of {len(found)} images are taken (--num_samples)"
+        )
+    if (classes := len({image.label for image in found})) > args.num_classes:
+        logger.info(f"{args.num_classes} of {classes} classes are taken (--num_classes)")
+    if warning := shortage(images, args.num_classes, args.num_per_class, args.num_samples):
+        logger.warn(warning)
+    check_stems([image.path for image in images])
+    return images
+
+
+def check_stems(paths: Sequence[str], flag: str = "--data_dir") -> None:
+    """Raise UserError, which names `flag`, if two images differ only in their extension: they would share a sample."""
+    known: dict[str, str] = {}
+    for path in paths:
+        if (other := known.setdefault(os.path.splitext(path)[0], path)) != path:
+            raise UserError(f"{other} and {path} would have samples of the same name: rename one of them ({flag})")
+
+
 def choose_images(
     images: Sequence[LabelledImage], num_classes: int, num_per_class: int, num_samples: int | None = None
 ) -> list[LabelledImage]:
@@ -366,12 +410,12 @@ def choose_images(
     return chosen[:num_samples]
 
 
-def check_labels(images: Sequence[LabelledImage], data_dir: str) -> None:
-    """Raise UserError unless the images of a folder have classes that a class-conditional model can take."""
+def check_labels(images: Sequence[LabelledImage], data_dir: str, flag: str = "--data_dir") -> None:
+    """Raise UserError, which names `flag`, unless the images have classes that a class-conditional model can take."""
     if any(image.label is None for image in images):
-        raise UserError(f"--class_cond True needs the classes of the images, and nothing in {data_dir} tells them")
+        raise UserError(f"the model needs the classes of the images, which nothing in {data_dir!r} ({flag}) gives")
     if (most := max(image.label for image in images)) >= NUM_CLASSES:
-        raise UserError(f"--class_cond True is for {NUM_CLASSES} classes, and {data_dir} has {most + 1} (--data_dir)")
+        raise UserError(f"{most + 1} classes in {data_dir!r} ({flag}); expected at most {NUM_CLASSES}")
 
 
 def _have_classes(images: Sequence[LabelledImage]) -> bool:
