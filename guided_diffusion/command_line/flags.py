@@ -139,10 +139,14 @@ FLAGS = {
     "classifier_use_fp16": Flag(BOOL, "half precision in the classifier", False),
     "classifier_width": Flag(POSITIVE, "channels of the classifier's first level"),
     "classifier_depth": Flag(POSITIVE, "residual blocks per resolution level of the classifier"),
-    "classifier_attention_resolutions": Flag(TEXT, "as attention_resolutions, for the classifier", empty="none"),
-    "classifier_use_scale_shift_norm": Flag(BOOL, "as use_scale_shift_norm, for the classifier"),
-    "classifier_resblock_updown": Flag(BOOL, "as resblock_updown, for the classifier"),
-    "classifier_channel_mult": Flag(TEXT, "as channel_mult, for the classifier", empty="given by image_size"),
+    "classifier_attention_resolutions": Flag(
+        TEXT, "image sizes with attention in the classifier, in pixels, separated by commas", empty="none"
+    ),
+    "classifier_use_scale_shift_norm": Flag(BOOL, "time embedding scales and shifts the classifier's activations"),
+    "classifier_resblock_updown": Flag(BOOL, "the classifier's residual blocks change the resolution"),
+    "classifier_channel_mult": Flag(
+        TEXT, "channel multiplier of each level of the classifier, separated by commas", empty="given by image_size"
+    ),
     "classifier_pool": Flag(TEXT, "pooling of the classifier: adaptive, attention, spatial or spatial_v2"),
     "classifier_path": Flag(FILE, "checkpoint of the classifier; untrained: random weights, for a trial"),
     "classifier_scale": Flag(FLOAT, "factor of the classifier's gradient", 1.0),

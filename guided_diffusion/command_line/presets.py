@@ -73,7 +73,7 @@ def _preset_names(kinds: Sequence[str]) -> Callable[[str], str]:
                 advice = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(PRESETS)}"
                 raise argparse.ArgumentTypeError(f"there is no preset {name!r}: {advice}")
             if (kind := PRESETS[name].kind) not in kinds:
-                raise argparse.ArgumentTypeError(f"{name} is the preset of a {kind}; expected a {' or a '.join(kinds)}")
+                raise argparse.ArgumentTypeError(f"{name} is a preset for {kind}s, not for {'s or '.join(kinds)}s")
         return text
 
     return parse
