@@ -1,8 +1,9 @@
 """Measure mean and variance of a classifier's activations, layer by layer, and its accuracy.
 
-evaluate_classifier.py standardises activations with them: per channel for feature maps and tokens, one number for the
-logits. The images are spread evenly over the sorted list of the folder. The result does not depend on --batch_size or
-the number of processes; under mpiexec, torchrun or srun, images are split across processes.
+evaluate_classifier.py standardises activations with these statistics, which are per channel for feature maps and
+tokens, and over all classes for the logits. The images are spread evenly over the sorted list of the folder. The result
+does not depend on --batch_size or the number of processes; under mpiexec, torchrun or srun, images are split across
+processes.
 
   python classifier_statistics.py --data_dir datasets/ILSVRC2012/validation --classifier_name convnext_base
 
@@ -12,19 +13,15 @@ writes classifier_statistics/convnext_base/act_stat_convnext_base.npz.
 from __future__ import annotations
 
 import argparse
-from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any, NamedTuple
 
 from guided_diffusion import dist_util, logger
-from guided_diffusion.classifier.activations import ActivationMoments, Moments
+from guided_diffusion.classifier.activations import ActivationMoments
 from guided_diffusion.classifier.networks import Classifier
 from guided_diffusion.classifier.results import (
-    add_flags,
     class_names_of,
-    class_ranks,
     classifier_settings,
     default_folder,
     images_digest,
@@ -33,19 +30,19 @@ from guided_diffusion.classifier.results import (
     statistics_file,
     with_labels_of,
 )
-from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.classifier.statistics import Statistics, as_arrays, merged, ranks_of, read_part, write_part
+from guided_diffusion.command_line.flags import CLASSIFYING, REQUIRED, RUN, add_flags, flag
+from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.compute.transfer import download, upload
-from guided_diffusion.errors import UserError
-from guided_diffusion.images.classes import add_class_order, read_classes
+from guided_diffusion.images.classes import read_classes
 from guided_diffusion.images.folder import LabelledImage, label_where_known, list_images
-from guided_diffusion.images.io import read_image
-from guided_diffusion.runs.inputs import Entries, Inputs
+from guided_diffusion.images.io import Check, read_image
+from guided_diffusion.runs.inputs import Inputs
 from guided_diffusion.runs.records import Record, check_finite, report_unreadable, write_result
 from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
-from guided_diffusion.runs.shards import add_shard_flags, shard_of
-from guided_diffusion.script_util import HELP
+from guided_diffusion.runs.shards import shard_of
 
 import numpy as np
 import torch
@@ -66,72 +63,40 @@ def main(argv: list[str] | None = None) -> int:
     path = statistics_file(args.output or default_folder(classifier.name), classifier.name)
     result = Result(path, settings, {IMAGES: [image.path for image in images]})
     inputs, folder = {IMAGES: Inputs(args.data_dir, "--data_dir")}, f"{path.removesuffix('.npz')}_parts"
-    with ResultRun([result], folder, settings, machine, inputs, args, shard) as statistics:
-        if not statistics.unfinished:
+    with ResultRun([result], folder, settings, machine, inputs, args, shard) as measurement:
+        if not measurement.unfinished:
             logger.info(f"{path} is there already, made with the same settings: nothing to do")
             return 0
-        left = statistics.remaining_units(range(shard.count)) if shard.count > 1 else [0]  # remaining shards
+        left = (
+            measurement.remaining_units(range(shard.count)) if shard.count > 1 else [0]
+        )  # this shard, unless it is done
         logger.info(f"{len(images)} images from {args.data_dir}, {len(classifier.layers)} layers of {classifier.name}")
-        statistics.log_machine(f"; the result will be {path}")
+        measurement.log_machine(f"; the result will be {path}")
         if left:
             batches = shard.units(image_batches(images, args.batch_size))
-            measured = measure(classifier, autocast, batches, statistics, args)
-            reports = dist_util.gather_objects(tuple(measured))
+            of_all_ranks = dist_util.gather_objects(measure(classifier, autocast, batches, measurement, args))
             if shard.count == 1:
-                return dist_util.on_main(write, statistics, result, classifier, reports, statistics.facts())
-            dist_util.on_main(write_part, statistics, reports)
+                return dist_util.on_main(write, measurement, classifier, of_all_ranks, measurement.facts())
+            dist_util.on_main(lambda: write_part(measurement.parts, shard.index, merged(of_all_ranks)))
         else:
             logger.info(f"{shard} is done already, with the same settings")
-        return statistics.finish(shard.count, partial(put_together, statistics, result, classifier))
-
-
-def find_images(args: argparse.Namespace) -> tuple[list[LabelledImage], list[str]]:
-    """The images that the flags choose, and the classes of all that are there. Raises UserError."""
-    images, why_unknown = label_where_known(args.data_dir, list_images(args.data_dir), args.labels_file, "text")
-    if why_unknown:
-        logger.warn(f"{why_unknown}: the accuracy will not be known (--labels_file)")
-    if len(images) < args.num_samples:
-        logger.warn(f"{args.num_samples} images asked for (--num_samples), {len(images)} found in {args.data_dir}")
-    return spread(images, args.num_samples), class_names_of(images)
-
-
-def spread(images: list[LabelledImage], num_samples: int) -> list[LabelledImage]:
-    """`num_samples` images spread evenly over the list, so that all classes have a share; all where there are fewer."""
-    n, m = len(images), min(len(images), num_samples)
-    return [images[i * n // m] for i in range(m)]
-
-
-class Measured(NamedTuple):
-    """What a process, or a shard, found out about its images.
-
-    Attributes:
-        moments: moments of every layer, by name.
-        ranks: per image that could be read, the number of classes with a larger logit than its own; -1 if its class is
-            not known.
-        unreadable: images that could not be read: path -> why.
-        entries: sizes and digests of the others.
-    """
-
-    moments: dict[str, Moments]
-    ranks: np.ndarray
-    unreadable: dict[str, str]
-    entries: Entries
+        return measurement.finish(shard.count, partial(write_from_parts, measurement, classifier))
 
 
 def measure(
     classifier: Classifier,
     autocast: AbstractContextManager,
     batches: Sequence[ImageBatch],
-    statistics: ResultRun,
+    measurement: ResultRun,
     args: argparse.Namespace,
-) -> Measured:
-    """Pass batches through the classifier. Raises ResultError if it gives NaN or infinity."""
+) -> Statistics:
+    """Pass this rank's share of batches through the classifier. Raises ResultError if it gives NaN or infinity."""
     logits_and_labels, unreadable, entries = [], {}, {}
 
-    def read(path: str, check: Any) -> torch.Tensor:
+    def read(path: str, check: Check) -> torch.Tensor:
         return classifier.preprocess(read_image(path, args.image_size, check))
 
-    reading = statistics.read(batches, {IMAGES: read}, None, lambda batch: len(batch.images), "measuring", "image")
+    reading = measurement.read(batches, {IMAGES: read}, None, lambda batch: len(batch.images), "measuring", "image")
     with torch.inference_mode(), ActivationMoments(classifier) as watch:
         for batch, pictures in reading:
             if pictures.readable.any():
@@ -142,8 +107,8 @@ def measure(
                 labels = labels_of(batch.images)[pictures.readable]
                 logits_and_labels.append((download(logits.float()), labels))
             unreadable |= pictures.unreadable[IMAGES]
-            entries |= statistics.entries(batch, pictures)[IMAGES]
-            statistics.bar.update(len(batch.images))
+            entries |= measurement.entries(batch, pictures)[IMAGES]
+            measurement.bar.update(len(batch.images))
             dist_util.check_peers()
     ranks = [np.empty(0, np.int64)]
     for wait, labels in logits_and_labels:
@@ -152,121 +117,59 @@ def measure(
         ranks.append(ranks_of(logits, labels))
     for layer, moments in watch.moments.items():
         check_finite({f"the {name}": values for name, values in moments.as_arrays().items()}, f"layer {layer}")
-    return Measured(watch.moments, np.concatenate(ranks), unreadable, entries)
+    return Statistics(watch.moments, np.concatenate(ranks), unreadable, entries)
 
 
-def ranks_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """The place of each image's class in the order of its logits, from 0: (B,) of (B, classes); -1 for label -1."""
-    return np.where(labels >= 0, class_ranks(logits, labels.clip(min=0)), -1)
+def find_images(args: argparse.Namespace) -> tuple[list[LabelledImage], list[str]]:
+    """The chosen images, spread evenly over the folder, and the classes of the whole folder. Raises UserError."""
+    images, why_unknown = label_where_known(args.data_dir, list_images(args.data_dir), args.labels_file, "text")
+    if why_unknown:
+        logger.warn(f"{why_unknown}: the accuracy will not be known (--labels_file)")
+    if len(images) < args.num_samples:
+        logger.warn(f"{args.num_samples} images asked for (--num_samples), {len(images)} found in {args.data_dir}")
+    n, m = len(images), min(len(images), args.num_samples)
+    return [images[i * n // m] for i in range(m)], class_names_of(images)
 
 
-def merged(reports: list[Measured]) -> Measured:
-    """What several processes, or shards, found out together."""
-    moments: dict[str, Moments] = {}
-    for report in reports:
-        for layer, of_layer in report.moments.items():
-            if layer in moments:
-                moments[layer].merge(of_layer)
-            else:
-                moments[layer] = of_layer
-    unreadable, entries = ({key: value for r in reports for key, value in r[i].items()} for i in (2, 3))
-    return Measured(moments, np.concatenate([report.ranks for report in reports]), unreadable, entries)
-
-
-def write_part(statistics: ResultRun, reports: list[tuple]) -> None:
-    """Write what the processes of a shard found out."""
-    measured = merged([Measured(*report) for report in reports])
-    states = {f"{name}/{layer}": array for layer, m in measured.moments.items() for name, array in m.state().items()}
-    notes = {"inputs": {IMAGES: measured.entries}, "unreadable": {IMAGES: measured.unreadable}}
-    statistics.parts.write(statistics.shard.index, notes, ranks=measured.ranks, **states)
-
-
-def read_part(statistics: ResultRun, index: int) -> Measured:
-    """What `write_part` wrote."""
-    arrays = statistics.parts.read(index)
-    ranks = arrays.pop("ranks")
-    states: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
-    for key, array in arrays.items():
-        name, _, layer = key.partition("/")
-        states[layer][name] = array
-    moments = {layer: Moments.from_state(state) for layer, state in states.items()}
-    unreadable = statistics.parts.notes(index)["unreadable"][IMAGES]
-    return Measured(moments, ranks, unreadable, statistics.parts.entries(index)[IMAGES])
-
-
-def put_together(statistics: ResultRun, result: Result, classifier: Classifier, facts: Record) -> int:
+def write_from_parts(measurement: ResultRun, classifier: Classifier, facts: Record) -> int:
     """Write the result of all shards. Returns the exit status."""
-    parts = [read_part(statistics, index) for index in range(statistics.shard.count)]
-    return write(statistics, result, classifier, parts, facts)
+    parts = [read_part(measurement.parts, index) for index in range(measurement.shard.count)]
+    return write(measurement, classifier, parts, facts)
 
 
-def write(
-    statistics: ResultRun, result: Result, classifier: Classifier, reports: Sequence[tuple], facts: Record
-) -> int:
-    """Write the result of all processes, or shards, and say what it is. Returns the exit status."""
-    statistics.locks.check()
-    total = merged([Measured(*report) for report in reports])
-    statistics.inputs[IMAGES].known |= total.entries
+def write(measurement: ResultRun, classifier: Classifier, parts: Sequence[Statistics], facts: Record) -> int:
+    """Write and report the result of all processes, or shards. Returns the exit status; raises UserError."""
+    measurement.locks.check()
+    total = merged(parts)
+    measurement.inputs[IMAGES].known |= total.entries
     arrays = as_arrays(classifier, total)
+    (result,) = measurement.results
     chosen = len(result.files[IMAGES])
     record = {"settings": result.settings, "images": {"chosen": chosen, "unreadable": total.unreadable}}
     record |= {"last_run": facts, "finished": not total.unreadable}
-    if statistics.shard.count > 1:
-        record["num_shards"] = statistics.shard.count
-    statistics.write_lists(result)
+    if measurement.shard.count > 1:
+        record["num_shards"] = measurement.shard.count
+    measurement.write_lists(result)
     write_result(result.path, arrays, record)
-    accuracy = "its accuracy is not known: the images do not name its classes"
+    accuracy = "accuracy unknown: the classes of some images are unknown"
     if "top1" in arrays:
         accuracy = f"accuracy {arrays['top1']:.2%} (top 1), {arrays['top5']:.2%} (top 5)"
     logger.info(f"{classifier.name} on {arrays['num_images']} images: {accuracy}. Statistics are in {result.path}")
     return report_unreadable(total.unreadable, "the statistics are without them", chosen)
 
 
-def as_arrays(classifier: Classifier, measured: Measured) -> dict[str, Any]:
-    """The arrays of the file; top1 and top5 only if the classes of all images are known.
-
-    Raises UserError if no image could be read.
-    """
-    ranks = measured.ranks
-    if not len(ranks):
-        raise UserError("none of the images could be read: there is nothing to write (--data_dir)")
-    arrays: dict[str, Any] = {"layers": np.array([layer.name for layer in classifier.layers])}
-    for layer in classifier.layers:
-        moments = measured.moments[layer.name].as_arrays()
-        arrays |= {f"{moment}/{layer.name}": values for moment, values in moments.items()}
-    arrays["num_images"] = np.int64(len(ranks))
-    if (ranks >= 0).all():
-        arrays["top1"], arrays["top5"] = [np.float64((ranks < n).mean()) for n in (1, 5)]
-    return arrays
-
-
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER [flags]", description=__doc__)
-    images = parser.add_argument_group("the images")
-    add = images.add_argument
-    add("--data_dir", required=True, metavar="FOLDER", help="the images; subfolders are looked through")
-    add(
-        "--num_samples",
-        default=10000,
-        type=whole_number(1),
-        metavar="INT",
-        help="images to take, spread evenly over the sorted list (default: %(default)s)",
+    names = ("data_dir", "num_samples", "labels_file", "class_order", "image_size")
+    add_flags(parser.add_argument_group("the images"), names, data_dir=REQUIRED, image_size=256)
+    add_flags(
+        parser.add_argument_group("the classifier"),
+        CLASSIFYING,
+        classifier_path=flag("classifier_path", empty="torchvision's, downloaded"),
     )
-    add(
-        "--labels_file",
-        metavar="FILE",
-        help=HELP["labels_file"],
-    )
-    add_class_order(images)
-    add(
-        "--image_size",
-        default=256,
-        type=whole_number(1),
-        metavar="INT",
-        help="side in pixels to which images are cut before the classifier's own preprocessing (default: %(default)s)",
-    )
-    add_shard_flags(add_flags(parser, output="results", batch_size=""))
+    output = flag("output", empty="classifier_statistics/CLASSIFIER_NAME")
+    add_flags(parser.add_argument_group("the run"), RUN, output=output, batch_size=128)
     return parser
 
 

@@ -9,6 +9,7 @@ unit's samples.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -33,6 +34,7 @@ from .runs.settings import differences, machine_changes
 from .runs.shards import Shard, check_num_shards
 from .system.files import SCRATCH, remove_scratch, remove_scratch_of, walk, write_json
 
+LONGEST_NAME = 255  # bytes of a file name, on nearly every file system
 UPDATE = 600.0  # seconds to wait for other shards to update a record
 
 Unreadable = dict[str, str]  # path of an image -> why it cannot be read
@@ -277,6 +279,18 @@ class SampleRun(Run):
     def _locked_records(self) -> Locks:
         """Locks for updating the records of the folders, which several shards share."""
         return Locks({f"{folder.record}.lock": folder.record for folder in self.folders.values()}, wait=UPDATE)
+
+
+def check_names(folders: Mapping[int, SampleFolder], images: Iterable[LabelledImage]) -> None:
+    """Raise UserError if the name of a sample would be too long for a file."""
+    for folder in folders.values():
+        for image in images:
+            for part in folder.sample(image.path).split("/"):
+                if (length := len(os.fsencode(part))) > LONGEST_NAME:
+                    raise UserError(
+                        f"the sample of {image.path} would have a name of {length} bytes, {part}: expected at most "
+                        f"{LONGEST_NAME}.\nShorten the image's name (--data_dir)"
+                    )
 
 
 def recorded_compilation(folders: Iterable[SampleFolder]) -> bool | None:

@@ -29,14 +29,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # this clone's packages, before any other
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from guided_diffusion.command_line.parser import ArgumentParser, whole_number
-from guided_diffusion.command_line.stopping import run
-
-# isort: split
 from guided_diffusion import dist_util, logger
+from guided_diffusion.command_line.flags import FILE, NATURAL, POSITIVE, TEXT, Flag, add_flags, flag
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import compute_reproducibly, describe_machine
 from guided_diffusion.errors import UserError, named_write_errors
-from guided_diffusion.script_util import add_flags, bool_or_auto
 from guided_diffusion.system.files import write_json
 
 import torch
@@ -89,18 +87,18 @@ def write_report(report: dict[str, Any], path: str) -> None:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
-    add = parser.add_argument_group("what to measure").add_argument
-    count = {"default": 0, "type": whole_number(0), "metavar": "INT"}
-    compile_help = "also measure the compiled network; auto: on a GPU (default: %(default)s)"
-    output_help = "file for all results, rewritten after each part (default: %(default)s)"
-    add("--parts", default="", metavar="NAMES", help="parts, separated by commas (default: all)")
-    add("--output", default="benchmark.json", metavar="FILE", help=output_help)
-    add("--batch_size", **count, help="images per forward pass; 0: 32 on a GPU, 1 on a CPU (default: 0)")
-    add("--repeats", default=3, type=whole_number(1), metavar="INT", help="number of rounds (default: %(default)s)")
-    add("--steps", **count, help="denoising steps in loop and processes; 0: 125 on a GPU, 2 or 4 on a CPU (default: 0)")
-    add("--contender", default="", help=argparse.SUPPRESS)  # for the processes that `network` starts
-    add("--compile", default="auto", type=bool_or_auto, metavar="True|False|auto", help=compile_help)
-    add("--num_threads", **count, help="CPU threads; 0: one per core (default: 0)")
+    measuring = parser.add_argument_group("what to measure")
+    measuring.add_argument("--contender", default="", help=argparse.SUPPRESS)  # for the processes that `network` starts
+    add_flags(
+        measuring,
+        ["num_threads"],
+        parts=Flag(TEXT, "parts, separated by commas", empty="all"),
+        output=Flag(FILE, "file for all results, rewritten after each part", "benchmark.json"),
+        batch_size=flag("batch_size", kind=NATURAL, help="images per batch; 0: 32 on a GPU, 1 on a CPU", default=0),
+        repeats=Flag(POSITIVE, "number of rounds", 3),
+        steps=Flag(NATURAL, "denoising steps of loop and processes; 0: 125 on a GPU, 2 or 4 on a CPU", 0),
+        compile=flag("compile", help="also measure the compiled network; auto: on a GPU"),
+    )
     add_flags(parser.add_argument_group("the network"), FLAGS)
     return parser
 

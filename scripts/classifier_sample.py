@@ -1,9 +1,9 @@
 """Sample images from a diffusion model, each guided toward a class by a classifier of noisy images.
 
-The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and their classes as arr_1; beside it a picture
-of the first images and a record of the settings. Rerun the same command to resume a run that was stopped. Under
-mpiexec, torchrun or srun, samples are split across processes; the file is the same for any number of them (on CPUs,
-with the same --num_threads). An image has the same noise as in image_sample.py with the same seed.
+Writes samples_NxHxWx3.npz, with the images as arr_0 and their classes as arr_1; a picture of the first images; and a
+record of the settings. Rerun the same command to resume a run that was stopped. Under mpiexec, torchrun or srun,
+samples are split across processes; the file does not depend on their number (on CPUs, with the same --num_threads). An
+image has the same noise as in image_sample.py with the same seed.
 
   python scripts/classifier_sample.py --model_path models/64x64_diffusion.pt \\
       --classifier_path models/64x64_classifier.pt --classifier_scale 1.0 --num_samples 50000 --batch_size 64 \\
@@ -19,51 +19,41 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model, load_noisy_classifier
+from guided_diffusion.command_line.flags import SAMPLING, add_flags
 from guided_diffusion.command_line.parser import ArgumentParser
-from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare_network
-from guided_diffusion.images.classes import add_classes, classes_to_sample, sampled_classes_setting
+from guided_diffusion.images.classes import classes_to_sample, sampled_classes_setting
 from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
-from guided_diffusion.script_util import (
-    add_flags,
-    args_to_dict,
-    classifier_defaults,
-    diffusion_defaults,
-    diffusion_from_flags,
-    model_and_diffusion_defaults,
-    model_defaults,
-    sampling_defaults,
-)
+from guided_diffusion.script_util import classifier_defaults, diffusion_defaults, diffusion_from_flags, model_defaults
 
 import torch
 from tqdm import tqdm
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draw the images. Returns 0; raises UserError."""
+    """Sample the images. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
     dist_util.setup_dist(args.device)
     logger.make_dir()
-    flags = args_to_dict(args, model_and_diffusion_defaults())
-    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
-    of_classifier = args_to_dict(args, classifier_defaults())
-    model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
-    classifier = dist_util.on_every_rank(load_noisy_classifier, args.classifier_path, of_classifier, args.seed)
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, vars(args))
+    model = dist_util.on_every_rank(load_model, args.model_path, vars(args), args.seed)
+    classifier = dist_util.on_every_rank(load_noisy_classifier, args.classifier_path, vars(args), args.seed)
     networks = [args.model_path, args.classifier_path] if args.class_cond else [args.classifier_path]
     classes, record = dist_util.on_main(classes_to_sample, args.classes, networks)
     settings = settings_of(
         args,
         model_digest=dist_util.on_main(weights_digest, model),
         classifier_digest=dist_util.on_main(weights_digest, classifier),
+        **sampled_classes_setting(classes),
     )
-    settings |= sampled_classes_setting(classes)
     batch_size = min(args.batch_size, args.num_samples)
     machine = prepare_network(model, args.use_fp16, args.num_threads, batch_size=batch_size)
-    of_classifier = prepare_network(classifier, args.classifier_use_fp16, args.num_threads, batch_size=batch_size)
-    machine["classifier's precision"] = of_classifier["precision"]
-    classifier.requires_grad_(False)  # the gradient in x alone is wanted: less has to be kept for it
+    prepared = prepare_network(classifier, args.classifier_use_fp16, args.num_threads, batch_size=batch_size)
+    machine["classifier's precision"] = prepared["precision"]
+    classifier.requires_grad_(False)  # only the gradient with respect to x is needed, which saves memory
     cond_fn = class_gradient(classifier, args.classifier_scale)
     labels = draw_classes(args.seed, args.num_samples, classes)
 
@@ -91,14 +81,10 @@ def main(argv: list[str] | None = None) -> int:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --model_path FILE --classifier_path FILE [flags]", description=__doc__)
-    guidance = {"classifier_path": "", "classifier_scale": 1.0}
-    classifier = {name: default for name, default in classifier_defaults().items() if name not in model_defaults()}
-    sampling = parser.add_argument_group("sampling")
-    add_flags(sampling, {**sampling_defaults(), **guidance})
-    add_classes(sampling)
+    classifier = {name: default for name, default in classifier_defaults().items() if name != "image_size"}
+    add_flags(parser.add_argument_group("sampling"), [*SAMPLING, "classifier_path", "classifier_scale", "classes"])
     model = parser.add_argument_group("the model, as it was trained")
-    add_preset(model, "diffusion model", "classifier")
-    add_flags(model, model_defaults())
+    add_flags(model, {"preset": preset_flag("diffusion model", "classifier"), **model_defaults()})
     add_flags(parser.add_argument_group("the classifier, as it was trained"), classifier)
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser

@@ -21,10 +21,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
-from guided_diffusion.command_line.parser import ArgumentParser, Flattened, time_list, whole_number
-from guided_diffusion.command_line.stopping import run
-
-# isort: split
 from guided_diffusion import dist_util, logger
 from guided_diffusion.classifier.figures import (
     BLUE,
@@ -42,6 +38,9 @@ from guided_diffusion.classifier.figures import (
 )
 from guided_diffusion.classifier.pairs import read_sample
 from guided_diffusion.classifier.results import logits_file, name_in_files, read_arrays
+from guided_diffusion.command_line.flags import POSITIVE, Flag, add_flags, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.stopping import run
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
     NoiseStreams,
@@ -274,50 +273,14 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
     classes = GRAMMAR_FLAGS["num_symbols"]
-    add = parser.add_argument
-    add("--output", default="results/demo", metavar="FOLDER", help="folder for all results (default: %(default)s)")
-    add(
-        "--num_images",
-        default=64,
-        type=whole_number(classes),
-        metavar="INT",
-        help=f"number of images to noise and denoise, a multiple of the {classes} classes (default: %(default)s)",
-    )
-    add(
-        "--time_series",
-        nargs="+",
-        default=[50, 75, 100, 113, 125, 138, 150, 175, 200],
-        action=Flattened,
-        type=time_list,
-        metavar="K",
-        help="times of reversal k, in steps, separated by spaces or commas (default: nine, most near the transition)",
-    )
-    add(
-        "--timestep_respacing",
-        default="250",
-        metavar="TEXT",
-        help="number of diffusion steps N; also ddimN, or a list such as 10,15,20 (default: %(default)s)",
-    )
-    add(
-        "--seed",
-        default=0,
-        type=whole_number(0),
-        metavar="INT",
-        help="seed of the images and of the noise (default: 0)",
-    )
-    add(
-        "--processes",
-        default=1,
-        type=whole_number(1),
-        metavar="INT",
-        help="number of processes, started with mpiexec (default: 1)",
-    )
-    add(
-        "--num_threads",
-        default=0,
-        type=whole_number(0),
-        metavar="INT",
-        help="CPU threads per process; 0: the cores, divided among the processes (default: 0)",
+    add_flags(
+        parser,
+        ["output", "num_images", "time_series", "timestep_respacing", "seed", "processes", "num_threads"],
+        output="results/demo",
+        num_images=Flag((whole_number(classes), "INT"), f"number of images, a multiple of the {classes} classes", 64),
+        time_series=[50, 75, 100, 113, 125, 138, 150, 175, 200],
+        timestep_respacing="250",
+        processes=Flag(POSITIVE, "number of processes, started with mpiexec", 1),
     )
     return parser
 

@@ -13,11 +13,12 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion.command_line.flags import TRAINING, add_flags
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import to_device
-from guided_diffusion.script_util import add_flags, create_gaussian_diffusion, training_defaults
-from guided_diffusion.training.setup import loop_options, settings_of, training_folder
+from guided_diffusion.script_util import create_gaussian_diffusion
+from guided_diffusion.training.setup import loop_options, training_folder
 from random_hierarchy_model.classifier import small_convnext
 from random_hierarchy_model.classifier_training import ReadingLoop
 from random_hierarchy_model.demo import CLASSIFIER_TRAINING_FLAGS, GRAMMAR_FLAGS
@@ -34,28 +35,21 @@ def main(argv: list[str] | None = None) -> int:
         data = ImageStream(images, args.batch_size, args.seed)
         torch.manual_seed(args.seed)
         model, _ = small_convnext()
-
         loop = ReadingLoop(
             images=images,
             model=to_device(model, args.batch_size, args.microbatch),
             diffusion=create_gaussian_diffusion(),
             data=data,
-            settings=settings_of(args, GRAMMAR_FLAGS, data),
-            **folder.options(),
-            **loop_options(args),
+            **loop_options(args, folder, data, GRAMMAR_FLAGS),
         )
         loop.run_loop()
-    return 0
+        return 0
 
 
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
-    flags = {**training_defaults(), **CLASSIFIER_TRAINING_FLAGS}
-    absent = "data_dir", "labels_file", "random_crop", "random_flip", "num_workers", "sample_grid", "sample_steps"
-    for name in (*absent, "schedule_sampler"):
-        del flags[name]
-    add_flags(parser, {**flags, "use_fp16": False})
+    add_flags(parser, TRAINING, **CLASSIFIER_TRAINING_FLAGS, use_fp16=False)
     return parser
 
 

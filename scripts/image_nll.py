@@ -1,12 +1,12 @@
-"""Measure how well a diffusion model predicts images: the variational bound on their likelihood, in bits per dimension.
+"""Measure a diffusion model's variational bound on the negative log-likelihood of images, in bits per dimension.
 
 Writes vb_terms.npz (terms of the bound), mse_terms.npz and xstart_mse_terms.npz (squared errors of the predicted noise
 and of the predicted image). Each contains an array arr_0: means over the images, from the last timestep to the first.
-image_nll.npz contains the names of the images and, for each, total_bpd and its part prior_bpd, which no model changes.
+image_nll.npz contains the names of the images, their total_bpd, and its model-independent part prior_bpd.
 
 The images are the first of the folder, by name. The noise of an image depends only on the seed and its path. Rerun the
 same command to resume a run that was stopped. Under mpiexec, torchrun or srun, images are split across processes; the
-result is the same for any number of them (on CPUs, with the same --num_threads).
+result does not depend on their number (on CPUs, with the same --num_threads).
 
   python scripts/image_nll.py --data_dir datasets/ILSVRC2012/validation --num_samples 1000 --batch_size 16 \\
       --model_path models/64x64_diffusion.pt "${MODEL_FLAGS[@]}"
@@ -24,29 +24,23 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.command_line.parser import ArgumentParser, whole_number
-from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.flags import add_flags
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.forward_backward import NoiseStreams, from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.images.classes import add_class_order, read_classes
+from guided_diffusion.images.classes import read_classes
 from guided_diffusion.images.folder import LabelledImage, check_labels, label_images, list_images
 from guided_diffusion.images.io import read_image
 from guided_diffusion.runs.inputs import Inputs
 from guided_diffusion.runs.records import Record, check_finite, report_unreadable, write_result
 from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
 from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
-from guided_diffusion.script_util import (
-    add_flags,
-    args_to_dict,
-    diffusion_defaults,
-    diffusion_from_flags,
-    model_and_diffusion_defaults,
-    model_defaults,
-)
+from guided_diffusion.script_util import diffusion_defaults, diffusion_from_flags, model_defaults
 from guided_diffusion.system.files import folder_name, whole_file
 
 import blobfile as bf
@@ -62,10 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     args = create_argparser().parse_args(argv)
     dist_util.setup_dist(args.device)
     logger.make_dir()
-    flags = args_to_dict(args, model_and_diffusion_defaults())
-    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, vars(args))
     images = dist_util.on_main(find_images, args)
-    model = dist_util.on_every_rank(load_model, args.model_path, flags, args.seed)
+    model = dist_util.on_every_rank(load_model, args.model_path, vars(args), args.seed)
     machine = prepare_network(model, args.use_fp16, args.num_threads, batch_size=min(args.batch_size, len(images)))
     settings = settings_of(
         args,
@@ -98,11 +91,11 @@ def main(argv: list[str] | None = None) -> int:
             measured = bits_per_dimension(model, diffusion, batch.images, pixels, args, nll.bar)
             check_finite(measured, "the images")
             nll.write(batch, pictures, **measured)
-        return nll.finish(len(batches), partial(put_together, nll, result, batches))
+        return nll.finish(len(batches), partial(write_results, nll, result, batches))
 
 
 def find_images(args: argparse.Namespace) -> list[LabelledImage]:
-    """The first images of the folder, with their classes where the model wants them. Raises UserError."""
+    """The first images of the folder, with their classes if the model needs them. Raises UserError."""
     paths = list_images(args.data_dir)
     if len(paths) < args.num_samples:
         logger.warn(f"{args.num_samples} images asked for (--num_samples), {len(paths)} found in {args.data_dir}")
@@ -122,9 +115,9 @@ def bits_per_dimension(
     args: argparse.Namespace,
     bar: tqdm,
 ) -> dict[str, np.ndarray]:
-    """What `calc_bpd_loop` gives for a batch of images, by name; `pixels` is (B, H, W, 3) of uint8.
+    """The results of `calc_bpd_loop` for a batch of images, by name; `pixels` is uint8 (B, H, W, 3).
 
-    Raises UserError if the GPU has not enough memory.
+    Raises UserError if the GPU is out of memory.
     """
     device = dist_util.dev()
 
@@ -146,8 +139,8 @@ def bits_per_dimension(
     return {name: values.cpu().numpy() for name, values in out.items()}
 
 
-def put_together(nll: ResultRun, result: Result, batches: Sequence[ImageBatch], facts: Record) -> int:
-    """Write the results from all parts. Returns the exit status; raises UserError if no image could be read."""
+def write_results(nll: ResultRun, result: Result, batches: Sequence[ImageBatch], facts: Record) -> int:
+    """Write the results of all parts. Returns the exit status; raises UserError if no image was readable."""
     names: list[str] = []
     bits: dict[str, list[np.ndarray]] = {"total_bpd": [], "prior_bpd": []}
     sums = dict.fromkeys(TERMS, 0.0)
@@ -176,7 +169,7 @@ def put_together(nll: ResultRun, result: Result, batches: Sequence[ImageBatch], 
 
 
 def report(result: str) -> None:
-    """Say what image_nll.npz contains."""
+    """Report the means of image_nll.npz."""
     with bf.BlobFile(result, "rb") as f, np.load(f, allow_pickle=False) as measured:
         bits_per_dimension = {name: measured[name].astype(np.float64) for name in ("total_bpd", "prior_bpd")}
     check_finite(bits_per_dimension, result)
@@ -184,7 +177,7 @@ def report(result: str) -> None:
     error = f" +- {total.std(ddof=1) / len(total) ** 0.5:.4f} (standard error)" if len(total) > 1 else ""
     logger.info(
         f"{total.mean():.4f}{error} bits per dimension over {len(total)} image(s), "
-        f"{prior.mean():.2g} of them of the prior"
+        f"{prior.mean():.2g} of them from the prior"
     )
 
 
@@ -192,31 +185,10 @@ def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --data_dir FOLDER --model_path FILE [flags]", description=__doc__)
     measuring = parser.add_argument_group("measuring")
-    add_flags(
-        measuring,
-        {
-            "data_dir": "",
-            "model_path": "",
-            "clip_denoised": True,
-            "num_samples": 1000,
-            "batch_size": 1,
-            "labels_file": "",
-            "output": "",
-            "seed": 0,
-            "num_threads": 0,
-        },
-    )
-    add_class_order(measuring)
-    measuring.add_argument(
-        "--num_workers",
-        default=4,
-        type=whole_number(0),
-        metavar="INT",
-        help="threads per process that read images ahead (default: %(default)s)",
-    )
+    names = ("data_dir", "model_path", "clip_denoised", "num_samples", "batch_size", "labels_file", "class_order")
+    add_flags(measuring, [*names, "output", "seed", "num_workers", "num_threads"], num_samples=1000, batch_size=1)
     model = parser.add_argument_group("the model, as it was trained")
-    add_preset(model, "diffusion model")
-    add_flags(model, model_defaults())
+    add_flags(model, {"preset": preset_flag("diffusion model"), **model_defaults()})
     add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
     return parser
 

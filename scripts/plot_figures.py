@@ -22,15 +22,11 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
-from guided_diffusion.command_line.parser import ArgumentParser, whole_number
-from guided_diffusion.command_line.stopping import run
-
-# isort: split
 from guided_diffusion import logger
 from guided_diffusion.classifier.figures import (
     BLUE,
@@ -65,10 +61,13 @@ from guided_diffusion.classifier.retention import (
     fit_transition,
     wilson_interval,
 )
+from guided_diffusion.command_line.flags import FOLDER, NAME, SAMPLES_DIR, TEXT, Flag, add_flags, flag, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser
+from guided_diffusion.command_line.stopping import run
 from guided_diffusion.errors import UserError
 from guided_diffusion.images.folder import list_images, without_extension
 from guided_diffusion.images.io import open_image, read_image
-from guided_diffusion.runs.inputs import Inputs, inputs_of, read_entries, spread
+from guided_diffusion.runs.inputs import Inputs, evenly_spaced, inputs_of, read_entries
 from guided_diffusion.script_util import number_of_steps
 from guided_diffusion.system.files import write_json, write_whole
 
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
     count = len(series[0].differences["names"])
     logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {num_steps}")
 
-    shown = spread(series, MOST_SHOWN)
+    shown = evenly_spaced(series, MOST_SHOWN)
     if len(shown) < len(series):
         logger.info(f"the gallery and the distributions show {len(shown)} of the {len(series)} times")
 
@@ -384,54 +383,23 @@ def draw_gallery(
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(computes=False, usage="%(prog)s --classifier_name NAME [flags]", description=__doc__)
-    add = parser.add_argument_group("what to read").add_argument
-    add("--classifier_name", default="convnext_base", metavar="NAME", help="classifier name (default: %(default)s)")
-    add(
-        "--results",
-        default="",
-        metavar="FOLDER",
-        help="folder of the act_diff and logits files (default: classifier_statistics/NAME)",
+    add_flags(
+        parser.add_argument_group("what to read"),
+        ["classifier_name", "results", "timestep_respacing", "diffusion_steps", "starting_data_dir", "data_dir"],
+        results=Flag(FOLDER, "folder of the act_diff and logits files", empty="classifier_statistics/NAME"),
+        timestep_respacing="250",
+        starting_data_dir=flag("starting_data_dir", empty="no gallery"),
+        data_dir=replace(SAMPLES_DIR, empty="no gallery"),
     )
-    add(
-        "--timestep_respacing",
-        default="250",
-        metavar="TEXT",
-        help="number of diffusion steps N of the samples, as given when they were made (default: %(default)s)",
+    add_flags(
+        parser.add_argument_group("what to plot"),
+        ["output", "statistic", "bins", "gallery", "gallery_count", "seed"],
+        output="figures",
+        statistic=Flag(TEXT, "statistic over images, of their similarity", "max", choices=list(STATISTICS)),
+        bins=Flag((whole_number(2, 1000), "INT"), "histogram bins", 40),
+        gallery=Flag(NAME, "starting images of the gallery: paths or file names", [], "random ones", nargs="+"),
+        gallery_count=Flag((whole_number(1, 20), "INT"), "number of random starting images, without --gallery", 4),
     )
-    add(
-        "--diffusion_steps",
-        default=1000,
-        type=whole_number(1),
-        metavar="INT",
-        help="number of diffusion steps in the training of the model (default: %(default)s)",
-    )
-    add("--starting_data_dir", default="", metavar="FOLDER", help="folder of the starting images, for the gallery")
-    add(
-        "--data_dir",
-        default="",
-        metavar="FOLDER",
-        help="folder of the samples (the main script's --output), for the gallery",
-    )
-    add = parser.add_argument_group("what to plot").add_argument
-    add("--output", default="figures", metavar="FOLDER", help="folder for the figures (default: %(default)s)")
-    add(
-        "--statistic",
-        default="max",
-        choices=list(STATISTICS),
-        help="statistic of the similarity over images; max: the maximum of their distribution (default: %(default)s)",
-    )
-    add("--bins", default=40, type=whole_number(2, 1000), metavar="INT", help="histogram bins (default: %(default)s)")
-    add(
-        "--gallery", nargs="+", default=[], metavar="NAME", help="starting images for the gallery, by path or file name"
-    )
-    add(
-        "--gallery_count",
-        default=4,
-        type=whole_number(1, 20),
-        metavar="INT",
-        help="number of random starting images if --gallery names none (default: %(default)s)",
-    )
-    add("--seed", default=0, type=whole_number(0), metavar="INT", help="seed of that random choice (default: 0)")
     return parser
 
 

@@ -1,10 +1,10 @@
-"""Enlarge small images with a diffusion model, an upsampler.
+"""Upsample small images with a diffusion model.
 
-Sample i enlarges image i of --base_samples, a file such as image_sample.py writes; after the last image comes the first
-again. The folder of results gets samples_NxHxWx3.npz, with the images as arr_0 and, if the model is class-conditional,
-their classes as arr_1; beside it a picture of the first images and a record of the settings. Rerun the same command to
-resume a run that was stopped. Under mpiexec, torchrun or srun, samples are split across processes; the file is the same
-for any number of them (on CPUs, with the same --num_threads).
+Sample i is made from image i of --base_samples, an output of image_sample.py; if there are fewer images than samples,
+they are repeated. Writes samples_NxHxWx3.npz, with the images as arr_0 and, if the model is class-conditional, their
+classes as arr_1; a picture of the first images; and a record of the settings. Rerun the same command to resume a run
+that was stopped. Under mpiexec, torchrun or srun, samples are split across processes; the file does not depend on their
+number (on CPUs, with the same --num_threads).
 
   python scripts/super_res_sample.py --base_samples samples_50000x64x64x3.npz --num_samples 50000 \\
       --model_path models/64_256_upsampler.pt --timestep_respacing 250 "${MODEL_FLAGS[@]}"
@@ -21,8 +21,9 @@ from typing import BinaryIO
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_upsampler
+from guided_diffusion.command_line.flags import SAMPLING, add_flags
 from guided_diffusion.command_line.parser import ArgumentParser
-from guided_diffusion.command_line.presets import add_preset
+from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.errors import UserError, first_line
@@ -32,15 +33,7 @@ from guided_diffusion.runs.inputs import entry_of
 from guided_diffusion.runs.records import record_of
 from guided_diffusion.runs.settings import settings_of, weights_digest
 from guided_diffusion.sampling import denoise, write_samples
-from guided_diffusion.script_util import (
-    NUM_CLASSES,
-    add_flags,
-    args_to_dict,
-    diffusion_defaults,
-    diffusion_from_flags,
-    sampling_defaults,
-    sr_model_and_diffusion_defaults,
-)
+from guided_diffusion.script_util import NUM_CLASSES, diffusion_from_flags, sr_model_and_diffusion_defaults
 from guided_diffusion.system.files import LFS_POINTER, read_json
 
 import blobfile as bf
@@ -50,14 +43,13 @@ from tqdm import tqdm
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Enlarge the images. Returns 0; raises UserError."""
+    """Upsample the images. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
     dist_util.setup_dist(args.device)
     logger.make_dir()
-    flags = args_to_dict(args, sr_model_and_diffusion_defaults())
-    diffusion = dist_util.on_every_rank(diffusion_from_flags, flags)
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, vars(args))
     small = dist_util.on_every_rank(SmallImages, args.base_samples, args.small_size, args.class_cond)
-    model = dist_util.on_every_rank(load_upsampler, args.model_path, flags, args.seed)
+    model = dist_util.on_every_rank(load_upsampler, args.model_path, vars(args), args.seed)
     settings = settings_of(
         args,
         model_digest=dist_util.on_main(weights_digest, model),
@@ -67,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.num_samples > len(small):
         logger.info(
             f"{len(small)} images in {args.base_samples} for {args.num_samples} samples (--num_samples): "
-            "they are taken again and again"
+            "images are repeated"
         )
     labels = record = None
     if args.class_cond:
@@ -95,17 +87,16 @@ def main(argv: list[str] | None = None) -> int:
 
 
 class SmallImages:
-    """The images in an .npz file: arr_0, uint8 (n, size, size, 3), and arr_1, their classes, if asked for.
+    """The images of an .npz file: arr_0, uint8 (n, size, size, 3), and, if `with_labels`, their classes arr_1.
 
-    Images are read when they are needed, row by row: the file may be larger than the memory. Nothing is unpickled.
+    Images are read on demand, because the file may not fit into memory. Nothing is unpickled.
 
-    Raises:
-        UserError: the file cannot be read, or holds something else.
+    Raises UserError if the file cannot be read or has other contents.
     """
 
     def __init__(self, path: str, size: int, with_labels: bool):
         if not path:
-            raise UserError("no small images were given: --base_samples FILE.npz")
+            raise UserError("no small images: give --base_samples FILE.npz")
         expected = f"expected uint8 (n, {size}, {size}, 3) (--small_size)"
         try:
             self._archive = zipfile.ZipFile(bf.BlobFile(path, "rb"))
@@ -121,16 +112,16 @@ class SmallImages:
             with bf.BlobFile(path, "rb") as f:
                 if f.read(len(LFS_POINTER)) == LFS_POINTER:
                     raise UserError(
-                        f"--base_samples {path} is a Git LFS pointer, not the file itself: fetch that by git lfs pull"
+                        f"--base_samples {path} is a Git LFS pointer, not the file itself: run git lfs pull"
                     ) from error
             raise UserError(
-                f"--base_samples {path} is no .npz file, or not a whole one: {first_line(error)}"
+                f"--base_samples {path} is not an .npz file, or is truncated: {first_line(error)}"
             ) from error
         except (OSError, bf.Error) as error:
             reason = getattr(error, "strerror", None) or first_line(error)
             raise UserError(f"--base_samples {path} cannot be read: {reason}") from error
         except (ValueError, EOFError) as error:
-            raise UserError(f"--base_samples {path} holds no plain arrays: {first_line(error)}") from error
+            raise UserError(f"--base_samples {path} does not contain plain arrays: {first_line(error)}") from error
         if dtype != np.uint8 or self._shape[1:] != (size, size, 3) or not self._shape[0]:
             raise UserError(f"--base_samples {path}: arr_0 is {dtype} {self._shape}, {expected}")
         if with_labels:
@@ -141,13 +132,13 @@ class SmallImages:
         return self._shape[0]
 
     def read(self, indices: range) -> np.ndarray:
-        """The images for the samples of these numbers: uint8 (B, size, size, 3). Raises UserError."""
+        """The images of the samples with these indices: uint8 (B, size, size, 3). Raises UserError."""
         images = np.empty((len(indices), *self._shape[1:]), np.uint8)
         for image, index in zip(images, indices, strict=True):
             self._rows.seek(self._start + index % len(self) * image.size)
             data = self._rows.read(image.size)
             if len(data) < image.size:
-                raise UserError(f"--base_samples {self._archive.filename}: arr_0 ends early")
+                raise UserError(f"--base_samples {self._archive.filename}: arr_0 is truncated")
             image[:] = np.frombuffer(data, np.uint8).reshape(image.shape)
         return images
 
@@ -155,12 +146,12 @@ class SmallImages:
         return [name.removesuffix(".npy") for name in self._archive.namelist()]
 
     def _open(self, name: str) -> tuple[BinaryIO, tuple[int, ...], np.dtype]:
-        """An array's entry, at its first byte, with its shape and its dtype."""
+        """An array's entry, positioned at its data; its shape and dtype."""
         entry = self._archive.open(f"{name}.npy")
         versions = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
         shape, fortran_order, dtype = versions[np.lib.format.read_magic(entry)](entry)
         if fortran_order:
-            raise ValueError(f"{name} is in Fortran's order")
+            raise ValueError(f"{name} is in Fortran order")
         return entry, shape, dtype
 
     def _read_labels(self) -> np.ndarray:
@@ -171,17 +162,16 @@ class SmallImages:
 def _check_labels(path: str, labels: np.ndarray, count: int) -> None:
     found = f"--base_samples {path}: arr_1 is {labels.dtype} {labels.shape}"
     if labels.shape != (count,) or labels.dtype.kind not in "iu":
-        raise UserError(f"{found}, expected the classes of {count} images, whole numbers")
+        raise UserError(f"{found}, expected integer classes of {count} images")
     if labels.min() < 0 or labels.max() >= NUM_CLASSES:
         raise UserError(f"{found} from {labels.min()} to {labels.max()}, expected classes 0..{NUM_CLASSES - 1}")
 
 
 def check_classes(model_path: str, base_samples: str, labels: np.ndarray) -> Classes | None:
-    """The classes that the upsampler was trained with, if that is recorded.
+    """The upsampler's recorded training classes, if any.
 
-    Raises UserError where the small images are of others: by index, or by the name that image_sample.py recorded.
+    Raises UserError if small images belong to other classes, by index or by the name that image_sample.py recorded.
     """
-
     recorded = read_classes(model_path)
     if recorded is None:
         return None
@@ -210,13 +200,9 @@ def file_digest(path: str) -> str:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s --model_path FILE --base_samples FILE.npz [flags]", description=__doc__)
-    flags = sr_model_and_diffusion_defaults()
-    model = {name: default for name, default in flags.items() if name not in diffusion_defaults()}
-    add_flags(parser.add_argument_group("sampling"), {**sampling_defaults(), "base_samples": ""})
-    upsampler = parser.add_argument_group("the upsampler, as it was trained")
-    add_preset(upsampler, "upsampler")
-    add_flags(upsampler, model)
-    add_flags(parser.add_argument_group("the diffusion"), diffusion_defaults())
+    add_flags(parser.add_argument_group("sampling"), [*SAMPLING, "base_samples"])
+    model = parser.add_argument_group("the upsampler and the diffusion, as they were trained")
+    add_flags(model, {"preset": preset_flag("upsampler"), **sr_model_and_diffusion_defaults()})
     return parser
 
 

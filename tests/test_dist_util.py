@@ -201,7 +201,7 @@ def test_every_rank_of_another_mpi_ends_and_the_first_tells_why(tmp_path):
 def test_the_launcher_before_torchrun_is_answered_once(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2"]
     stderr = finish(start([*launcher, str(HERE.parent / "scripts" / "image_sample.py")]), "bad")
-    assert stderr.count("error: python -m torch.distributed.launch adds the flag --local-rank") == 1
+    assert stderr.count("error: python -m torch.distributed.launch adds --local-rank") == 1
     assert stderr.count("torchrun --nproc_per_node N SCRIPT") == 1
 
 

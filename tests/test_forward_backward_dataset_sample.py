@@ -179,7 +179,7 @@ def test_a_signal_leaves_a_tidy_state(signum, status, flags, reference_run, tmp_
     _, stderr = process.communicate()
     assert process.returncode == status, stderr
     assert "Traceback" not in stderr
-    assert "every file written so far is complete. Run the same command again to resume" in stderr
+    assert "all files written so far are complete. Rerun the same command to resume" in stderr
     assert not scratch_files(tmp_path)
     there = samples(tmp_path)
     assert 0 < len(there) < len(reference_run)

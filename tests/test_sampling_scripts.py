@@ -548,7 +548,7 @@ def test_small_images_that_are_none(monkeypatch, small_images, tmp_path):
         "short.npz": ["arr_1", "(3,)", "5 images"],
         "fractions.npz": ["arr_1", "float64", "whole numbers"],
         "classes.npz": ["arr_1", "1 to 1000", "0..999"],
-        "pickled.npz": ["no plain arrays"],
+        "pickled.npz": ["does not contain plain arrays"],
     }
     flags = ["--small_size", 4, "--large_size", 64, "--class_cond", "True", "--model_path", "untrained"]
     for name, words in mistakes.items():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 import blobfile as bf
 import numpy as np
@@ -13,11 +14,17 @@ import numpy as np
 from .. import logger
 from ..errors import UserError
 from ..forward_backward import SampleFolder
-from ..images.folder import LabelledImage, label_where_known, list_images, list_some, without_extension
+from ..images.folder import LabelledImage, check_stems, label_where_known, list_images, list_some, without_extension
 from ..images.io import Check, UnreadableImage, open_image
+from ..runs.inputs import Inputs
+from ..runs.parts import Parts
 from ..runs.settings import digest_of
+from ..runs.shards import cut
+from ..sample_folders import recorded_inputs
 from ..system.files import walk
-from .results import class_names_of
+from .results import SIMILARITIES, class_names_of
+
+STARTS, SAMPLES = "starting images", "samples"  # kinds of files
 
 
 def find_pairs(
@@ -47,11 +54,9 @@ def find_pairs(
     check_complete(found, {without_extension(image.path) for image in images}, folders, starting_data_dir)
     stems = set().union(*found.values())
     starts = [image for image in images if without_extension(image.path) in stems]
-    uses = Counter(without_extension(image.path) for image in starts)
-    if twice := [image.path for image in starts if uses[without_extension(image.path)] > 1]:
-        raise UserError(f"{twice[0]} and {twice[1]} would have the same sample: move one of them away ({flag})")
-    if skipped := len(images) - len(starts):
-        logger.info(f"skipping {skipped} of {len(images)} images in {starting_data_dir}, which have no sample")
+    check_stems([image.path for image in starts], flag)
+    if without := len(images) - len(starts):
+        logger.info(f"{without} of {len(images)} images in {starting_data_dir} have no sample: they are left out")
     in_order = {k: [samples[without_extension(image.path)] for image in starts] for k, samples in found.items()}
     return starts, class_names_of(images), in_order
 
@@ -138,9 +143,78 @@ def read_sample(path: str, image_size: int, check: Check | None = None) -> np.nd
     return pixels
 
 
+def check_starts(inputs: Inputs, starts: Sequence[str], folders: Mapping[int, SampleFolder], data_dir: str) -> None:
+    """Raise UserError if the samples are on record as made from starting images with other contents."""
+    for folder in folders.values():
+        inputs.merge(recorded_inputs(folder) or {}, folder.path)
+    inputs.known = inputs.entries(starts)
+    inputs.compare(starts, data_dir, "make the samples again")
+
+
 def samples_digests(folders: Mapping[int, SampleFolder], samples: Mapping[int, Sequence[str]]) -> dict[int, str]:
     """SHA-256 of the names and sizes of the samples, by k."""
     return {
         k: digest_of(f"{path}\t{bf.stat(f'{folders[k].path}/{path}').size}" for path in paths)
         for k, paths in samples.items()
     }
+
+
+class PairBatch(NamedTuple):
+    """B starting images and their samples.
+
+    Attributes:
+        index: number of the batch.
+        images: starting images.
+        samples: for each time, paths of the B samples relative to the folder of all times.
+    """
+
+    index: int
+    images: Sequence[LabelledImage]
+    samples: Sequence[Sequence[str]]
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """Paths of the starting images, and of the samples, time by time."""
+        samples = [path for of_time in self.samples for path in of_time]
+        return {STARTS: [image.path for image in self.images], SAMPLES: samples}
+
+
+def pair_batches(starts: Sequence[LabelledImage], samples: Sequence[Sequence[str]], size: int) -> list[PairBatch]:
+    """Cut the list of starting images, in order, every `size`; `samples` has a list of paths for each time."""
+    of_times = zip(*(cut(paths, size) for paths in samples), strict=True)
+    return [PairBatch(i, *batch) for i, batch in enumerate(zip(cut(starts, size), of_times, strict=True))]
+
+
+def join_parts(
+    parts: Parts, batches: Sequence[PairBatch], t: int, unreadable: Mapping[str, str]
+) -> tuple[list[LabelledImage], dict[str, str], dict[str, np.ndarray]]:
+    """Join the parts of all batches at the t-th time.
+
+    Args:
+        parts: parts, with similarities (T, B, L) and logits (1 + T, B, classes).
+        batches: the batches.
+        t: number of the time.
+        unreadable: unreadable files: path -> why.
+
+    Returns:
+        images: starting images of the n complete pairs.
+        missing: starting images of the other pairs: path -> why.
+        arrays: similarities (n, L), logits_start and logits_sample (n, classes), by name.
+    """
+    images: list[LabelledImage] = []
+    missing: dict[str, str] = {}
+    pieces = defaultdict(list)
+    for batch in batches:
+        part = parts.read(batch.index)
+        readable = part["readable"].reshape(-1, len(batch.images))  # (1 + T, B)
+        both = readable[0] & readable[1 + t]
+        for image, sample, is_readable in zip(batch.images, batch.samples[t], both, strict=True):
+            if is_readable:
+                images.append(image)
+            else:
+                missing[image.path] = unreadable.get(image.path) or unreadable.get(sample, "unreadable")
+        pieces["logits_start"].append(part["logits"][0, both])
+        pieces["logits_sample"].append(part["logits"][1 + t, both])
+        for name in SIMILARITIES:
+            pieces[name].append(part[name][t, both])
+    return images, missing, {name: np.concatenate(values) for name, values in pieces.items()}

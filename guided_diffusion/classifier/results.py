@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -15,15 +15,15 @@ import torch
 import torchvision
 
 from .. import dist_util, logger
-from ..command_line.parser import whole_number
 from ..compute.inference import compute_reproducibly, describe_machine, keep_freed_memory, shared_half_precision
 from ..compute.memory import to_device
 from ..errors import ResultError, UserError, first_line
 from ..images.classes import Classes, number_classes
 from ..images.folder import LabelledImage
 from ..images.imagenet import CLASS_INDEX
+from ..runs.inputs import file_digest
+from ..runs.records import read_record, record_of
 from ..runs.settings import digest_of
-from ..script_util import str2bool
 from .networks import Classifier, open_classifier
 
 SIMILARITIES = ("cosine", "L2", "L2_normalized")
@@ -66,6 +66,28 @@ def parts_folder(folder: str, name: str, times: Sequence[int], num_steps: int) -
 
 
 # Reading
+
+
+def statistics_digest(path: str, weights: str) -> str:
+    """SHA-256 of a file of statistics. Raises UserError if they are not on record as those of these weights.
+
+    Args:
+        path: file of statistics.
+        weights: digest of the classifier's weights.
+    """
+    record = read_record(record_of(path), {"settings": dict}, path)
+    recorded = record["settings"].get("classifier_digest") if record else None
+    if recorded is None:
+        raise UserError(
+            f"{record_of(path)}, the record of {path}, is missing or corrupted.\n"
+            "Remove both files and rerun classifier_statistics.py"
+        )
+    if recorded != weights:
+        raise UserError(
+            f"{path} is of another classifier, with weights {recorded[:12]}... instead of {weights[:12]}... "
+            "(--classifier_path).\nRun classifier_statistics.py with these weights and another --output"
+        )
+    return file_digest(path)
 
 
 class TimeResult(NamedTuple):
@@ -129,75 +151,6 @@ def read_arrays(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 # The classifier and its images
-
-
-def add_flags(parser: argparse.ArgumentParser, output: str, batch_size: str) -> Callable:
-    """Add the flags that the two scripts have in common, from the classifier on.
-
-    Returns the `add_argument` of the last group, that of the run.
-
-    Args:
-        parser: of the script.
-        output: what is in the folder of results.
-        batch_size: what a forward pass is of.
-    """
-    add = parser.add_argument_group("the classifier").add_argument
-    add(
-        "--classifier_name",
-        default="convnext_base",
-        metavar="NAME",
-        help="of torchvision; or one's own, package.module:function, which returns (network, preprocess) "
-        "(default: %(default)s)",
-    )
-    add(
-        "--classifier_path",
-        default="",
-        metavar="FILE",
-        help="its weights as a file (default: torchvision's, downloaded); the word untrained gives random ones",
-    )
-    add(
-        "--layers",
-        default="",
-        metavar="PATTERNS",
-        help="layers to watch, names or patterns such as features.1.*, separated by commas (default: the residual or "
-        "transformer blocks, and the logits)",
-    )
-    add(
-        "--classifier_use_fp16",
-        default=False,
-        type=str2bool,
-        metavar="True|False",
-        help="half precision inside the classifier (default: %(default)s)",
-    )
-    add = parser.add_argument_group("the run").add_argument
-    add(
-        "--output",
-        default="",
-        metavar="FOLDER",
-        help=f"folder of {output} (default: {default_folder('NAME')})",
-    )
-    add(
-        "--batch_size",
-        default=128,
-        type=whole_number(1),
-        metavar="INT",
-        help=f"images per forward pass{batch_size} (default: %(default)s)",
-    )
-    add(
-        "--num_workers",
-        default=4,
-        type=whole_number(0),
-        metavar="INT",
-        help="threads per process that read images ahead (default: %(default)s)",
-    )
-    add(
-        "--num_threads",
-        default=0,
-        type=whole_number(0),
-        metavar="INT",
-        help="CPU threads per process that compute; 0: the cores, divided among the processes (default: 0)",
-    )
-    return add
 
 
 def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""How a script ends: its exit status, errors in a line, and signals that ask it to stop."""
+"""The end of a script: exit status, one-line errors, and signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -15,35 +15,35 @@ from .. import dist_util
 from ..compute.memory import not_enough_memory
 from ..errors import UserError, is_out_of_memory
 
-# What asks a process to end. Open MPI's mpiexec kills its processes half a second after a SIGTERM or Ctrl-C, which may
-# be too early for a checkpoint; a SIGUSR1 it only passes on.
+# Signals that ask a process to stop. Open MPI's mpiexec kills its processes half a second after SIGTERM or Ctrl-C,
+# perhaps too early for a checkpoint, but merely forwards SIGUSR1.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-INSISTENCE = 1.0  # seconds after a Ctrl-C from which on another one interrupts what the first one left time for
+INSISTENCE = 1.0  # seconds after which a second Ctrl-C stops the process immediately
 
 
 class Stopped(BaseException):
-    """Raised in the main thread when the process is asked to end by one of `STOP_SIGNALS`."""
+    """Raised in the main thread when one of `STOP_SIGNALS` arrives."""
 
-    on_all_ranks = True  # a launcher that is stopped hands the signal to every rank
+    on_all_ranks = True  # a launcher forwards the signal to every rank
 
     def __init__(self, signum: int):
         super().__init__(signum)
         self.signum = signum
 
 
-class _Asked:
-    """The signals that have come so far.
+class _Received:
+    """The signals received so far.
 
-    Slurm sends SIGTERM twice within milliseconds at a time limit, and launchers pass on what the process has already
-    received itself. So only Ctrl-C, pressed again after a second, means that the user cannot wait.
+    Slurm sends SIGTERM twice within milliseconds at a time limit, and launchers forward signals that the process has
+    already received. So only a second Ctrl-C after `INSISTENCE` seconds means that the user will not wait.
     """
 
     def __init__(self) -> None:
         self.signum = 0  # the first one
         self._first_interrupt: float | None = None
 
-    def note(self, signum: int) -> bool:
-        """Take note of a signal. Returns whether it is a Ctrl-C that insists."""
+    def add(self, signum: int) -> bool:
+        """Add a signal. Returns whether it is a second Ctrl-C of a user who will not wait."""
         self.signum = self.signum or signum
         if signum != signal.SIGINT:
             return False
@@ -54,17 +54,17 @@ class _Asked:
         return now - self._first_interrupt >= INSISTENCE
 
 
-_asked = _Asked()
+_received = _Received()
 _when_stopped: Callable[[], str] | None = None
 
 
 class StopRequest:
-    """Lets a loop end where it likes: within the `with` block, `STOP_SIGNALS` are only noted.
+    """Defers `STOP_SIGNALS` within a `with` block, whose code checks `signum` when it can stop.
 
-    The exception is a second Ctrl-C, at least a second after the first: it raises `Stopped` at once.
+    Only a second Ctrl-C, at least a second after the first, raises `Stopped` immediately.
 
     Attributes:
-        signum: the first signal that came, 0 before.
+        signum: first signal received; 0 if none.
     """
 
     def __init__(self) -> None:
@@ -72,45 +72,45 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # others may not ask for signals
+        if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for signum in STOP_SIGNALS:
-                self._before[signum] = signal.signal(signum, self._note)
+                self._before[signum] = signal.signal(signum, self._defer)
         return self
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def _note(self, signum: int, frame: Any) -> None:
+    def _defer(self, signum: int, frame: Any) -> None:
         self.signum = self.signum or signum
-        if _asked.note(signum):
+        if _received.add(signum):
             raise Stopped(signum)
 
 
 def when_stopped(describe: Callable[[], str]) -> None:
-    """Have `run` print what `describe` returns if a signal stops the script: what was saved, and how to resume."""
+    """Have `run` print the text of `describe` (what is saved, how to resume) if a signal stops the script."""
     global _when_stopped
     _when_stopped = describe
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and end the process with its status.
+    """Run a script's `main` and exit with its status.
 
-    A UserError is printed without a traceback and ends with its status, a lack of memory with status 2; an error of the
-    operating system (disk full, no permission) with status 1; another rank that is gone with status 3; a signal
-    (SIGTERM, Ctrl-C, SIGUSR1) with 128 and its number. Further signals do not disturb that end, except for a Ctrl-C at
-    least a second after the first one. What all ranks meet is said once. A rank that fails alone tells the others.
+    These errors are printed without a traceback. Exit statuses: that of a UserError; 2 if memory is full; 1 for an
+    OSError (disk full, no permission); 3 if another rank is gone; 128 + number for a signal. Signals during the exit
+    are ignored, except for a Ctrl-C at least a second after the first one. An error on all ranks is printed once; a
+    rank that fails alone informs the others.
     """
-    global _asked
-    _asked = _Asked()
+    global _received
+    _received = _Received()
 
     def stop(signum, frame):
-        ending = _asked.signum
-        if _asked.note(signum) or not ending:
+        stopping = _received.signum
+        if _received.add(signum) or not stopping:
             raise Stopped(signum)
 
     def leave(signum, frame):
-        if _asked.note(signum):
+        if _received.add(signum):
             os._exit(128 + signum)
 
     _handle_stop_signals(stop)
@@ -123,7 +123,7 @@ def run(main: Callable[[], int | None]) -> None:
         status, words, reason = 1, f"error: {error}", error
     except Stopped as stopped:
         status, reason = 128 + stopped.signum, stopped
-        words = f"stopped by {signal.Signals(stopped.signum).name}: {_state_of_the_output()}"
+        words = f"stopped by {signal.Signals(stopped.signum).name}: {_saved_state()}"
     except Exception as error:
         lost = dist_util.lost_peer_behind(error)
         if lost is not None:
@@ -146,8 +146,8 @@ def _handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
         signal.signal(signum, handler)
 
 
-def _state_of_the_output() -> str:
+def _saved_state() -> str:
     with suppress(OSError, UserError):
         if _when_stopped:
             return _when_stopped()
-    return "every file written so far is complete. Run the same command again to resume"
+    return "all files written so far are complete. Rerun the same command to resume"

@@ -10,7 +10,6 @@ they were numbered: "text", "number" or "ImageNet".
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import os
 import re
@@ -30,29 +29,6 @@ from .imagenet import CLASS_INDEX, WNIDS
 ORDERS = ("text", "number")
 IMAGENET = "ImageNet"
 RECORD = "classes.json"  # next to checkpoints
-
-
-def add_class_order(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the flag --class_order."""
-    parser.add_argument(
-        "--class_order",
-        default="",
-        choices=ORDERS,
-        help="order in which classes other than ImageNet's are numbered: of their names as text (0, 1, 10, 2), or as "
-        "numbers (0, 1, 2, 10) (default: as recorded with the checkpoint, else text)",
-    )
-
-
-def add_classes(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """Add the flag --classes."""
-    parser.add_argument(
-        "--classes",
-        nargs="+",
-        default=[],
-        metavar="CLASS",
-        help="classes to sample from, uniformly: names or indices, separated by spaces or commas; wnids for ImageNet "
-        "(default: those that the model was trained with, as recorded with its checkpoint, else 0..999)",
-    )
 
 
 # Numbering

@@ -5,6 +5,7 @@ Paths of images are relative to `data_dir`, with "/" as the separator.
 
 from __future__ import annotations
 
+import argparse
 import errno
 import os
 import re
@@ -19,7 +20,7 @@ from .. import logger
 from ..errors import UserError
 from ..script_util import NUM_CLASSES
 from ..system.files import is_remote
-from .classes import IMAGENET, Classes, number_classes
+from .classes import IMAGENET, Classes, number_classes, read_classes
 from .imagenet import CLASS_INDEX, DEVKIT_IDS, WNIDS
 from .io import EXTENSIONS, read_bytes, reason_of
 
@@ -315,6 +316,45 @@ def _read_lines(path: str) -> list[str]:
 # Choosing
 
 
+def find_images(args: argparse.Namespace) -> list[LabelledImage]:
+    """The images chosen by the flags, with warnings about what is missing.
+
+    Args:
+        args: flags data_dir, model_path, labels_file, class_order, class_cond, num_classes, num_per_class and
+            num_samples.
+
+    Raises UserError if there are none, if classes are needed and unknown, or if two images would share a sample.
+    """
+    paths, why_unknown = list_images(args.data_dir), None
+    if args.class_cond:
+        recorded = read_classes(args.model_path)
+        found = label_images(args.data_dir, paths, args.labels_file, args.class_order, recorded)
+    else:
+        found, why_unknown = label_where_known(args.data_dir, paths, args.labels_file, args.class_order)
+    images = choose_images(found, args.num_classes, args.num_per_class, args.num_samples)
+    if args.class_cond:
+        check_labels(images, args.data_dir)
+    if why_unknown:
+        logger.warn(
+            f"{why_unknown}: --num_classes and --num_per_class do not apply, "
+            f"{len(images)} of {len(found)} images are taken (--num_samples)"
+        )
+    if (classes := len({image.label for image in found})) > args.num_classes:
+        logger.info(f"{args.num_classes} of {classes} classes are taken (--num_classes)")
+    if warning := shortage(images, args.num_classes, args.num_per_class, args.num_samples):
+        logger.warn(warning)
+    check_stems([image.path for image in images])
+    return images
+
+
+def check_stems(paths: Sequence[str], flag: str = "--data_dir") -> None:
+    """Raise UserError, which names `flag`, if two images differ only in their extension: they would share a sample."""
+    known: dict[str, str] = {}
+    for path in paths:
+        if (other := known.setdefault(os.path.splitext(path)[0], path)) != path:
+            raise UserError(f"{other} and {path} would have samples of the same name: rename one of them ({flag})")
+
+
 def choose_images(
     images: Sequence[LabelledImage], num_classes: int, num_per_class: int, num_samples: int | None = None
 ) -> list[LabelledImage]:
@@ -339,12 +379,12 @@ def choose_images(
     return chosen[:num_samples]
 
 
-def check_labels(images: Sequence[LabelledImage], data_dir: str) -> None:
-    """Raise UserError unless the images have classes, and no more than a class-conditional model can have."""
+def check_labels(images: Sequence[LabelledImage], data_dir: str, flag: str = "--data_dir") -> None:
+    """Raise UserError, naming `flag`, unless the images have classes, at most as many as a model can have."""
     if not _have_classes(images):
-        raise UserError(f"--class_cond True needs the classes of the images, which are not known in {data_dir}")
+        raise UserError(f"the model needs the classes of the images, which are unknown in {data_dir!r} ({flag})")
     if (most := max(image.label for image in images)) >= NUM_CLASSES:
-        raise UserError(f"--class_cond True is for {NUM_CLASSES} classes, and {data_dir} has {most + 1} (--data_dir)")
+        raise UserError(f"{most + 1} classes in {data_dir!r} ({flag}); expected at most {NUM_CLASSES}")
 
 
 def _have_classes(images: Sequence[LabelledImage]) -> bool:

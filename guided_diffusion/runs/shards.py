@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from ..command_line.parser import whole_number
 from ..errors import UserError
 
 T = TypeVar("T")
@@ -43,25 +42,6 @@ def cut(items: Sequence[T], size: int) -> list[Sequence[T]]:
 
 
 WHOLE = Shard()  # all of the work
-
-
-def add_shard_flags(add) -> None:
-    """Add the flags of a shard by a parser's or a group's `add_argument`."""
-    add(
-        "--shard",
-        default=0,
-        type=whole_number(0),
-        metavar="I",
-        help="number of this job among --num_shards jobs that divide the work, counted from 0, such as "
-        "$SLURM_ARRAY_TASK_ID (default: 0)",
-    )
-    add(
-        "--num_shards",
-        default=1,
-        type=whole_number(1),
-        metavar="N",
-        help="number of jobs that divide the work, for Slurm's arrays; all jobs need the same other flags (default: 1)",
-    )
 
 
 def shard_of(args: argparse.Namespace) -> Shard:

@@ -31,10 +31,9 @@ from .. import dist_util, logger
 from ..command_line.stopping import STOP_SIGNALS
 from ..errors import UserError
 from ..images.classes import Classes
-from ..images.folder import LabelledImage, classes_of, label_images, list_images
+from ..images.folder import check_labels, classes_of, label_images, list_images
 from ..images.io import MIN_CROP_FRAC, UnreadableImage, center_crop_arr, open_image, random_crop_arr, to_float
 from ..runs.inputs import compare_with_record
-from ..script_util import NUM_CLASSES
 
 
 def training_stream(
@@ -73,29 +72,16 @@ def training_stream(
     """
     if seed < 0:
         raise UserError(f"--seed is {seed}; expected 0 or more")
-    labels = classes = None
-    try:
-        paths = list_images(data_dir)
-        if class_cond:
-            labelled = _label(data_dir, paths, labels_file, class_order, recorded)
-            labels = [image.label for image in labelled]
-            classes = classes_of(labelled, recorded.order if recorded else class_order, data_dir)
-    except UserError as error:
-        raise type(error)(str(error).replace("--data_dir", flag)) from error
+    paths = list_images(data_dir, flag)
+    labelled, labels = None, None
+    if class_cond:
+        labelled = label_images(data_dir, paths, labels_file, class_order, recorded, flag)
+        check_labels(labelled, data_dir, flag)
+        labels = [image.label for image in labelled]
+    order = recorded.order if recorded else class_order
+    classes = None if labelled is None else classes_of(labelled, order, data_dir)
     images = BatchDataset(data_dir, paths, labels, image_size, seed, deterministic, random_crop, random_flip)
     return DataStream(images, batch_size, num_workers, flag, classes)
-
-
-def _label(
-    data_dir: str, paths: Sequence[str], labels_file: str | None, class_order: str, recorded: Classes | None
-) -> list[LabelledImage]:
-    labelled = label_images(data_dir, paths, labels_file, class_order, recorded)
-    classes = [image.label for image in labelled]
-    if None in classes:
-        raise UserError(f"nothing in {data_dir!r} (--data_dir) names the images' classes; --class_cond needs them")
-    if max(classes) >= NUM_CLASSES:
-        raise UserError(f"{max(classes) + 1} classes in {data_dir!r} (--data_dir); expected at most {NUM_CLASSES}")
-    return labelled
 
 
 class DataStream:

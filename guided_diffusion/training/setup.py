@@ -21,13 +21,16 @@ from ..command_line.stopping import when_stopped
 from ..compute.inference import compute_exactly
 from ..errors import UserError, first_line
 from ..forward_backward import from_pixels, to_pixels
+from ..gaussian_diffusion import GaussianDiffusion
 from ..images.classes import OtherClasses, read_classes, write_classes
 from ..images.folder import list_images
 from ..images.io import read_image
+from ..resample import ScheduleSampler, create_named_schedule_sampler
 from ..runs.locks import Locks, locked_by_main
 from ..script_util import diffusion_from_flags
 from ..system.checkpoint_files import Shapes
 from ..system.files import remove_file
+from ..train_util import TrainLoop
 from .checkpoints import newest_model
 from .data import DataStream, training_stream
 from .sample_grid import SampleGrid
@@ -97,8 +100,15 @@ def training_folder(args: argparse.Namespace, default: str) -> Iterator[Training
         yield TrainingFolder(output, lock)
 
 
-def training_images(args: argparse.Namespace, class_cond: bool, output: str, **options: Any) -> DataStream:
-    """The stream of images in --data_dir. Classes are numbered as recorded with the checkpoint, if there is one."""
+def training_images(args: argparse.Namespace, class_cond: bool, folder: TrainingFolder, image_size: int) -> DataStream:
+    """The stream of images in --data_dir, whose classes are numbered as in the checkpoint that the run starts from."""
+    data = _training_images(args, class_cond, folder.path, image_size)
+    folder.data["--data_dir"] = data
+    return data
+
+
+def _training_images(args: argparse.Namespace, class_cond: bool, output: str, image_size: int) -> DataStream:
+    options = {"image_size": image_size, "random_crop": args.random_crop, "random_flip": args.random_flip}
     if not class_cond:
         return image_stream(args, args.data_dir, False, **options)
     own = dist_util.on_main(newest_model, output)
@@ -112,17 +122,6 @@ def training_images(args: argparse.Namespace, class_cond: bool, output: str, **o
             raise OtherClasses(f"{error}. --class_order text renumbers the folder's classes") from error
         logger.warn(f"{first_line(error).removesuffix('.')}: renumbered (--class_order)")
         return image_stream(args, args.data_dir, True, **options)
-
-
-def classes_entry(data: DataStream) -> dict[str, Any]:
-    """The entry of the optimizer's file that records the classes, if the images have any."""
-    return {"classes": data.classes.as_json()} if data.classes else {}
-
-
-def record_classes(output: str, data: DataStream) -> None:
-    """Write classes.json into a run's folder, if the images have classes."""
-    if data.classes:
-        dist_util.on_main(write_classes, output, data.classes)
 
 
 def image_stream(args: argparse.Namespace, data_dir: str, class_cond: bool, **options: Any) -> DataStream:
@@ -142,11 +141,47 @@ def image_stream(args: argparse.Namespace, data_dir: str, class_cond: bool, **op
     )
 
 
-def loop_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of `TrainLoop` that are flags of a training script; the classifier's lacks the first three."""
+def diffusion_and_sampler(args: argparse.Namespace) -> tuple[GaussianDiffusion, ScheduleSampler]:
+    """The diffusion to learn, and the sampler of its timesteps, from the flags. Raises UserError."""
+    diffusion = dist_util.on_every_rank(diffusion_from_flags, vars(args))
+    return diffusion, dist_util.on_every_rank(create_named_schedule_sampler, args.schedule_sampler, diffusion)
+
+
+def loop_options(
+    args: argparse.Namespace,
+    folder: TrainingFolder,
+    data: DataStream,
+    flags: Mapping[str, Any],
+    network: Network | None = None,
+) -> dict[str, Any]:
+    """The arguments of `TrainLoop` that all training scripts have in common.
+
+    Args:
+        args: flags of the script.
+        folder: folder of the run.
+        data: stream of images.
+        flags: flags of the network and the diffusion.
+        network: kind of the network, for messages about checkpoints that do not fit.
+    """
     names = ("ema_rate", "use_fp16", "lr_anneal_steps", "batch_size", "microbatch", "lr", "weight_decay")
     names += ("log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth", "iterations", "seed")
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    classes = getattr(data, "classes", None)
+    return {
+        "settings": settings_of(args, flags, data),
+        "check_fit": fit_checker(network, flags) if network else None,
+        "extra_state": {"classes": classes.as_json()} if classes else {},
+        **folder.options(),
+        **{name: getattr(args, name) for name in names if hasattr(args, name)},
+    }
+
+
+def run_to_end(loop: TrainLoop, folder: TrainingFolder) -> int:
+    """Run a training loop on the streams of images of its folder. Returns the exit status of the script."""
+    data = folder.data["--data_dir"]
+    if data.classes:
+        dist_util.on_main(write_classes, folder.path, data.classes)
+    loop.run_loop()
+    return report_unreadable(*folder.data.values())
 
 
 def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataStream) -> dict[str, Any]:

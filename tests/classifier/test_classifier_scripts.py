@@ -287,7 +287,7 @@ def test_a_classifier_of_one_s_own_classes(weights, starts, statistics_flags, tm
     capsys.readouterr()
     assert statistics({**flags, "classifier_path": tmp_path / "other.pth"}, tmp_path / "other") == 0
     assert arrays(tmp_path / f"other/act_stat_{NAME}.npz").keys().isdisjoint({"top1", "top5"})
-    assert "its accuracy is not known: the images do not name its classes" in capsys.readouterr().err
+    assert "accuracy unknown: the classes of some images are unknown" in capsys.readouterr().err
 
 
 def test_classes_of_numbers_and_the_record_of_a_classifier(weights, starts, statistics_flags, flags, tmp_path, capsys):

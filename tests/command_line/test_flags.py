@@ -136,7 +136,7 @@ def test_numbers_out_of_range(script, words, message, photographs, tmp_path):
 def test_whole_numbers_out_of_range(flag, capsys):
     with pytest.raises(SystemExit):
         load_script("scripts/image_train.py").main([f"--{flag}", "0"])
-    assert f"--{flag}: expected a whole number from 1 on, not 0" in capsys.readouterr().err
+    assert f"--{flag}: expected a whole number, 1 or more, not 0" in capsys.readouterr().err
 
 
 # Flags that a shell passes on
@@ -156,7 +156,7 @@ def test_several_words_that_came_as_one_are_recognised(words, capsys):
         load_script("scripts/image_sample.py").create_argparser().parse_args(words)
     message = capsys.readouterr().err
     assert caught.value.code == 2 and len(message.splitlines()) == 1
-    assert message.startswith("error: several words came as one, '--") and "${=MODEL_FLAGS}" in message
+    assert message.startswith("error: several flags in one word, '--") and "${=MODEL_FLAGS}" in message
 
 
 def test_values_may_have_spaces_in_them():

@@ -86,7 +86,7 @@ def test_a_guided_model_takes_two_presets():
     ("script", "name", "words"),
     [
         ("scripts/image_sample.py", "64x64_difusion", "there is no preset '64x64_difusion': did you mean"),
-        ("scripts/image_sample.py", "64_256_upsampler", "not built here, upsampler; expected diffusion model"),
+        ("scripts/image_sample.py", "64_256_upsampler", "is a preset for upsamplers, not for diffusion models"),
     ],
 )
 def test_a_mistake(script, name, words, capsys):

@@ -92,7 +92,7 @@ def test_further_signals_do_not_disturb_a_tidy_end(kind, signals):
     status, said, words = script.end()
     assert status == 128 + signals[0] and said == "tidy\n"
     name = signals[0].name
-    complete = "every file written so far is complete. Run the same command again to resume"
+    complete = "all files written so far are complete. Rerun the same command to resume"
     resume = {"looping": "step 3 is saved", "plain": complete}[kind]
     assert words == f"stopped by {name}: {resume}\n"
 
