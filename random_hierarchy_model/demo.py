@@ -26,7 +26,7 @@ MODEL_FLAGS: dict[str, Any] = {
     "predict_xstart": True,
 }
 
-# What differs from the defaults of `guided_diffusion.script_util.training_defaults`, and of the model's precision.
+# Training flags that differ from the defaults of `guided_diffusion.command_line.flags`.
 TRAINING_FLAGS: dict[str, Any] = {
     "batch_size": 64,
     "lr": 1e-3,
@@ -37,7 +37,7 @@ TRAINING_FLAGS: dict[str, Any] = {
     "sample_grid": 0,
 }
 
-# The same, of the classifier.
+# The same for the classifier.
 CLASSIFIER_TRAINING_FLAGS: dict[str, Any] = {
     "batch_size": 64,
     "lr": 1e-3,

@@ -9,7 +9,7 @@ Choose parts with --parts:
   loop        forward_backward_dataset_sample.py from images to samples, and the share of its time outside the network
   processes   two processes of one thread each, against one
   startup     from the command to the first denoising step
-  classifier  evaluate_classifier.py for ten times at once, against one pair of images after the other
+  classifier  evaluate_classifier.py for ten times together, against one pair of images after the other
 
 By default the network has the published model's flags. Its weights are random. Contenders take turns, A B A B, so that
 other load on the machine affects all of them. Ratios compare measurements of the same round: the median, and in
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     circumstances = {"threads": threads, **surroundings(device)}
     report: dict[str, Any] = {"circumstances": circumstances, "arguments": vars(args)}
-    write_report(report, args.output)  # so that a mistake shows at once
+    write_report(report, args.output)  # now, so that an unwritable path shows early
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(args, device, threads, Path(folder))
         for part in parts:

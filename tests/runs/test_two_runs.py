@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from guided_diffusion.errors import ResultError, UserError
-from guided_diffusion.runs.resumable import locks
+from guided_diffusion.runs import locks
 
 import numpy as np
 import pytest
