@@ -25,7 +25,7 @@ MODEL_FLAGS: dict[str, Any] = {
     "predict_xstart": True,
 }
 
-# Changes to `training_defaults`, for the U-Net and for the classifier.
+# Changes to the default training flags, for the U-Net and for the classifier.
 _COMMON = {"batch_size": 64, "lr": 1e-3, "ema_rate": "0.999", "log_interval": 100, "save_interval": 1000}
 TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 12000, "sample_grid": 0}
 CLASSIFIER_TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 3000, "weight_decay": 0.05}

@@ -546,7 +546,7 @@ def test_small_images_that_are_none(monkeypatch, small_images, tmp_path):
         "object.npz": ["object", "uint8"],
         "fortran.npz": ["Fortran"],
         "short.npz": ["arr_1", "(3,)", "5 images"],
-        "fractions.npz": ["arr_1", "float64", "whole numbers"],
+        "fractions.npz": ["arr_1", "float64", "integer"],
         "classes.npz": ["arr_1", "1 to 1000", "0..999"],
         "pickled.npz": ["does not contain plain arrays"],
     }

@@ -31,7 +31,7 @@ def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
     """The type of an integer flag with a minimum, and perhaps a maximum."""
 
     def parse(text: str) -> int:
-        expected = f"a whole number, {low} or more" if high is None else f"a whole number from {low} to {high}"
+        expected = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
         try:
             number = int(text)
         except ValueError:

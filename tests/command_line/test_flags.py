@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 from guided_diffusion.checkpoints import CLASSIFIER, DIFFUSION_MODEL, UPSAMPLER, build
+from guided_diffusion.command_line.flags import FLAGS
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.settings import differences
 from guided_diffusion.script_util import (
@@ -136,7 +137,27 @@ def test_numbers_out_of_range(script, words, message, photographs, tmp_path):
 def test_whole_numbers_out_of_range(flag, capsys):
     with pytest.raises(SystemExit):
         load_script("scripts/image_train.py").main([f"--{flag}", "0"])
-    assert f"--{flag}: expected a whole number, 1 or more, not 0" in capsys.readouterr().err
+    assert f"--{flag}: expected a whole number >= 1, not 0" in capsys.readouterr().err
+
+
+# The table of flags
+
+
+def test_every_help_text_exists_once():
+    texts = [flag.help for flag in FLAGS.values()]
+    assert len(texts) == len(set(texts))
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        *("forward_backward_dataset_sample.py", "classifier_statistics.py", "evaluate_classifier.py"),
+        *sorted(f"scripts/{path.name}" for path in REPOSITORY.glob("scripts/*.py")),
+    ],
+)
+def test_help_shows_every_default(script):
+    text = load_script(script).create_argparser().format_help()
+    assert "(default: )" not in text and "default: None" not in text and "object at" not in text
 
 
 # Flags that a shell passes on

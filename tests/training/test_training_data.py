@@ -379,8 +379,9 @@ def test_classes_by_a_labels_file(greys, tmp_path):
 def test_mistakes(greys, tmp_path):
     with pytest.raises(UserError, match=r"missing' does not exist \(--val_data_dir\)$"):
         stream_of(tmp_path / "missing", flag="--val_data_dir")
-    with pytest.raises(UserError, match=r"^the model needs the classes .* nothing in .* \(--data_dir\)"):
-        stream_of(greys(2), class_cond=True)
+    for flag in ("--data_dir", "--val_data_dir"):
+        with pytest.raises(UserError, match=rf"^the model needs the classes .* nothing in .* \({flag}\)"):
+            stream_of(greys(2), class_cond=True, flag=flag)
     with pytest.raises(UserError, match=r"^--seed is -1; expected 0 or more$"):
         stream_of(greys(2), seed=-1)
     with pytest.raises(UserError, match=r"^--labels_file .* cannot be read: No such file"):
