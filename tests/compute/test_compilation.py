@@ -15,7 +15,7 @@ from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_scrip
 # A machine on which --compile auto is in favour, but rank 1 of which has no compiler.
 AS_ON_A_GPU = """
 import os
-from guided_diffusion import compilation
+from guided_diffusion.compute import compilation
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.system.other_scripts import load_script
 
