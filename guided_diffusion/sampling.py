@@ -149,7 +149,7 @@ def write_samples(
         left = run.remaining_units(batches)
         to_do = sum(len(batch.samples) for batch in left)
         logger.info(
-            f"{args.num_samples} samples for {result.path}: {to_do} to do, {args.num_samples - to_do} done already"
+            f"{args.num_samples} samples for {result.path}: {to_do} to make, {args.num_samples - to_do} exist already"
         )
         run.log_machine()
         for batch, nothing in run.read(left, {}, None, lambda batch: num_steps):
