@@ -175,7 +175,7 @@ class SampleRun(Run):
 
     def _contents_of(self, folder: SampleFolder) -> _Contents:
         """The contents of a folder. Raises UserError unless they are samples with these settings."""
-        others = self.locks.others()
+        others = self.locks.other_shards()
         if not others:
             for path in (folder.path, folder.inputs_parts):
                 remove_scratch(path)
@@ -191,7 +191,7 @@ class SampleRun(Run):
                 "Choose another --output, or move the folder away"
             )
         changes = differences(record["settings"], self.settings) if record else []
-        if record is None or (not files and changes and not self.locks.rivals()):
+        if record is None or (not files and changes and not self.locks.conflicting_shards()):
             return _Contents(None, files, {})
         if changes:
             raise UserError(
