@@ -193,7 +193,7 @@ def test_a_finished_file_is_left_as_it_is(monkeypatch, tmp_path, capsys):
     (folder / "samples_3x4x4x3_parts").mkdir()  # as a kill at the last moment leaves it
     capsys.readouterr()
     run_main("image_sample", *flags)
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     for change, words in (
         (["--seed", 1], "--seed was 0 and is now 1"),
         (["--use_ddim", "True"], "--use_ddim was False and is now True"),
