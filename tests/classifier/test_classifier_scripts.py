@@ -348,7 +348,7 @@ def test_images_of_unknown_classes(statistics_flags, starts, flags, tmp_path, ca
     assert "do not give a class" in said and "accuracy is not known" in said
     both = {"starting_data_dir": tmp_path / "data", "data_dir": tmp_path / "samples"}
     assert evaluate({**flags, **both}, tmp_path / "out") == 0
-    assert "their classes are not known" in capsys.readouterr().err
+    assert "their classes are unknown" in capsys.readouterr().err
     with np.load(tmp_path / "out" / f"logits_{NAME}-t_5_20.npz") as f:
         assert f["labels"].tolist() == [-1, -1]  # the last image has no sample
 
