@@ -17,6 +17,7 @@ from guided_diffusion.script_util import model_defaults, model_from_flags
 
 import pytest
 import torch
+from fork_server import Forked, start
 from PIL import Image
 from reference import fill_weights
 from slurm import Slurm, missing
@@ -113,19 +114,15 @@ MAIN_SCRIPT = "forward_backward_dataset_sample.py"
 
 
 def start_script(
-    *flags: str, script: str = MAIN_SCRIPT, kind: str = "python", processes: int = 1, cwd=None, **options
-) -> subprocess.Popen:
-    """Start a script, named by its path in the repository, in a process group of its own; its output is text."""
-    script = str(REPOSITORY / script)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(
-        [*launcher(kind, processes), script, *map(str, flags)],
-        cwd=cwd,
-        env=options.pop("env", environment()),
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    *flags: str, script: str = MAIN_SCRIPT, kind: str = "python", processes: int = 1, **options
+) -> subprocess.Popen | Forked:
+    """Start a script, named by its path in the repository, in a process group of its own; its output is text.
+
+    One process is forked from a server that has imported PyTorch, see fork_server.py; launchers are executed.
+    """
+    command = [*launcher(kind, processes), str(REPOSITORY / script), *map(str, flags)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
+    return start(command, **options)
 
 
 def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
