@@ -125,8 +125,17 @@ def start_script(
     return start(command, **options)
 
 
+def run_python(*words: str, **options) -> subprocess.CompletedProcess:
+    """Run `python WORDS` to its end, forked as in `start_script`; its output is text."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
+    return completed(start([sys.executable, *words], **options))
+
+
 def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
     """Run a script to its end; arguments as those of `start_script`."""
-    process = start_script(*flags, **options)
+    return completed(start_script(*flags, **options))
+
+
+def completed(process: subprocess.Popen | Forked) -> subprocess.CompletedProcess:
     stdout, stderr = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

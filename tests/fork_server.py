@@ -30,8 +30,9 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import IO, Any
 
-# Names of variables that no package reads when it is imported begin with these.
+# Variables that no package reads when it is imported: their names begin with these. PYTHONPATH is seen to by `become`.
 FREE = ("PYTEST_", "OPENAI_", "GUIDED_DIFFUSION_", "SLURM_", "PMI_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_")
+FREE += ("TORCHINDUCTOR_CACHE_DIR", "PYTHONPATH")
 AVAILABLE = hasattr(os, "pidfd_open") and hasattr(socket, "SOCK_SEQPACKET")  # Linux
 
 
@@ -138,9 +139,9 @@ class _Server:
     """The server of this pytest process."""
 
     def __init__(self, env: Mapping[str, str]):
-        self._env = dict(env)
+        self._env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        options = {"env": env, "pass_fds": [theirs.fileno()], "start_new_session": True}
+        options = {"env": self._env, "pass_fds": [theirs.fileno()], "start_new_session": True}
         options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
         self._process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], **options)
         theirs.close()
@@ -245,7 +246,9 @@ def become(words: list[str], cwd: str, env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
-    sys.path[0] = "" if words[0] == "-c" else os.path.dirname(os.path.abspath(words[0]))
+    first = "" if words[0] == "-c" else os.path.dirname(os.path.abspath(words[0]))
+    others = [os.path.abspath(path) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:1] = [first, *others]
     numpy.random.seed()  # noqa: NPY002 (Python's own generator is seeded anew after a fork)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from statistics import NormalDist
 
 from guided_diffusion.retention import (
@@ -19,7 +17,7 @@ from guided_diffusion.retention import (
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import run_python
 
 
 @pytest.mark.parametrize(
@@ -124,5 +122,5 @@ def test_no_transition():
 def test_class_ranks_need_no_scipy():
     """classifier_statistics.py counts with them, and scipy is only in the extra "figures"."""
     code = "import sys; sys.modules['scipy'] = None; from guided_diffusion.retention import class_ranks"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr

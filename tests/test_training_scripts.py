@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_flags, environment, launcher, load_script, run_script, start_script
+from fork_server import start
 from PIL import Image
 
 MODEL = {
@@ -265,7 +266,7 @@ def test_ctrl_c_again_interrupts_a_save_that_takes_long(pictures, tmp_path, star
     (tmp_path / "script.py").write_text(SLOW_DISK)
     flags = flags_of(pictures, tmp_path / "run", save_interval=2, log_interval=1)
     command = [sys.executable, tmp_path / "script.py", *flags]
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     started.append(process)
     assert process.stdout.readline() == "writing\n"
     for signum in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
@@ -688,7 +689,7 @@ def test_a_signal_that_finds_one_rank_in_the_loop_and_another_before_it(pictures
             "MASTER_PORT": str(port),
         }
         command = [sys.executable, tmp_path / "script.py", *flags_of(pictures, tmp_path / "run")]
-        started.append(subprocess.Popen(command, env=environment(**place), stderr=subprocess.PIPE, text=True))
+        started.append(start(command, env=environment(**place), stderr=subprocess.PIPE))
     said = [process.communicate(timeout=120)[1] for process in started]
     assert [process.returncode for process in started] == [143, 143], said
     nothing = f"there is no complete checkpoint in {tmp_path / 'run'} yet. Run the same command again to begin anew"
