@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The networks here are so small that threads would only wait for each other. Before torch is imported.
+# The networks here are so small that threads would only wait for each other, and several tests run at a time, which use
+# the cores: kernels are compiled without a pool of processes. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from guided_diffusion.other_scripts import REPOSITORY, environment
 from guided_diffusion.other_scripts import load_script as load_script
