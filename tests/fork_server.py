@@ -31,19 +31,8 @@ from contextlib import suppress
 from typing import IO, Any
 
 # Variables that no package reads when it is imported: their names begin with these. PYTHONPATH is seen to by `become`.
-FREE = (
-    "PYTEST_",
-    "OPENAI_",
-    "GUIDED_DIFFUSION_",
-    "SLURM_",
-    "PMI",
-    "OMPI_",
-    "RANK",
-    "WORLD_SIZE",
-    "LOCAL_RANK",
-    "MASTER_",
-)
-FREE += ("TORCHINDUCTOR_CACHE_DIR", "PYTHONPATH", "no_proxy")
+FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "PMI", "OMPI_", "OPENAI_", "GUIDED_DIFFUSION_")
+FREE += ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "PYTHONPATH", "no_proxy")
 AVAILABLE = hasattr(os, "pidfd_open") and hasattr(socket, "SOCK_SEQPACKET")  # Linux
 
 
