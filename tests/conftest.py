@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-# The networks here are so small that threads would only wait for each other. Before torch is imported.
+# The networks here are so small that threads would only wait for each other, and several tests run at a time, which use
+# the cores: kernels are compiled without a pool of processes. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from guided_diffusion.script_util import model_defaults, model_from_flags
 from guided_diffusion.system.other_scripts import REPOSITORY, environment
@@ -17,6 +19,7 @@ from guided_diffusion.system.other_scripts import load_script as load_script
 
 import pytest
 import torch
+from fork_server import Forked, start
 from PIL import Image
 from reference import fill_weights
 from slurm import Slurm, missing
@@ -114,23 +117,28 @@ MAIN_SCRIPT = "forward_backward_dataset_sample.py"
 
 
 def start_script(
-    *flags: str, script: str = MAIN_SCRIPT, kind: str = "python", processes: int = 1, cwd=None, **options
-) -> subprocess.Popen:
-    """Start a script, named by its path in the repository, in a process group of its own; its output is text."""
-    script = str(REPOSITORY / script)
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
-    return subprocess.Popen(
-        [*launcher(kind, processes), script, *map(str, flags)],
-        cwd=cwd,
-        env=options.pop("env", environment()),
-        text=True,
-        start_new_session=True,
-        **options,
-    )
+    *flags: str, script: str = MAIN_SCRIPT, kind: str = "python", processes: int = 1, **options
+) -> subprocess.Popen | Forked:
+    """Start a script, named by its path in the repository, in a process group of its own; its output is text.
+
+    One process is forked from a server that has imported PyTorch, see fork_server.py; launchers are executed.
+    """
+    command = [*launcher(kind, processes), str(REPOSITORY / script), *map(str, flags)]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
+    return start(command, **options)
+
+
+def run_python(*words: str, **options) -> subprocess.CompletedProcess:
+    """Run `python WORDS` to its end, forked as in `start_script`; its output is text."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
+    return completed(start([sys.executable, *words], **options))
 
 
 def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
     """Run a script to its end; arguments as those of `start_script`."""
-    process = start_script(*flags, **options)
+    return completed(start_script(*flags, **options))
+
+
+def completed(process: subprocess.Popen | Forked) -> subprocess.CompletedProcess:
     stdout, stderr = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

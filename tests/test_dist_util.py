@@ -23,6 +23,7 @@ from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
 from guided_diffusion.system import launchers
 
+import fork_server
 import pytest
 import torch
 
@@ -48,14 +49,18 @@ def no_launcher(monkeypatch):
 
 
 def start(command, **environment):
+    """Start a launcher, or a rank without one, which is forked: see fork_server.py."""
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, **environment})
+    return fork_server.start(command, stdout=pipe, stderr=pipe, env={**os.environ, **environment})
 
 
 def finish(process, status=0):
     """stderr of a process that must end with `status` ("bad": any but 0) before long."""
     try:
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     finally:
         process.kill()
     good = process.returncode != 0 if status == "bad" else process.returncode == status
@@ -526,7 +531,7 @@ def test_nobody_answers():
 
 
 def wait_until(condition, what):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, f"waited in vain for {what}"
         time.sleep(0.05)

@@ -471,7 +471,7 @@ def test_the_same_after_being_killed(flags, measured, results, tmp_path, capsys)
     process = start_script(
         *words, script="evaluate_classifier.py", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    patience = time.monotonic() + 120
+    patience = time.monotonic() + 300
     while len(list(output.glob("*_parts/0*.npz"))) < 2 and process.poll() is None and time.monotonic() < patience:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from guided_diffusion.errors import UserError
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, load_script
+from conftest import REPOSITORY, load_script, run_python
 from PIL import Image
 
 script = load_script("scripts/plot_figures.py")
@@ -258,5 +257,5 @@ def test_without_a_package(monkeypatch, package):
 def test_the_help_needs_neither_package():
     code = "import runpy, sys; sys.modules |= dict.fromkeys(['matplotlib', 'scipy']); sys.argv[1:] = ['--help']; "
     code += "runpy.run_path('scripts/plot_figures.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_python("-c", code, cwd=REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "") and "--gallery_count" in done.stdout

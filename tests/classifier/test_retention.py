@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from statistics import NormalDist
 
 from guided_diffusion.classifier.results import class_ranks
@@ -17,7 +15,7 @@ from guided_diffusion.classifier.retention import (
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY
+from conftest import run_python
 
 
 @pytest.mark.parametrize(
@@ -118,5 +116,5 @@ def test_no_transition():
 def test_class_ranks_need_no_scipy():
     """classifier_statistics.py counts with them, and scipy is only in the extra "figures"."""
     code = "import sys; sys.modules['scipy'] = None; from guided_diffusion.classifier.retention import mean"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_python("-c", code)
     assert done.returncode == 0, done.stderr

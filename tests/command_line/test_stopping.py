@@ -56,7 +56,7 @@ class Script:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         self.process = subprocess.Popen(command, text=True, env=environment(), **pipes)
         # A test that fails does not wait for ever.
-        self.alarm = threading.Timer(60, self.process.kill)
+        self.alarm = threading.Timer(300, self.process.kill)
         self.alarm.start()
         self.expect("ready")
 

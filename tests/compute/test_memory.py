@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 from guided_diffusion.checkpoints import load_model, load_noisy_classifier, load_upsampler
 from guided_diffusion.compute import memory
 from guided_diffusion.compute.memory import enough_memory, largest_tensor, to_device
@@ -19,7 +16,7 @@ from guided_diffusion.script_util import (
 import numpy as np
 import pytest
 import torch
-from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_script, run_script
+from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, load_script, run_python, run_script
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,8 +84,7 @@ def test_a_script_ends_in_plain_words_wherever_it_was(tmp_path):
         ("raise RuntimeError('CUDA error: out of memory')", "error: the GPU's memory is too small: CUDA error: ou"),
         ("raise MemoryError", "error: this machine's memory is too small: MemoryError."),
     ):
-        command = [sys.executable, "-c", failing.format(line)]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+        done = run_python("-c", failing.format(line))
         assert done.returncode == 2
         lines = done.stderr.splitlines()
         assert len(lines) == 2 and lines[0].startswith(begins) and "--batch_size" in lines[1]

@@ -117,6 +117,8 @@ def test_layout_and_precision_go_on_record(monkeypatch):
 def test_same_bytes_with_channels_last(compiled, photographs, tmp_path):
     """A network wide enough for the fast layout: one process, two, and a run that goes on, write the same."""
     wide = {**SMALL_MODEL, "num_channels": 64, "num_head_channels": 32}
+    if compiled:  # at one resolution: a compiler needs seconds for each kind of layer
+        wide |= {"channel_mult": "1", "attention_resolutions": "32"}
     weights = save_checkpoint(tmp_path / "wide.pt", wide)
     flags = [*as_flags({**wide, "use_fp16": True, "compile": compiled}), "--model_path", weights]
     flags += ["--timestep_respacing", "20", "--step_reverse", "4", "--data_dir", photographs]

@@ -38,7 +38,7 @@ from guided_diffusion.training import data as training_data
 
 import numpy as np
 import pytest
-from conftest import PHOTOGRAPHS
+from conftest import PHOTOGRAPHS, run_python
 from PIL import Image
 from reference import golden
 
@@ -824,5 +824,5 @@ def test_random_crop_stays_within_its_bounds():
 
 def test_a_folder_is_needed():
     code = "from guided_diffusion.image_datasets import load_data; load_data(data_dir='', batch_size=1, image_size=8)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = run_python("-c", code)
     assert done.stderr.endswith("UserError: no folder of images was given: --data_dir\n")

@@ -395,9 +395,9 @@ def test_the_loop_samples_the_posterior(k):
 
 MISTAKES = {  # where they are made, on how many images, and what they are
     "told the next time": (75, 100, {"model": Told(1)}),
-    "one step too noisy": (125, 2000, {"start_shift": 1}),
-    "one step too clean": (125, 2000, {"start_shift": -1}),
-    "one step less": (125, 2000, {"loop_shift": -1}),
+    "one step too noisy": (125, 1500, {"start_shift": 1}),
+    "one step too clean": (125, 700, {"start_shift": -1}),
+    "one step less": (125, 1500, {"loop_shift": -1}),
     "told another schedule": (125, 100, {"model": Told(0, COSINE)}),
     "another schedule": (125, 100, {"diffusion": spaced("cosine")}),
 }

@@ -77,7 +77,7 @@ def classifying(tmp_path_factory) -> dict:
 
 
 def wait_for(condition, process=None) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
         assert process is None or process.poll() is None, process.communicate()

@@ -7,8 +7,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,7 +18,7 @@ from guided_diffusion.images.io import UnreadableImage, read_image
 import pytest
 import torch
 import torchvision
-from conftest import SMALL_MODEL, as_flags, environment, load_script
+from conftest import SMALL_MODEL, as_flags, load_script, run_python
 from reference import fill_weights
 from test_checkpoints import DEFAULTS, LOADERS, NETWORKS, SMALL
 from torch import nn
@@ -354,7 +352,7 @@ def test_safetensors_without_the_package(tmp_path):
         "from guided_diffusion.classifier.networks import open_classifier\n"
         f"run(lambda: open_classifier('resnet18', {str(path)!r}))"
     )
-    done = subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+    done = run_python("-c", program)
     assert done.returncode == 2
     assert done.stderr == (
         f"error: --classifier_path {path} (66 bytes) is a safetensors file, which requires the extra safetensors: "

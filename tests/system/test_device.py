@@ -175,7 +175,7 @@ def test_the_flag_decides_nothing_of_a_result():
 def test_a_script_stops_before_it_reads_or_writes_anything(tmp_path, script, flags):
     flags = as_flags({**flags, "output": tmp_path / "out"})
     process = start_script(*flags, script=script, env=environment(SLURM_JOB_GPUS="0"))
-    _, stderr = process.communicate(timeout=120)
+    _, stderr = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "has a GPU (SLURM_JOB_GPUS=0), but PyTorch" in stderr and "Traceback" not in stderr
     assert not (tmp_path / "out").exists()

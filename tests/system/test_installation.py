@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPOSITORY, environment
+from conftest import REPOSITORY, environment, run_python
 
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY)) for folder in (".", "scripts") for path in (REPOSITORY / folder).glob("*.py")
@@ -25,13 +25,13 @@ def start(*words, **variables) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_uses_the_package_of_its_own_clone(script, tmp_path):
-    """Whatever comes first on the path: the original package, or nothing of that name."""
+    """Whatever comes first on the path: the original package (Python itself is executed), or nothing of that name."""
     other = tmp_path / "guided_diffusion"
     other.mkdir()
     for module in ("__init__", "dist_util", "logger", "script_util", "unet"):
         (other / f"{module}.py").touch()
-    for path in (str(tmp_path), ""):
-        done = start(REPOSITORY / script, "--help", PYTHONPATH=path)
+    command = REPOSITORY / script, "--help"
+    for done in (start(*command, PYTHONPATH=str(tmp_path)), run_python(*command, env=environment(PYTHONPATH=""))):
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("usage: ")
 

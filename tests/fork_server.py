@@ -1,0 +1,291 @@
+"""Python processes that have imported PyTorch already: `start` instead of `subprocess.Popen`.
+
+Most processes of these tests need more time to import PyTorch and torchvision than for their own work. A server imports
+such packages once, and nothing else: no module of this repository, no threads, no CUDA. Each process is forked from the
+server. It takes over the caller's streams, folder, environment and arguments, leads a session of its own, and runs the
+script (or the code after -c) at the top level of the interpreter. So this repository is imported anew each time, and
+exceptions, exit statuses, signals, threads and `atexit` are Python's own. It can be killed like any other process.
+tests/test_fork_server.py compares such processes with those that Python starts itself.
+
+What differs: the packages are already in memory, hashes of strings are the same in all of them, and /proc/PID/cmdline
+names the server. Tests about starting and importing do without it, and so do all launchers (mpiexec, torchrun, srun).
+If the environment differs from the server's in more than `FREE` variables, `start` executes Python.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import types
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import IO, Any
+
+# Variables that no package reads when it is imported: their names begin with these. PYTHONPATH is seen to by `become`.
+FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "PMI", "OMPI_", "OPENAI_", "GUIDED_DIFFUSION_")
+FREE += ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "PYTHONPATH", "no_proxy")
+AVAILABLE = hasattr(os, "pidfd_open") and hasattr(socket, "SOCK_SEQPACKET")  # Linux
+
+
+class Forked:
+    """A process that the server forked. It offers what the tests use of `subprocess.Popen`.
+
+    Raises:
+        RuntimeError: the server is gone.
+    """
+
+    def __init__(
+        self, control: socket.socket, args: Sequence[str], cwd: str, env: Mapping[str, str], text: bool, streams: list
+    ):
+        self.args = args
+        self.returncode: int | None = None
+        ours: list[IO[Any] | None] = []
+        theirs, opened = [], []
+        for number, stream in enumerate(streams):
+            mine = None
+            if stream == subprocess.PIPE:
+                reading, writing = os.pipe()
+                fd, mine = (writing, reading) if number else (reading, writing)
+                mine = open(mine, ("r" if number else "w") + ("" if text else "b"))  # noqa: SIM115
+                opened.append(fd)
+            elif stream == subprocess.DEVNULL:
+                fd = os.open(os.devnull, os.O_RDWR)
+                opened.append(fd)
+            elif stream == subprocess.STDOUT:
+                fd = theirs[1]
+            else:
+                fd = number if stream is None else stream if isinstance(stream, int) else stream.fileno()
+            theirs.append(fd)
+            ours.append(mine)
+        self.stdin, self.stdout, self.stderr = ours
+        request = json.dumps({"words": args[1:], "cwd": str(cwd), "env": dict(env)}).encode()
+        self._reply, server_s = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        socket.send_fds(control, [request], [server_s.fileno(), *theirs])
+        server_s.close()
+        for fd in opened:
+            os.close(fd)
+        self.pid = self._receive()
+
+    def _receive(self) -> int:
+        number = self._reply.recv(100)
+        if not number:
+            raise RuntimeError("the fork server has ended, see its output")
+        return int(number)
+
+    def poll(self) -> int | None:
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(timeout=0)
+
+    def wait(self, timeout: float | None = None) -> int:
+        if self.returncode is None:
+            if not select.select([self._reply], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            self.returncode = self._receive()
+        return self.returncode
+
+    def communicate(self, input: str | bytes | None = None, timeout: float | None = None) -> tuple:
+        """As `subprocess.Popen.communicate`, but it cannot be called again after a timeout."""
+        outputs: dict[IO[Any], str | bytes] = {}
+        readers = [
+            threading.Thread(target=lambda stream=stream: outputs.update({stream: stream.read()}), daemon=True)
+            for stream in (self.stdout, self.stderr)
+            if stream and not stream.closed
+        ]
+        for reader in readers:
+            reader.start()
+        if self.stdin:
+            with suppress(BrokenPipeError):
+                if input:
+                    self.stdin.write(input)
+                self.stdin.close()
+        for reader in readers:
+            reader.join(timeout)
+            if reader.is_alive():
+                raise subprocess.TimeoutExpired(self.args, timeout)
+        self.wait(timeout)
+        for stream in outputs:
+            stream.close()
+        return outputs.get(self.stdout), outputs.get(self.stderr)
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_) -> None:
+        for stream in filter(None, (self.stdin, self.stdout, self.stderr)):
+            stream.close()
+        self.wait()
+
+
+class _Server:
+    """The server of this pytest process."""
+
+    def __init__(self, env: Mapping[str, str]):
+        self._env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        options = {"env": self._env, "pass_fds": [theirs.fileno()], "start_new_session": True}
+        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
+        self._process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], **options)
+        theirs.close()
+
+    def suits(self, env: Mapping[str, str]) -> bool:
+        names = {name for name, _ in self._env.items() ^ env.items()}
+        return all(name.startswith(FREE) for name in names)
+
+    def start(self, *args) -> Forked:
+        return Forked(self._control, *args)
+
+
+_server: _Server | None = None
+
+
+def start(
+    args: Sequence[str], *, cwd=None, env: Mapping[str, str] | None = None, text: bool = True, **options
+) -> Forked | subprocess.Popen:
+    """Start a command as the leader of a new session; options as those of `subprocess.Popen`.
+
+    `[sys.executable, SCRIPT, ...]` and `[sys.executable, "-c", CODE, ...]` are forked from the server if possible.
+    """
+    global _server
+    env = os.environ if env is None else env
+    args = [str(word) for word in args]
+    python = args[0] == sys.executable and args[1] != "-m"
+    if AVAILABLE and python and set(options) <= {"stdin", "stdout", "stderr"}:
+        if _server is None:
+            _server = _Server(env)
+        if _server.suits(env):
+            streams = [options.get(name) for name in ("stdin", "stdout", "stderr")]
+            return _server.start(args, cwd or os.getcwd(), env, text, streams)
+    return subprocess.Popen(args, cwd=cwd, env=env, text=text, start_new_session=True, **options)
+
+
+# The server itself, and what is forked from it.
+
+
+def import_packages() -> None:
+    """Import what the scripts import, apart from the modules of this repository."""
+    import blobfile  # noqa: F401
+    import numpy  # noqa: F401
+    import PIL.Image  # noqa: F401
+    import torch
+    import torch._dynamo
+    import torch.nn.parallel
+    import torchvision  # noqa: F401
+    import tqdm  # noqa: F401
+
+    if len(os.listdir("/proc/self/task")) > 1 or torch.cuda.is_initialized():
+        raise RuntimeError("an import has started threads or CUDA: processes cannot be forked")
+
+
+def serve(control: socket.socket) -> dict[str, Any]:
+    """Fork a process per request; tell the caller its id and, at its end, its status.
+
+    Returns the request, in the forked processes only. The server ends with the pytest process.
+    """
+    running: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor that tells that the process has ended
+    poll = select.poll()
+    poll.register(control, select.POLLIN)
+    while True:
+        for fd, _ in poll.poll():
+            if fd in running:
+                pid, reply = running.pop(fd)
+                poll.unregister(fd)
+                os.close(fd)
+                _tell(reply, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                reply.close()
+                continue
+            request, fds, _, _ = socket.recv_fds(control, 1 << 20, 4)
+            if not request:
+                os._exit(0)
+            reply, streams = socket.socket(fileno=fds[0]), fds[1:]
+            pid = os.fork()
+            if pid == 0:
+                for number, stream in enumerate(streams):
+                    os.dup2(stream, number)
+                for end in (control, reply, *(reply for _, reply in running.values())):
+                    end.close()
+                os.closerange(3, 1 << 20)
+                return json.loads(request)
+            for stream in streams:
+                os.close(stream)
+            process = os.pidfd_open(pid)
+            running[process] = pid, reply
+            poll.register(process, select.POLLIN)
+            _tell(reply, pid)
+
+
+def _tell(reply: socket.socket, number: int) -> None:
+    with suppress(BrokenPipeError):  # the caller no longer asks
+        reply.send(str(number).encode())
+
+
+def become(words: list[str], cwd: str, env: dict[str, str]) -> None:
+    """Make this process look to the script as if `python WORDS` had been executed."""
+    import numpy
+
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.stdout.reconfigure(line_buffering=os.isatty(1))
+    first = "" if words[0] == "-c" else os.path.dirname(os.path.abspath(words[0]))
+    others = [os.path.abspath(path) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
+    sys.path[:1] = [first, *others]
+    numpy.random.seed()  # noqa: NPY002 (Python's own generator is seeded anew after a fork)
+
+
+def run(words: list[str]) -> None:
+    """Run the script, or the code after -c, as the main module, and note in `status` with what Python will end."""
+    global status
+    try:
+        if words[0] == "-c":
+            sys.argv = ["-c", *words[2:]]
+            main = sys.modules["__main__"] = types.ModuleType("__main__")
+            exec(words[1], vars(main))
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except Exception:
+        status = 1
+        raise
+
+
+def skip_destruction() -> None:
+    """End the process once everything else has ended. Python would now destroy its modules, for half a second."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status is not None:
+        os._exit(status & 0xFF)
+
+
+status: int | None = None  # of the process; None: another exception, such as KeyboardInterrupt, ends it
+
+if __name__ == "__main__":
+    atexit.register(skip_destruction)  # the first one to be registered is the last one to be called
+    import_packages()
+    gc.freeze()
+    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    become(**request)
+    run(request["words"])
