@@ -534,9 +534,9 @@ def test_small_images_that_are_none(monkeypatch, small_images, tmp_path):
     mistakes = {
         "": ["--base_samples FILE.npz"],
         "none.npz": ["No such file"],
-        "text.npz": ["no .npz file"],
-        "half.npz": ["no .npz file"],
-        "single.npy": ["no .npz file"],
+        "text.npz": ["not an .npz file"],
+        "half.npz": ["not an .npz file"],
+        "single.npy": ["not an .npz file"],
         "other.npz": ["has images", "arr_0"],
         "unlabelled.npz": ["has arr_0", "arr_1", "--class_cond"],
         "size.npz": ["(5, 2, 4, 3)", "(n, 4, 4, 3)", "--small_size"],
