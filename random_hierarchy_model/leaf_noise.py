@@ -7,6 +7,7 @@ Sources: Sclocchi, Favero and Wyart, PNAS 122, e2408799121 (2025), arXiv:2402.16
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .belief_propagation import infer
 from .grammar import Grammar
 
 IMPOSSIBLE = -1000.0  # log-likelihood of an excluded symbol; finite, since `infer` multiplies it by zeros
+READING_SIGNAL = 0.8  # abar of the noise through which samples are read: deviation 0.5, as for images
 
 
 def one_hot(leaves: Tensor, num_symbols: int) -> Tensor:
@@ -94,3 +96,13 @@ class OneHotDenoiser:
         """The leaves' marginals, of the shape and dtype of x (B, v, n), at timesteps t (B,)."""
         likelihoods = gaussian_log_likelihoods(x, self.alphas_cumprod.to(x.device)[t.long()])
         return infer(self.grammar, likelihoods, self.dtype).marginals()[0].mT.to(x.dtype)
+
+
+def read_one_hot(grammar: Grammar, x: Tensor) -> tuple[Tensor, ...]:
+    """The symbols that samples x (B, v, n) of one-hot leaves show, level 0 first: int64 (B, s^L), ..., (B, 1).
+
+    As `belief_propagation.read_symbols` reads images: leaves are the largest entries; a symbol above them is the most
+    probable one, as if x were seen through a little noise.
+    """
+    marginals = infer(grammar, gaussian_log_likelihoods(math.sqrt(READING_SIGNAL) * x, READING_SIGNAL)).marginals()
+    return (x.argmax(dim=1), *(p.argmax(dim=2) for p in marginals[1:]))
