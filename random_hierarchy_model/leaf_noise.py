@@ -20,7 +20,8 @@ from torch import Tensor
 from .belief_propagation import infer
 from .grammar import Grammar
 
-IMPOSSIBLE = -1000.0  # log-likelihood of an excluded symbol; finite, since `infer` multiplies it by zeros
+# Log-likelihood of an excluded symbol. Finite, since `infer` multiplies it by zeros; exp is slow where it underflows.
+IMPOSSIBLE = -100.0
 READING_SIGNAL = 0.8  # abar of the noise through which samples are read: deviation 0.5, as for images
 
 

@@ -136,7 +136,8 @@ def marginals(epsilon: float, v: int, m: int, s: int, depth: int) -> list[float]
 def correlations(epsilon: float, v: int, m: int, s: int, depth: int) -> list[float]:
     """C(0), ..., C(L): covariance of the changes, +1 or -1, of two leaves whose common ancestor is at level h.
 
-    With p = p_(h-1), q = q_h and A = (m - q) / (v^s - 1), the joint law of "child kept" for two children of the ancestor is
+    With p = p_(h-1), q = q_h and A = (m - q) / (v^s - 1), the joint law of "child kept" for two children of the
+    ancestor is
 
         W(++) = q p^s + A p^2 (1 - p^(s-2)),  W(+-) = W(-+) = A p (1 - p),  W(--) = A (1 - p)^2,
 

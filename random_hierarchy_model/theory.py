@@ -64,8 +64,8 @@ def check_size(grammar: Grammar) -> None:
     if size > MOST_PROBABILITIES:
         raise UserError(
             f"{grammar.num_symbols} symbols, {grammar.num_synonyms} synonyms, branching {grammar.branching} and depth "
-            f"{grammar.depth} give v m s^L = {size} numbers per datum, more than {MOST_PROBABILITIES}: choose a smaller "
-            "--depth"
+            f"{grammar.depth} give v m s^L = {size} numbers per datum, more than {MOST_PROBABILITIES}: "
+            "choose a smaller --depth"
         )
 
 
@@ -177,13 +177,13 @@ def gaussian_loop(part: Part, times: Sequence[float], steps: int) -> np.ndarray:
     return torch.stack(found, dim=1).numpy()
 
 
-def image_loop(part: Part, patch_size: int, k: int, steps: int, of: int = 250) -> np.ndarray:
-    """What the loop with the exact denoiser keeps of images, beside the exact probability: (D, 2, L + 1), level 0 first.
+def image_loop(part: Part, patch_size: int, k: int, of: int, steps: int) -> np.ndarray:
+    """What the loop with the exact denoiser keeps of images, then the exact probability: (D, 2, L + 1), level 0 first.
 
     Args:
         part: data; branching 4.
         patch_size: side of the patch of a leaf, in pixels.
-        k: time of reversal, in steps of a chain of `of` steps, which determines x_k.
+        k, of: time of reversal, k steps of a chain of `of`; determines x_k.
         steps: N, of the whole chain that denoises; from x_k there are round(N k / of) steps.
     """
     images = TreeImages(part.grammar, patch_size)
@@ -198,9 +198,7 @@ def image_loop(part: Part, patch_size: int, k: int, steps: int, of: int = 250) -
     return torch.stack(both, dim=1).flip(2).numpy()
 
 
-def denoise(
-    diffusion: SpacedDiffusion, model: Callable[..., Tensor], x: Tensor, generator: torch.Generator
-) -> Tensor:
+def denoise(diffusion: SpacedDiffusion, model: Callable[..., Tensor], x: Tensor, generator: torch.Generator) -> Tensor:
     """x after all steps of a chain."""
     steps = diffusion.num_timesteps
     return diffusion.p_sample_loop_forw_back(
@@ -252,18 +250,24 @@ def masking_samples(g: Grammar, leaves: Tensor, fraction: float, count: int, gen
 SAMPLERS = {"epsilon": epsilon_samples, "masking": masking_samples}
 
 
-def susceptibilities(variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def susceptibility(variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """chi = V_L / V_0 of variances (grammars, data, noises, L + 1) and its standard error: (noises,) each."""
     units = independent(variances)
     found = [jackknife(ratio, units[:, e, -1], units[:, e, 0]) for e in range(units.shape[1])]
     return np.array([chi for chi, _ in found]), np.array([error for _, error in found])
 
 
-def correlations_by_level(variances: np.ndarray, branching: int) -> np.ndarray:
-    """C(h), the mean covariance of two leaves whose lowest common ancestor is at level h, as the shape of `variances`.
+def correlation_by_level(variances: np.ndarray, branching: int) -> tuple[np.ndarray, np.ndarray]:
+    """C(h)/C(0) of variances (grammars, data, L + 1), and its standard error: (L + 1,) each.
 
-    C(h) = (V_h - V_(h-1)) / (s^L (s - 1) s^(h-1)), and C(0) = V_0 / s^L.
+    C(h), the mean covariance of two leaves whose lowest common ancestor is at level h, is
+    (V_h - V_(h-1)) / (s^L (s - 1) s^(h-1)), and C(0) = V_0 / s^L.
     """
     levels = np.arange(variances.shape[-1])
-    pairs = branching ** levels[-1] * np.where(levels == 0, 1.0, (branching - 1) * branching ** (levels - 1.0))
-    return np.diff(variances, axis=-1, prepend=0) / pairs
+    pairs = np.where(levels == 0, 1.0, (branching - 1) * branching ** (levels - 1.0))  # per leaf
+
+    def relative(units: np.ndarray) -> np.ndarray:
+        covariance = np.diff(units.mean(axis=0), prepend=0) / pairs
+        return covariance / covariance[0]
+
+    return jackknife(relative, independent(variances))

@@ -89,7 +89,7 @@ def test_susceptibility_of_the_reference():
 
 @pytest.mark.parametrize("epsilon", [0.6, 0.7, 0.74, 0.8, 0.9])
 def test_susceptibility_of_exact_samples(epsilon):
-    """24 data of a grammar each, 64 posterior samples per datum, as for the reference numbers; within 5% of mean field."""
+    """48 data of a grammar each, 64 posterior samples per datum; within 5% of mean field."""
     changes = np.stack([changes_of(grammar(32, 2, 7, 8, seed), epsilon, 64) for seed in range(48)])
     chi, error = jackknife(ratio, *variances(changes))
     assert abs(chi - mean_field.susceptibility(epsilon, 32, 8, 2, 7)) < max(0.05 * chi, 3 * error)
