@@ -93,7 +93,7 @@ def levels(rows: Rows, grammar: Grammar) -> Figure:
         mean_field_levels(first, grammar, x)
     if has_loop:
         first.set_title("exact posterior", fontsize=8)
-        panels[1].set_title("loop, exact denoiser (squares); exact posterior (lines)", fontsize=8)
+        panels[1].set_title("squares: loop, exact denoiser; lines: exact posterior", fontsize=8)
     add_colorbar(figure, panels, 0, depth, "level (0: leaves, top: class)", 0.02)
     return figure
 
@@ -134,7 +134,7 @@ def cobweb(rows: Rows, grammar: Grammar) -> Figure:
             face = "black" if slope < 1 else "white"
             axes.plot(point, point, "o", color="black", markerfacecolor=face, markersize=4.5, zorder=4, clip_on=False)
         sf = mean_field.slope_at_one(v, m, s)
-        axes.set_title(rf"m = {m}: $sf$ = {sf:.2f} {'<' if sf < 1 else '>'} 1", fontsize=8)
+        axes.set_title(rf"v = {v}, s = {s}, m = {m}: $sf$ = {sf:.2f} {'<' if sf < 1 else '>'} 1", fontsize=8)
         axes.set(xlabel="belief $p$ in the children", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     panels[0].set_ylabel("belief $F(p)$ in the parent")
     looks = [
@@ -175,7 +175,7 @@ def phase_diagram(rows: Rows, grammar: Grammar) -> Figure:
         )
         axes.plot(*zip(*line, strict=True), color="white", linewidth=1.4)
         axes.axvline(1, color="white", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="$sf$", ylim=(epsilon.min() - 0.025, 1.025), title=name.replace("_", " "))
+        axes.set(xlabel="$sf = F'(1)$", ylim=(epsilon.min() - 0.025, 1.025), title=name.replace("_", " "))
         axes.title.set_fontsize(8)
     panels[0].set_ylabel(LABELS["epsilon"])
     here = line[len(line) // 2]
@@ -209,7 +209,8 @@ def depth(rows: Rows, grammar: Grammar) -> Figure:
             axes.axhline(1 / v, zorder=1, **CHANCE)
             axes.set(xlabel=LABELS[process], ylim=(-0.03, 1.03))
             if process == processes[0]:
-                axes.set_title(f"v = {v}, m = {m}, s = {s}", fontsize=8)
+                kind = "drifts" if critical is None else "sharpens in place"
+                axes.set_title(f"v = {v}, m = {m}, s = {s}: {kind}", fontsize=8)
                 axes.legend(loc="lower left", bbox_to_anchor=(0, 0.12))
     for axes in panels[:, 0]:
         axes.set_ylabel("probability of the true class")
@@ -224,19 +225,23 @@ def correlations(rows: Rows, grammar: Grammar) -> Figure:
     numbers = grammar.num_symbols, grammar.num_synonyms, grammar.branching
     critical = mean_field.critical_noise(*numbers)
     figure, (panels,) = new_figure(PAGE if critical else COLUMN * 1.3, 2.8, columns=2 if critical else 1)
-    shown = values(rows, "epsilon")
-    shown = shown[:: max(1, len(shown) // 8)]
+    shown = [e for e in values(rows, "epsilon") if e < 1][::2]
     for epsilon, colour in zip(shown, shades(len(shown)), strict=True):
         r, exact, error, theory = columns(rows, "r", "exact", "exact_error", "mean_field", epsilon=epsilon)
-        clear = (r > 0) & (exact > 2 * error)
+        clear = resolved(r, error, theory)
         look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
         panels[0].errorbar(r[clear], exact[clear], error[clear], **look)
         panels[0].plot(r[1:], theory[1:], color=colour, linewidth=0.8, label=f"{epsilon:g}")
-    panels[0].set(xscale="log", yscale="log", xlabel="distance $r$", ylabel="$C(r) / C(0)$", ylim=(1e-5, 1.2))
-    panels[0].legend(title=LABELS["epsilon"], loc="lower left", ncols=2, title_fontsize=7)
+    panels[0].set(xscale="log", yscale="log", xlabel="distance $r$", ylabel="$C(r) / C(0)$", ylim=(1e-4, 1.2))
+    panels[0].legend(title=LABELS["epsilon"], loc="upper left", bbox_to_anchor=(1, 1), title_fontsize=7)
     if critical is not None:
         collapse(panels[1], rows, critical, mean_field.correlation_exponent(*numbers))
     return figure
+
+
+def resolved(r: np.ndarray, error: np.ndarray, theory: np.ndarray) -> np.ndarray:
+    """Which points have a standard error below half of what is expected; on a logarithmic axis, others mislead."""
+    return (r > 0) & (error < theory / 2)
 
 
 def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
@@ -246,17 +251,17 @@ def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
     """
     for sign, colour, label in ((-1, BLUE, r"$\epsilon < \epsilon^*$"), (1, VERMILION, r"$\epsilon > \epsilon^*$")):
         for epsilon in values(rows, "epsilon"):
-            if not 0.01 < sign * (epsilon - critical) < 0.15:
+            if not 0.01 < sign * (epsilon - critical) < 0.1:
                 continue
             r, exact, error, theory = columns(rows, "r", "exact", "exact_error", "mean_field", epsilon=epsilon)
             scaled, power = r * abs(epsilon - critical) ** nu, r ** (2 - 2 / nu)
-            clear = (r > 0) & (exact > 2 * error)
+            clear = resolved(r, error, theory)
             look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
             axes.errorbar(scaled[clear], (power * exact)[clear], (power * error)[clear], **look)
             axes.plot(scaled[1:], (power * theory)[1:], color=colour, linewidth=0.6)
         axes.plot([], [], color=colour, marker="o", markersize=2.5, label=label)
     axes.set(xscale="log", yscale="log", xlabel=r"$r / \xi$ with $\xi = |\epsilon - \epsilon^*|^{-\nu}$")
-    axes.set(ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", ylim=(3e-3, 3))
+    axes.set(ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", xlim=(1e-4, 3), ylim=(1e-2, 2))
     axes.legend(loc="lower left")
 
 
@@ -270,7 +275,7 @@ def susceptibility(rows: Rows, grammar: Grammar) -> Figure:
         joined = {"linestyle": "-", "linewidth": 0.6} if process != "epsilon" else {}
         look = {**POINTS, "marker": "o", "markersize": 3, "color": BLUE, **joined}
         axes.errorbar(x, exact, error, label="exact", **look)
-        axes.set(xlabel=LABELS[process], ylim=(0, None))
+        axes.set_xlabel(LABELS[process])
         if process == "epsilon":
             fine = np.linspace(x.min(), min(x.max(), 0.999), 300)
             chi = [mean_field.susceptibility(e, *numbers, grammar.depth) for e in fine]
@@ -279,6 +284,7 @@ def susceptibility(rows: Rows, grammar: Grammar) -> Figure:
             if critical is not None:
                 axes.axvline(critical, zorder=1, label=r"$\epsilon^*$", **CRITICAL)
             axes.legend(loc="upper left")
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
     panels[0].set_ylabel(r"susceptibility $\chi$")
     return figure
 
@@ -305,5 +311,5 @@ def steps(rows: Rows, grammar: Grammar) -> Figure:
             axes.minorticks_off()
         column[0].set_title(f"v = {v}, m = {m}, s = {s}, L = {top}", fontsize=8)
         column[1].set_xlabel("steps N of the whole chain")
-    panels[1, 0].legend(title=TIME_LABEL, ncols=2, title_fontsize=7)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), title=TIME_LABEL, loc="outside right center")
     return figure

@@ -18,14 +18,21 @@ from .grammar import Grammar
 
 TIMES = (0.04, 0.06, 0.08, 0.09, 0.10, 0.11, 0.12, 0.13, 0.14, 0.16, 0.18, 0.20)  # k/N of one-hot leaves
 LOOP_STEPS = 250
-MASKED = (0.05, 0.10, 0.15, 0.20, 0.225, 0.25, 0.275, 0.30, 0.35, 0.40, 0.50, 0.60, 0.80)
+MASKED = (0.05, 0.10, 0.15, 0.20, 0.225, 0.25, 0.275, 0.30, 0.325, 0.35, 0.40, 0.50, 0.60, 0.80)
 FIXED_POINTS = [(32, 8, 2), (16, 4, 2), (32, 16, 2), (32, 17, 2), (8, 8, 4), (8, 6, 4), (6, 5, 4), (4, 5, 4), (8, 2, 4)]
 MAPS = (32, 2, (8, 20))  # v, s, and an m below and above sf = 1
 PHASES = (32, 2, 8, range(2, 25))  # v, s, L and m
 # Figure depth: v, m, s, the depths, and where the class is lost: e, and k/N of one-hot leaves
 TRANSITION = (32, 8, 2, (4, 6, 8, 10), (0.5, 0.6, 0.65, 0.7, 0.72, 0.74, 0.76, 0.8, 0.85, 0.9, 1.0), TIMES)
 LATE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)
-DRIFT = (8, 2, 4, (2, 3, 4, 5, 6), (0.5, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 1.0), LATE)
+DRIFT = (
+    8,
+    2,
+    4,
+    (2, 3, 4, 5, 6),
+    (0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0),
+    LATE,
+)
 IMAGES = ((8, 2, 4, 1), (8, 6, 3, 2))  # figure steps: v, m, L and the side of a patch; s = 4
 STEPS, CHAIN, REVERSALS = (250, 100, 50, 25, 12), 250, (100, 125, 138, 150)  # N, and times k of a chain
 IMAGES_AT_ONCE = 50
@@ -82,12 +89,12 @@ def numbers(grammar: Grammar) -> tuple[int, int, int]:
     return grammar.num_symbols, grammar.num_synonyms, grammar.branching
 
 
-def epsilons(grammar: Grammar, start: float = 0.1) -> tuple[float, ...]:
-    """Noise levels from `start` to 1, in steps of 0.1, and of 0.02 within 0.1 of e* where there is one."""
-    found = {round(0.1 * i, 2) for i in range(1, 11)}
+def epsilons(grammar: Grammar) -> tuple[float, ...]:
+    """Noise levels up to 1 in steps of 0.1; with a transition, from e* - 0.35, in steps of 0.02 within 0.1 of e*."""
     critical = mean_field.critical_noise(*numbers(grammar))
-    if critical is not None:
-        found |= {round(0.02 * (round(critical / 0.02) + i), 2) for i in range(-5, 6)}
+    near = [] if critical is None else [0.02 * (round(critical / 0.02) + i) for i in range(-5, 6)]
+    start = 0.1 if critical is None else max(0.02, critical - 0.35)
+    found = {round(e, 2) for e in (*near, *(0.1 * i for i in range(1, 11)))}
     return tuple(sorted(e for e in found if start <= e <= 1))
 
 
@@ -200,7 +207,7 @@ def depth(work: Work, grammar: Grammar) -> Rows:
 
 def correlations(work: Work, grammar: Grammar) -> Rows:
     """C(r)/C(0) for each e and each level h of the common ancestor, r = s^h - 1."""
-    noises = epsilons(grammar, 0.3)
+    noises = epsilons(grammar)
     variances = work.changes(grammar, "epsilon", noises, 1)
     rows = []
     for i, epsilon in enumerate(noises):
@@ -223,7 +230,7 @@ def correlations(work: Work, grammar: Grammar) -> Rows:
 def susceptibility(work: Work, grammar: Grammar) -> Rows:
     """chi for each e and each masked fraction."""
     rows = []
-    for process, noises, share in (("epsilon", epsilons(grammar, 0.3), 1), ("masking", MASKED, 4)):
+    for process, noises, share in (("epsilon", epsilons(grammar), 1), ("masking", MASKED, 4)):
         exact, error = theory.susceptibility(work.changes(grammar, process, noises, share))
         for i, noise in enumerate(noises):
             chi = None
