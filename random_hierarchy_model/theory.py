@@ -251,23 +251,30 @@ SAMPLERS = {"epsilon": epsilon_samples, "masking": masking_samples}
 
 
 def susceptibility(variances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """chi = V_L / V_0 of variances (grammars, data, noises, L + 1) and its standard error: (noises,) each."""
+    """chi = V_L / V_0 of variances (grammars, data, noises, L + 1) and its standard error: (noises,) each.
+
+    NaN where no leaf ever changes.
+    """
     units = independent(variances)
-    found = [jackknife(ratio, units[:, e, -1], units[:, e, 0]) for e in range(units.shape[1])]
-    return np.array([chi for chi, _ in found]), np.array([error for _, error in found])
+
+    def chi(all_pairs: np.ndarray, own: np.ndarray) -> float:
+        return ratio(all_pairs, own) if own.any() else np.nan
+
+    found = [jackknife(chi, units[:, e, -1], units[:, e, 0]) for e in range(units.shape[1])]
+    return np.array([value for value, _ in found]), np.array([error for _, error in found])
 
 
 def correlation_by_level(variances: np.ndarray, branching: int) -> tuple[np.ndarray, np.ndarray]:
     """C(h)/C(0) of variances (grammars, data, L + 1), and its standard error: (L + 1,) each.
 
     C(h), the mean covariance of two leaves whose lowest common ancestor is at level h, is
-    (V_h - V_(h-1)) / (s^L (s - 1) s^(h-1)), and C(0) = V_0 / s^L.
+    (V_h - V_(h-1)) / (s^L (s - 1) s^(h-1)), and C(0) = V_0 / s^L. NaN where no leaf ever changes.
     """
     levels = np.arange(variances.shape[-1])
     pairs = np.where(levels == 0, 1.0, (branching - 1) * branching ** (levels - 1.0))  # per leaf
 
     def relative(units: np.ndarray) -> np.ndarray:
         covariance = np.diff(units.mean(axis=0), prepend=0) / pairs
-        return covariance / covariance[0]
+        return covariance / (covariance[0] or np.nan)
 
     return jackknife(relative, independent(variances))

@@ -40,9 +40,9 @@ CRITICAL = {"color": "0.45", "linestyle": "--", "linewidth": 0.8}
 
 
 def columns(rows: Rows, *names: str, **chosen: Any) -> list[np.ndarray]:
-    """Some columns of those rows that have the chosen values."""
+    """Some columns of those rows that have the chosen values; NaN where undefined."""
     own = [row for row in rows if all(row[name] == value for name, value in chosen.items())]
-    return [np.array([row[name] for row in own]) for name in names]
+    return [np.array([np.nan if row[name] == "" else row[name] for row in own]) for name in names]
 
 
 def values(rows: Rows, name: str) -> list[Any]:

@@ -218,8 +218,8 @@ def correlations(work: Work, grammar: Grammar) -> Rows:
                 "epsilon": epsilon,
                 "level_of_ancestor": h,
                 "r": grammar.branching**h - 1,
-                "exact": float(exact[h]),
-                "exact_error": float(error[h]),
+                "exact": defined(exact[h]),
+                "exact_error": defined(error[h]),
                 "mean_field": theoretical[h] / theoretical[0],
             }
             for h in range(grammar.depth + 1)
@@ -236,9 +236,14 @@ def susceptibility(work: Work, grammar: Grammar) -> Rows:
             chi = None
             if process == "epsilon":
                 chi = mean_field.susceptibility(noise, *numbers(grammar), grammar.depth)
-            row = {"process": process, "noise": noise, "exact": float(exact[i]), "exact_error": float(error[i])}
+            row = {"process": process, "noise": noise, "exact": defined(exact[i]), "exact_error": defined(error[i])}
             rows.append({**row, "mean_field": chi})
     return rows
+
+
+def defined(value: float) -> float | None:
+    """The number, or None for NaN: what correlates changes is undefined where nothing changes."""
+    return None if np.isnan(value) else float(value)
 
 
 # Steps
