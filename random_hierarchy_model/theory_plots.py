@@ -211,7 +211,7 @@ def depth(rows: Rows, grammar: Grammar) -> Figure:
             if process == processes[0]:
                 kind = "drifts" if critical is None else "sharpens in place"
                 axes.set_title(f"v = {v}, m = {m}, s = {s}: {kind}", fontsize=8)
-                axes.legend(loc="lower left", bbox_to_anchor=(0, 0.12))
+                legend(axes, [("mean field", {"linewidth": 0.8})], loc="lower left", bbox_to_anchor=(0, 0.09))
     for axes in panels[:, 0]:
         axes.set_ylabel("probability of the true class")
     return figure
@@ -251,7 +251,7 @@ def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
     """
     for sign, colour, label in ((-1, BLUE, r"$\epsilon < \epsilon^*$"), (1, VERMILION, r"$\epsilon > \epsilon^*$")):
         for epsilon in values(rows, "epsilon"):
-            if not 0.01 < sign * (epsilon - critical) < 0.1:
+            if not 0.02 < sign * (epsilon - critical) < 0.1:
                 continue
             r, exact, error, theory = columns(rows, "r", "exact", "exact_error", "mean_field", epsilon=epsilon)
             scaled, power = r * abs(epsilon - critical) ** nu, r ** (2 - 2 / nu)
@@ -259,10 +259,11 @@ def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
             look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
             axes.errorbar(scaled[clear], (power * exact)[clear], (power * error)[clear], **look)
             axes.plot(scaled[1:], (power * theory)[1:], color=colour, linewidth=0.6)
-        axes.plot([], [], color=colour, marker="o", markersize=2.5, label=label)
+        axes.plot([], [], "s", color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel=r"$r / \xi$ with $\xi = |\epsilon - \epsilon^*|^{-\nu}$")
-    axes.set(ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", xlim=(1e-4, 3), ylim=(1e-2, 2))
-    axes.legend(loc="lower left")
+    axes.set(ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", xlim=(5e-4, 2), ylim=(1e-2, 2))
+    looks = [("exact", {"marker": "o", "linestyle": "none"}), ("mean field", {"linewidth": 0.8})]
+    legend(axes, looks, loc="lower left")
 
 
 def susceptibility(rows: Rows, grammar: Grammar) -> Figure:

@@ -176,9 +176,9 @@ def test_exact_marginals_of_the_reference():
         0.7: [0.869, 0.876, 0.880, 0.876, 0.861, 0.827, 0.767, 0.650],
         0.8: [0.441, 0.357, 0.266, 0.181, 0.112, 0.065, 0.045, 0.034],
     }
-    of = parts(32, 8, 2, 7, grammars=30, data=16)
+    of = parts(32, 8, 2, 7, grammars=100, data=16)
     exact, error = measured(theory.marginals, of, "epsilon", tuple(at))
-    of_three = error * 10**0.5
+    of_three = error * (100 / 3) ** 0.5
     assert (np.abs(exact - list(at.values())) < 3 * np.hypot(error, of_three)).all()
 
 
