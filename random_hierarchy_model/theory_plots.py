@@ -305,12 +305,12 @@ def steps(rows: Rows, grammar: Grammar) -> Figure:
                 n, difference, error = columns(rows, "steps", "difference", "difference_error", **chosen)
                 beside = n * 1.05 ** (i - (len(times) - 1) / 2)
                 look = {**POINTS, "linestyle": "-", "linewidth": 0.7, "marker": "o", "color": colour}
-                axes.errorbar(beside, difference, error, label=f"{time:g}", **look)
+                axes.errorbar(beside, difference, error, label=f"k/N = {time:g}", **look)
             axes.axhline(0, zorder=1, **CHANCE)
             axes.set(xscale="log", ylabel=f"{words}: loop - exact")
             axes.set_xticks(values(rows, "steps"), [str(n) for n in values(rows, "steps")], minor=False)
             axes.minorticks_off()
         column[0].set_title(f"v = {v}, m = {m}, s = {s}, L = {top}", fontsize=8)
         column[1].set_xlabel("steps N of the whole chain")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), title=TIME_LABEL, loc="outside right center")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(times))
     return figure

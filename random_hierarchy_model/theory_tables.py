@@ -23,16 +23,11 @@ FIXED_POINTS = [(32, 8, 2), (16, 4, 2), (32, 16, 2), (32, 17, 2), (8, 8, 4), (8,
 MAPS = (32, 2, (8, 20))  # v, s, and an m below and above sf = 1
 PHASES = (32, 2, 8, range(2, 25))  # v, s, L and m
 # Figure depth: v, m, s, the depths, and where the class is lost: e, and k/N of one-hot leaves
-TRANSITION = (32, 8, 2, (4, 6, 8, 10), (0.5, 0.6, 0.65, 0.7, 0.72, 0.74, 0.76, 0.8, 0.85, 0.9, 1.0), TIMES)
+NEAR_CRITICAL = (0.5, 0.6, 0.65, 0.7, 0.72, 0.74, 0.76, 0.8, 0.85, 0.9, 1.0)
+TRANSITION = (32, 8, 2, (4, 6, 8, 10), NEAR_CRITICAL, TIMES)
 LATE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)
-DRIFT = (
-    8,
-    2,
-    4,
-    (2, 3, 4, 5, 6),
-    (0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0),
-    LATE,
-)
+NEAR_ONE = (0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
+DRIFT = (8, 2, 4, (2, 3, 4, 5, 6), NEAR_ONE, LATE)
 IMAGES = ((8, 2, 4, 1), (8, 6, 3, 2))  # figure steps: v, m, L and the side of a patch; s = 4
 STEPS, CHAIN, REVERSALS = (250, 100, 50, 25, 12), 250, (100, 125, 138, 150)  # N, and times k of a chain
 IMAGES_AT_ONCE = 50
