@@ -23,6 +23,7 @@ and Computation" (2009), chapter 14.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -63,18 +64,33 @@ class Posterior:
             levels.insert(0, children.reshape(len(children), -1, g.num_symbols))
         return tuple(levels)
 
+    def probability_of(self, symbols: Sequence[Tensor]) -> Tensor:
+        """The probability of given symbols, a mean over each level's nodes: (B, L + 1), level 0 first.
+
+        Args:
+            symbols: of every level, level 0 first: int64 (B, s^L), ..., (B, s), (B, 1).
+        """
+        levels = zip(self.marginals(), symbols, strict=True)
+        return torch.stack([p.take_along_dim(a[..., None], dim=2).mean((1, 2)) for p, a in levels], dim=1)
+
     def sample(self, generator: torch.Generator) -> tuple[Tensor, ...]:
         """A posterior sample of each derivation: its symbols, level 0 first, int64 (B, s^L), ..., (B, 1).
 
         `generator` must be on the device of the probabilities.
         """
-        symbols = [torch.multinomial(self.root, 1, generator=generator)]  # (B, 1)
+        return tuple(symbols[:, 0] for symbols in self.samples(generator, 1))
+
+    def samples(self, generator: torch.Generator, count: int) -> tuple[Tensor, ...]:
+        """`count` independent samples of each tree; as `sample`, with shapes (B, count, s^L), ..., (B, count, 1)."""
+        roots = self.root.repeat_interleave(count, dim=0)  # (B count, v)
+        symbols = [torch.multinomial(roots, 1, generator=generator).unflatten(0, (-1, count))]  # (B, count, 1)
+        trees = torch.arange(len(self.root), device=self.root.device)[:, None, None]
         for level in range(self.grammar.depth, 0, -1):
             rules = torch.tensor(self.grammar.rules[level - 1], device=self.root.device)
-            a = symbols[0]  # (B, nodes)
-            q = self.tuples[level - 1].take_along_dim(a[..., None, None], dim=2).squeeze(2)  # (B, nodes, m)
-            k = torch.multinomial(q.flatten(0, 1), 1, generator=generator).reshape(a.shape)
-            symbols.insert(0, rules[a, k].flatten(1))  # (B, nodes s)
+            a = symbols[0]  # (B, count, nodes)
+            q = self.tuples[level - 1][trees, torch.arange(a.shape[2], device=a.device), a]  # (B, count, nodes, m)
+            k = torch.multinomial(q.flatten(0, 2), 1, generator=generator).reshape(a.shape)
+            symbols.insert(0, rules[a, k].flatten(2))  # (B, count, nodes s)
         return tuple(symbols)
 
 

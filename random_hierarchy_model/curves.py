@@ -27,11 +27,7 @@ def probability_kept(images: TreeImages, x: Tensor, signal: float, true: Sequenc
     """
     if signal == 1:
         return torch.ones(len(x), len(true), dtype=torch.float64)
-    marginals = image_posterior(images, x, signal).marginals()
-    kept = [
-        p.take_along_dim(symbols[..., None], dim=2).mean((1, 2)) for p, symbols in zip(marginals, true, strict=True)
-    ]
-    return torch.stack(kept[::-1], dim=1)
+    return image_posterior(images, x, signal).probability_of(true).flip(1)
 
 
 def fraction_kept(images: TreeImages, x: Tensor, true: Sequence[Tensor]) -> Tensor:

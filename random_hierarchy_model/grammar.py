@@ -65,6 +65,12 @@ class Grammar:
         """Number of nodes of a level, s^(L - level)."""
         return self.branching ** (self.depth - level)
 
+    def ancestor_levels(self) -> np.ndarray:
+        """The level of the lowest common ancestor of each pair of leaves, 0 for a leaf and itself: (s^L, s^L)."""
+        leaves = np.arange(self.num_leaves)
+        ancestors = leaves // self.branching ** np.arange(self.depth + 1)[:, None]  # (L + 1, s^L)
+        return sum((row[:, None] != row).astype(np.int64) for row in ancestors)
+
     @cached_property
     def rules(self) -> tuple[np.ndarray, ...]:
         """rules[l - 1][a, k] is the tuple R_l(a, k): L read-only arrays (v, m, s) of int64.

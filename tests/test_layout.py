@@ -21,7 +21,7 @@ LAYERS = [
     {"images", "checkpoints"},
     {"runs"},
     {"forward_backward", "sample_folders", "sampling"},
-    {"classifier", "torch_classifiers"},
+    {"classifier", "torch_classifiers", "correlations"},
     {"training", "train_util", "image_datasets"},
 ]
 

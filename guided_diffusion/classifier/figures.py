@@ -90,13 +90,18 @@ def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:
             if isinstance(value, float) and not math.isfinite(value):
                 about = ", ".join(f"{key} {row[key]}" for key in list(row)[:4] if key != column)
                 raise ResultError(f"{column} is {value} in the figure {name} ({about}): nothing was drawn")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    files = {f"{name}.csv": table.getvalue().encode(errors="surrogateescape")}
+    files = {f"{name}.csv": to_csv(rows)}
     for ending, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None})):
         data = io.BytesIO()
         figure.savefig(data, format=ending, dpi=300, metadata=metadata)
         files[f"{name}.{ending}"] = data.getvalue()
     return files
+
+
+def to_csv(rows: Rows) -> bytes:
+    """The contents of a CSV file with a line for each row, and the first row's columns."""
+    table = io.StringIO()
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return table.getvalue().encode(errors="surrogateescape")

@@ -1,0 +1,316 @@
+"""Figures of the theory, each drawn from the rows of its CSV: exact inference as points with standard errors, the mean
+field as lines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from guided_diffusion.classifier.figures import (
+    BLUE,
+    COLUMN,
+    PAGE,
+    TIME_LABEL,
+    VERMILION,
+    Rows,
+    add_colorbar,
+    early_to_late,
+    new_figure,
+)
+
+import numpy as np
+
+from . import mean_field
+from .grammar import Grammar
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+LABELS = {
+    "epsilon": r"noise $\epsilon$",
+    "time": TIME_LABEL,
+    "gaussian": TIME_LABEL,
+    "masked": "masked fraction of leaves",
+    "masking": "masked fraction of leaves",
+}
+POINTS: dict[str, Any] = {"linestyle": "none", "elinewidth": 0.6, "capsize": 1.2}
+CHANCE = {"color": "0.45", "linestyle": ":", "linewidth": 0.8}
+CRITICAL = {"color": "0.45", "linestyle": "--", "linewidth": 0.8}
+
+
+def columns(rows: Rows, *names: str, **chosen: Any) -> list[np.ndarray]:
+    """Some columns of those rows that have the chosen values; NaN where undefined."""
+    own = [row for row in rows if all(row[name] == value for name, value in chosen.items())]
+    return [np.array([np.nan if row[name] == "" else row[name] for row in own]) for name in names]
+
+
+def values(rows: Rows, name: str) -> list[Any]:
+    """The different values of a column, in their order."""
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def shades(count: int) -> list[Any]:
+    """`count` colours, from dark to light."""
+    return [early_to_late()(i / max(1, count - 1)) for i in range(count)]
+
+
+def legend(axes: Axes, looks: Sequence[tuple[str, dict[str, Any]]], **options: Any) -> None:
+    """A legend of looks, (label, properties of a line) each, whatever is drawn."""
+    for label, look in looks:
+        axes.plot([], [], label=label, **{"color": "0.2", **look})
+    axes.legend(**options)
+
+
+# Levels
+
+
+def levels(rows: Rows, grammar: Grammar) -> Figure:
+    """The marginal of the true symbol at each level, against noise."""
+    noise = next(iter(rows[0]))
+    has_loop = "loop" in rows[0]
+    figure, (panels,) = new_figure(PAGE if has_loop else COLUMN * 1.25, 2.7, columns=2 if has_loop else 1)
+    depth = grammar.depth
+    for level, colour in enumerate(shades(depth + 1)):
+        x, exact, error = columns(rows, noise, "exact", "exact_error", level=level)
+        joined = (
+            {} if noise == "epsilon" else {"linestyle": "-", "linewidth": 0.6}
+        )  # there is no mean field to guide the eye
+        for axes in panels:
+            joined = joined if axes is panels[0] else {"linestyle": "-", "linewidth": 0.6, "marker": ""}
+            look = {**POINTS, "marker": "o", "markersize": 2, "color": colour, **joined}
+            axes.errorbar(x, exact, error if axes is panels[0] else None, zorder=3, **look)
+        if has_loop:
+            loop, loop_error = columns(rows, "loop", "loop_error", level=level)
+            look = {"marker": "s", "markersize": 3, "markerfacecolor": "none", "color": colour}
+            panels[1].errorbar(x, loop, loop_error, zorder=4, **POINTS, **look)
+    first = panels[0]
+    for axes in panels:
+        axes.axhline(1 / grammar.num_symbols, zorder=1, **CHANCE)
+        axes.set(xlabel=LABELS[noise], ylim=(-0.03, 1.03))
+    first.set_ylabel("probability of the true symbol")
+    if noise == "epsilon":
+        mean_field_levels(first, grammar, x)
+    if has_loop:
+        first.set_title("exact posterior", fontsize=8)
+        panels[1].set_title("squares: loop, exact denoiser; lines: exact posterior", fontsize=8)
+    add_colorbar(figure, panels, 0, depth, "level (0: leaves, top: class)", 0.02)
+    return figure
+
+
+def mean_field_levels(axes: Axes, grammar: Grammar, x: np.ndarray) -> None:
+    """Add the mean field's marginals and e*."""
+    numbers = grammar.num_symbols, grammar.num_synonyms, grammar.branching
+    fine = np.linspace(x.min(), x.max(), 400)
+    found = np.array([mean_field.marginals(e, *numbers, grammar.depth) for e in fine])  # (e, L + 1)
+    for level, colour in enumerate(shades(grammar.depth + 1)):
+        axes.plot(fine, found[:, level], color=colour, linewidth=0.8, zorder=2)
+    looks = [("exact", {"marker": "o", "markersize": 2, "linestyle": "none"}), ("mean field", {"linewidth": 0.8})]
+    critical = mean_field.critical_noise(*numbers)
+    if critical is not None:
+        axes.axvline(critical, zorder=1, **CRITICAL)
+        looks.append((r"$\epsilon^*$", CRITICAL))
+    legend(axes, looks, loc="lower left", bbox_to_anchor=(0, 0.08))
+
+
+# The map
+
+
+def cobweb(rows: Rows, grammar: Grammar) -> Figure:
+    """F(p) with its fixed points, and the orbits of two noise levels, in a panel for each m."""
+    v, s = 32, 2
+    synonyms = values(rows, "m")
+    figure, (panels,) = new_figure(PAGE * 0.72, 2.7, columns=len(synonyms))
+    for m, axes in zip(synonyms, panels, strict=True):
+        p, mapped = columns(rows, "p", "F", m=m)
+        axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.6)
+        axes.plot(p, mapped, color="black", linewidth=1.2)
+        for start, colour in ((0.45, BLUE), (0.22, VERMILION)):
+            axes.plot(*orbit(start, v, m, s), color=colour, linewidth=0.7)
+            axes.plot(start, 0, marker="^", color=colour, markersize=4, clip_on=False)
+        middle = mean_field.critical_belief(v, m, s)
+        ends = ((1 / v, mean_field.slope_at_chance(v, m, s)), (1.0, mean_field.slope_at_one(v, m, s)))
+        for point, slope in (*ends, *([] if middle is None else [(middle, 2.0)])):
+            face = "black" if slope < 1 else "white"
+            axes.plot(point, point, "o", color="black", markerfacecolor=face, markersize=4.5, zorder=4, clip_on=False)
+        sf = mean_field.slope_at_one(v, m, s)
+        axes.set_title(rf"v = {v}, s = {s}, m = {m}: $sf$ = {sf:.2f} {'<' if sf < 1 else '>'} 1", fontsize=8)
+        axes.set(xlabel="belief $p$ in the children", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    panels[0].set_ylabel("belief $F(p)$ in the parent")
+    looks = [
+        ("F(p)", {"color": "black", "linewidth": 1.2}),
+        ("attracting", {"marker": "o", "linestyle": "none", "color": "black", "markersize": 4}),
+        (
+            "repelling",
+            {"marker": "o", "linestyle": "none", "color": "black", "markerfacecolor": "white", "markersize": 4},
+        ),
+    ]
+    legend(panels[1], looks, loc="upper left")
+    return figure
+
+
+def orbit(p: float, v: int, m: int, s: int, steps: int = 40) -> tuple[list[float], list[float]]:
+    """The corners of the cobweb that starts at p."""
+    x, y = [p], [0.0]
+    for _ in range(steps):
+        following = mean_field.upward(p, v, m, s)
+        x, y, p = [*x, p, following], [*y, following, following], following
+    return x, y
+
+
+# The class
+
+
+def phase_diagram(rows: Rows, grammar: Grammar) -> Figure:
+    """Belief in the class in the plane (sf, e), exact and mean field, with the line e*(sf)."""
+    v, s = rows[0]["v"], rows[0]["s"]
+    sf, epsilon = np.array(values(rows, "sf")), np.array(values(rows, "epsilon"))
+    figure, (panels,) = new_figure(PAGE * 0.85, 2.7, columns=2)
+    line = [(mean_field.slope_at_one(v, m, s), mean_field.critical_noise(v, m, s)) for m in range(2, v)]
+    line = [*((x, e) for x, e in line if e is not None), (1.0, 0.0)]
+    for axes, name in zip(panels, ("exact", "mean_field"), strict=True):
+        belief = columns(rows, name)[0].reshape(len(sf), len(epsilon))
+        mesh = axes.pcolormesh(
+            sf, epsilon, belief.T, vmin=0, vmax=1, cmap=early_to_late(), shading="nearest", rasterized=True
+        )
+        axes.plot(*zip(*line, strict=True), color="white", linewidth=1.4)
+        axes.axvline(1, color="white", linewidth=0.8, linestyle=":")
+        axes.set(xlabel="$sf = F'(1)$", ylim=(epsilon.min() - 0.025, 1.025), title=name.replace("_", " "))
+        axes.title.set_fontsize(8)
+    panels[0].set_ylabel(LABELS["epsilon"])
+    here = line[len(line) // 2]
+    panels[1].annotate(r"$\epsilon^*(sf)$", here, (5, 5), textcoords="offset points", color="white", fontsize=8)
+    bar = figure.colorbar(mesh, ax=panels, pad=0.02, aspect=25)
+    bar.set_label("belief in the class")
+    bar.outline.set_linewidth(0.6)
+    return figure
+
+
+def depth(rows: Rows, grammar: Grammar) -> Figure:
+    """The class against noise for trees of several depths: a panel for each process and grammar."""
+    processes, grammars = values(rows, "process"), list(dict.fromkeys((row["v"], row["m"], row["s"]) for row in rows))
+    figure, panels = new_figure(PAGE * 0.85, 4.4, columns=len(grammars), rows=len(processes))
+    for process, line in zip(processes, panels, strict=True):
+        for (v, m, s), axes in zip(grammars, line, strict=True):
+            own = [row for row in rows if (row["process"], row["v"], row["m"], row["s"]) == (process, v, m, s)]
+            depths = values(own, "depth")
+            for level, colour in zip(depths, shades(len(depths)), strict=True):
+                x, exact, error = columns(own, "noise", "exact", "exact_error", depth=level)
+                joined = {"linestyle": "-", "linewidth": 0.6} if process != "epsilon" else {}
+                look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour, **joined}
+                axes.errorbar(x, exact, error, label=f"L = {level}", **look)
+                if process == "epsilon":
+                    fine = np.linspace(x.min(), x.max(), 400)
+                    belief = [mean_field.marginals(e, v, m, s, level)[-1] for e in fine]
+                    axes.plot(fine, belief, color=colour, linewidth=0.8)
+            critical = mean_field.critical_noise(v, m, s) if process == "epsilon" else None
+            if critical is not None:
+                axes.axvline(critical, zorder=1, **CRITICAL)
+            axes.axhline(1 / v, zorder=1, **CHANCE)
+            axes.set(xlabel=LABELS[process], ylim=(-0.03, 1.03))
+            if process == processes[0]:
+                kind = "drifts" if critical is None else "sharpens in place"
+                axes.set_title(f"v = {v}, m = {m}, s = {s}: {kind}", fontsize=8)
+                legend(axes, [("mean field", {"linewidth": 0.8})], loc="lower left", bbox_to_anchor=(0, 0.09))
+    for axes in panels[:, 0]:
+        axes.set_ylabel("probability of the true class")
+    return figure
+
+
+# Changes
+
+
+def correlations(rows: Rows, grammar: Grammar) -> Figure:
+    """C(r)/C(0) against r for several e, and, where there is a transition, its collapse with xi = |e - e*|^(-nu)."""
+    numbers = grammar.num_symbols, grammar.num_synonyms, grammar.branching
+    critical = mean_field.critical_noise(*numbers)
+    figure, (panels,) = new_figure(PAGE if critical else COLUMN * 1.3, 2.8, columns=2 if critical else 1)
+    shown = [e for e in values(rows, "epsilon") if e < 1][::2]
+    for epsilon, colour in zip(shown, shades(len(shown)), strict=True):
+        r, exact, error, theory = columns(rows, "r", "exact", "exact_error", "mean_field", epsilon=epsilon)
+        clear = resolved(r, error, theory)
+        look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
+        panels[0].errorbar(r[clear], exact[clear], error[clear], **look)
+        panels[0].plot(r[1:], theory[1:], color=colour, linewidth=0.8, label=f"{epsilon:g}")
+    panels[0].set(xscale="log", yscale="log", xlabel="distance $r$", ylabel="$C(r) / C(0)$", ylim=(1e-4, 1.2))
+    panels[0].legend(title=LABELS["epsilon"], loc="upper left", bbox_to_anchor=(1, 1), title_fontsize=7)
+    if critical is not None:
+        collapse(panels[1], rows, critical, mean_field.correlation_exponent(*numbers))
+    return figure
+
+
+def resolved(r: np.ndarray, error: np.ndarray, theory: np.ndarray) -> np.ndarray:
+    """Which points have a standard error below half of what is expected; on a logarithmic axis, others mislead."""
+    return (r > 0) & (error < theory / 2)
+
+
+def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
+    """r^(2 - 2/nu) C(r)/C(0) against r/xi: at e* correlations fall as that power of r, and xi cuts them off elsewhere.
+
+    Influence along an edge of the tree is F'(p*)/s per level at e*, up or down; so C falls by its square per level.
+    """
+    for sign, colour, label in ((-1, BLUE, r"$\epsilon < \epsilon^*$"), (1, VERMILION, r"$\epsilon > \epsilon^*$")):
+        for epsilon in values(rows, "epsilon"):
+            if not 0.02 < sign * (epsilon - critical) < 0.1:
+                continue
+            r, exact, error, theory = columns(rows, "r", "exact", "exact_error", "mean_field", epsilon=epsilon)
+            scaled, power = r * abs(epsilon - critical) ** nu, r ** (2 - 2 / nu)
+            clear = resolved(r, error, theory)
+            look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
+            axes.errorbar(scaled[clear], (power * exact)[clear], (power * error)[clear], **look)
+            axes.plot(scaled[1:], (power * theory)[1:], color=colour, linewidth=0.6)
+        axes.plot([], [], "s", color=colour, label=label)
+    axes.set(xscale="log", yscale="log", xlabel=r"$r / \xi$ with $\xi = |\epsilon - \epsilon^*|^{-\nu}$")
+    axes.set(ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", xlim=(5e-4, 2), ylim=(1e-2, 2))
+    looks = [("exact", {"marker": "o", "linestyle": "none"}), ("mean field", {"linewidth": 0.8})]
+    legend(axes, looks, loc="lower left")
+
+
+def susceptibility(rows: Rows, grammar: Grammar) -> Figure:
+    """chi against e, and against the masked fraction."""
+    numbers = grammar.num_symbols, grammar.num_synonyms, grammar.branching
+    processes = values(rows, "process")
+    figure, (panels,) = new_figure(PAGE * 0.8, 2.5, columns=len(processes))
+    for process, axes in zip(processes, panels, strict=True):
+        x, exact, error = columns(rows, "noise", "exact", "exact_error", process=process)
+        joined = {"linestyle": "-", "linewidth": 0.6} if process != "epsilon" else {}
+        look = {**POINTS, "marker": "o", "markersize": 3, "color": BLUE, **joined}
+        axes.errorbar(x, exact, error, label="exact", **look)
+        axes.set_xlabel(LABELS[process])
+        if process == "epsilon":
+            fine = np.linspace(x.min(), min(x.max(), 0.999), 300)
+            chi = [mean_field.susceptibility(e, *numbers, grammar.depth) for e in fine]
+            axes.plot(fine, chi, color="black", linewidth=0.8, label="mean field")
+            critical = mean_field.critical_noise(*numbers)
+            if critical is not None:
+                axes.axvline(critical, zorder=1, label=r"$\epsilon^*$", **CRITICAL)
+            axes.legend(loc="upper left")
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+    panels[0].set_ylabel(r"susceptibility $\chi$")
+    return figure
+
+
+# Steps
+
+
+def steps(rows: Rows, grammar: Grammar) -> Figure:
+    """What a chain of N steps keeps, minus exact: a panel for each grammar, for the class and for the leaves."""
+    grammars = list(dict.fromkeys((row["v"], row["m"], row["s"], row["depth"]) for row in rows))
+    figure, panels = new_figure(PAGE * 0.85, 4.0, columns=len(grammars), rows=2)
+    times = values(rows, "time")
+    for (v, m, s, top), column in zip(grammars, panels.T, strict=True):
+        for axes, level, words in zip(column, (top, 0), ("class", "leaves"), strict=True):
+            for i, (time, colour) in enumerate(zip(times, shades(len(times)), strict=True)):
+                chosen = {"v": v, "m": m, "depth": top, "level": level, "time": time}
+                n, difference, error = columns(rows, "steps", "difference", "difference_error", **chosen)
+                beside = n * 1.05 ** (i - (len(times) - 1) / 2)
+                look = {**POINTS, "linestyle": "-", "linewidth": 0.7, "marker": "o", "color": colour}
+                axes.errorbar(beside, difference, error, label=f"k/N = {time:g}", **look)
+            axes.axhline(0, zorder=1, **CHANCE)
+            axes.set(xscale="log", ylabel=f"{words}: loop - exact")
+            axes.set_xticks(values(rows, "steps"), [str(n) for n in values(rows, "steps")], minor=False)
+            axes.minorticks_off()
+        column[0].set_title(f"v = {v}, m = {m}, s = {s}, L = {top}", fontsize=8)
+        column[1].set_xlabel("steps N of the whole chain")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(times))
+    return figure

@@ -1,0 +1,149 @@
+"""Compute and plot the theory of the paper: exact inference on trees of the Random Hierarchy Model, and the mean field.
+
+Writes each figure as PNG and PDF, with a CSV of its points:
+
+  levels_epsilon, levels_gaussian, levels_masking   what is known of each level, against three kinds of noise
+  map               the mean field's map from level to level, with fixed_points.csv
+  phase_diagram     belief in the class, against noise and the rate sf at which noise spreads upwards
+  depth             the class in trees of several depths: with a transition, and without
+  correlations      of the changes of leaves, against their distance
+  susceptibility    how many leaves change together
+  steps             what the denoising loop adds to the exact posterior if it takes few steps
+
+The flags of the grammar apply to levels_*, correlations and susceptibility. Errors are standard errors over grammars
+(over data, with --num_grammars 1); susceptibility by masking, and the loop, use a quarter of the grammars.
+
+  python scripts/theory_figures.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
+from guided_diffusion import dist_util, logger
+from guided_diffusion.classifier.figures import Rows, check_packages, render, style, to_csv
+from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.command_line.stopping import run, when_stopped
+from guided_diffusion.errors import UserError, named_write_errors
+from guided_diffusion.system.files import write_whole
+from random_hierarchy_model import Grammar, mean_field, theory, theory_plots, theory_tables
+
+import torch
+
+GRAMMAR_FLAGS = {"num_symbols": 32, "num_synonyms": 8, "branching": 2, "depth": 10, "grammar_seed": 0}
+NUMBERS = {"num_grammars": 100, "num_data": 1, "num_samples": 64, "num_images": 500}
+QUICK = {"num_grammars": 16, "num_data": 1, "num_samples": 32, "num_images": 100}
+LEAST = {"num_grammars": 1, "num_data": 1, "num_samples": 2, "num_images": 2}
+HELP = {
+    "num_symbols": "v, the symbols of every level of the grammar",
+    "num_synonyms": "m, the tuples that each symbol may produce",
+    "branching": "s, the symbols in a tuple",
+    "depth": "L, the levels of rules",
+    "grammar_seed": "seed of the rules of the first grammar; the others have those that follow",
+    "num_grammars": "number of grammars",
+    "num_data": "data per grammar",
+    "num_samples": "samples per datum whose changes are correlated",
+    "num_images": "images per grammar of the figure steps",
+}
+
+FIGURES = {
+    "levels_epsilon": (theory_tables.levels_epsilon, theory_plots.levels),
+    "levels_gaussian": (theory_tables.levels_gaussian, theory_plots.levels),
+    "levels_masking": (theory_tables.levels_masking, theory_plots.levels),
+    "map": (theory_tables.cobweb, theory_plots.cobweb),
+    "phase_diagram": (theory_tables.phase_diagram, theory_plots.phase_diagram),
+    "depth": (theory_tables.depth, theory_plots.depth),
+    "correlations": (theory_tables.correlations, theory_plots.correlations),
+    "susceptibility": (theory_tables.susceptibility, theory_plots.susceptibility),
+    "steps": (theory_tables.steps, theory_plots.steps),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Compute and plot. Returns 0; raises UserError."""
+    args = create_argparser().parse_args(argv)
+    grammar = check(args)
+    torch.set_num_threads(1)  # per worker, so that results do not depend on their number
+    when_stopped(lambda: f"the figures that are complete are in {args.output}")
+    pool = ThreadPoolExecutor(args.num_threads or dist_util.cores_per_rank())
+    work = theory_tables.Work(pool, args.seed, *(getattr(args, name) for name in NUMBERS))
+    try:
+        for name in args.figures:
+            for file, data in make(name, work, grammar).items():
+                with named_write_errors(f"{args.output}/{file}"):
+                    write_whole(f"{args.output}/{file}", data)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    logger.info(f"{', '.join(args.figures)} (png, pdf, csv) are in {args.output}")
+    return 0
+
+
+def make(name: str, work: theory_tables.Work, grammar: Grammar) -> dict[str, bytes]:
+    """The contents of a figure's files, by name."""
+    rows_of, draw = FIGURES[name]
+    work.figure = name
+    rows = rounded(rows_of(work, grammar))
+    with style():
+        files = render(name, draw(rows, grammar), rows)
+    return files | ({"fixed_points.csv": to_csv(rounded(theory_tables.fixed_points()))} if name == "map" else {})
+
+
+def check(args: argparse.Namespace) -> Grammar:
+    """The grammar of the flags. Fills in the numbers of data; raises UserError for what cannot be computed."""
+    check_packages()
+    for name, number in (QUICK if args.quick else NUMBERS).items():
+        if getattr(args, name) is None:
+            setattr(args, name, number)
+    mean_field.check_parameters(args.num_symbols, args.num_synonyms, args.branching)
+    grammar = Grammar(args.num_symbols, args.branching, args.depth, args.num_synonyms, args.grammar_seed)
+    theory.check_size(grammar)
+    if args.num_grammars * args.num_data < 2:
+        raise UserError("--num_grammars 1 --num_data 1: one datum has no standard error, expected 2 or more of either")
+    with named_write_errors(args.output):
+        os.makedirs(args.output, exist_ok=True)
+    return grammar
+
+
+def rounded(rows: Rows) -> Rows:
+    """The rows with 6 significant digits; undefined values are ""."""
+    kinds = {float: lambda value: float(f"{value:.6g}"), type(None): lambda value: ""}
+    return [{name: kinds.get(type(value), lambda same: same)(value) for name, value in row.items()} for row in rows]
+
+
+def create_argparser() -> argparse.ArgumentParser:
+    """The flags of the script."""
+    parser = ArgumentParser(computes=False, usage="%(prog)s [flags]", description=__doc__)
+    add = parser.add_argument
+    add("--output", default="results/theory", metavar="FOLDER", help="folder of the figures (default: %(default)s)")
+    add(
+        "--figures",
+        nargs="+",
+        default=list(FIGURES),
+        choices=FIGURES,
+        metavar="NAME",
+        help="which to make (default: all)",
+    )
+    add("--quick", action="store_true", help="fewer data: about 40 seconds on two cores instead of a few minutes")
+    for name, number in NUMBERS.items():
+        words = f"{HELP[name]} (default: {number}; with --quick {QUICK[name]})"
+        add(f"--{name}", type=whole_number(LEAST[name]), metavar="INT", help=words)
+    seed = whole_number(0, 2**64 - 1)
+    add("--seed", default=0, type=seed, metavar="INT", help="seed of the data and of all noise (default: 0)")
+    threads = "CPU threads; 0: the cores (default: 0). The results do not depend on it"
+    add("--num_threads", default=0, type=whole_number(0), metavar="INT", help=threads)
+    of_grammar = parser.add_argument_group("the grammar of levels_*, correlations and susceptibility")
+    for name, number in GRAMMAR_FLAGS.items():
+        kind = seed if name == "grammar_seed" else whole_number(1)
+        of_grammar.add_argument(
+            f"--{name}", default=number, type=kind, metavar="INT", help=f"{HELP[name]} (default: {number})"
+        )
+    return parser
+
+
+if __name__ == "__main__":
+    run(main)
