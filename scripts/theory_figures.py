@@ -27,7 +27,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
 from guided_diffusion.classifier.figures import Rows, check_packages, render, style, to_csv
-from guided_diffusion.command_line.parser import ArgumentParser, whole_number
+from guided_diffusion.command_line.flags import POSITIVE, Flag, add_flags, flag, whole_number
+from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run, when_stopped
 from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.system.files import write_whole
@@ -35,20 +36,13 @@ from random_hierarchy_model import Grammar, mean_field, theory, theory_plots, th
 
 import torch
 
-GRAMMAR_FLAGS = {"num_symbols": 32, "num_synonyms": 8, "branching": 2, "depth": 10, "grammar_seed": 0}
-NUMBERS = {"num_grammars": 100, "num_data": 1, "num_samples": 64, "num_images": 500}
-QUICK = {"num_grammars": 16, "num_data": 1, "num_samples": 32, "num_images": 100}
-LEAST = {"num_grammars": 1, "num_data": 1, "num_samples": 2, "num_images": 2}
-HELP = {
-    "num_symbols": "v, the symbols of every level of the grammar",
-    "num_synonyms": "m, the tuples that each symbol may produce",
-    "branching": "s, the symbols in a tuple",
-    "depth": "L, the levels of rules",
-    "grammar_seed": "seed of the rules of the first grammar; the others have those that follow",
-    "num_grammars": "number of grammars",
-    "num_data": "data per grammar",
-    "num_samples": "samples per datum whose changes are correlated",
-    "num_images": "images per grammar of the figure steps",
+SEED = (whole_number(0, 2**64 - 1), "INT")
+TWO = (whole_number(2), "INT")
+NUMBERS = {  # kind, help, number, and number with --quick
+    "num_grammars": (POSITIVE, "number of grammars", 100, 16),
+    "num_data": (POSITIVE, "data per grammar", 1, 1),
+    "num_samples": (TWO, "samples per datum, whose changes are correlated", 64, 32),
+    "num_images": (TWO, "images per grammar, in the figure steps", 500, 100),
 }
 
 FIGURES = {
@@ -73,13 +67,13 @@ def main(argv: list[str] | None = None) -> int:
     pool = ThreadPoolExecutor(args.num_threads or dist_util.cores_per_rank())
     work = theory_tables.Work(pool, args.seed, *(getattr(args, name) for name in NUMBERS))
     try:
-        for name in args.figures:
+        for name in args.figures or FIGURES:
             for file, data in make(name, work, grammar).items():
                 with named_write_errors(f"{args.output}/{file}"):
                     write_whole(f"{args.output}/{file}", data)
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-    logger.info(f"{', '.join(args.figures)} (png, pdf, csv) are in {args.output}")
+    logger.info(f"{', '.join(args.figures or FIGURES)} (png, pdf, csv) are in {args.output}")
     return 0
 
 
@@ -96,9 +90,9 @@ def make(name: str, work: theory_tables.Work, grammar: Grammar) -> dict[str, byt
 def check(args: argparse.Namespace) -> Grammar:
     """The grammar of the flags. Fills in the numbers of data; raises UserError for what cannot be computed."""
     check_packages()
-    for name, number in (QUICK if args.quick else NUMBERS).items():
+    for name, (*_, number, quick) in NUMBERS.items():
         if getattr(args, name) is None:
-            setattr(args, name, number)
+            setattr(args, name, quick if args.quick else number)
     mean_field.check_parameters(args.num_symbols, args.num_synonyms, args.branching)
     grammar = Grammar(args.num_symbols, args.branching, args.depth, args.num_synonyms, args.grammar_seed)
     theory.check_size(grammar)
@@ -118,30 +112,23 @@ def rounded(rows: Rows) -> Rows:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(computes=False, usage="%(prog)s [flags]", description=__doc__)
-    add = parser.add_argument
-    add("--output", default="results/theory", metavar="FOLDER", help="folder of the figures (default: %(default)s)")
-    add(
-        "--figures",
-        nargs="+",
-        default=list(FIGURES),
-        choices=FIGURES,
-        metavar="NAME",
-        help="which to make (default: all)",
+    names = Flag((str, "NAME"), "figures to make", [], empty="all", nargs="+", choices=tuple(FIGURES))
+    add_flags(parser, [], output=flag("output", default="results/theory"), figures=names)
+    parser.add_argument("--quick", action="store_true", help="fewer data: 40 seconds instead of 4 minutes on two cores")
+    numbers = {
+        name: Flag(kind, text, None, empty=f"{number}; with --quick {quick}")
+        for name, (kind, text, number, quick) in NUMBERS.items()
+    }
+    add_flags(parser, [], **numbers, seed=flag("seed", kind=SEED), num_threads=flag("num_threads", default=0))
+    add_flags(
+        parser.add_argument_group("the grammar of levels_*, correlations and susceptibility"),
+        [],
+        num_symbols=Flag(POSITIVE, "number of symbols v per level", 32),
+        num_synonyms=Flag(POSITIVE, "number of production rules m per symbol", 8),
+        branching=Flag(POSITIVE, "number of symbols s in a rule", 2),
+        depth=Flag(POSITIVE, "number of levels L", 10),
+        grammar_seed=Flag(SEED, "seed of the rules of the first grammar; the others have the seeds that follow", 0),
     )
-    add("--quick", action="store_true", help="fewer data: about 40 seconds on two cores instead of a few minutes")
-    for name, number in NUMBERS.items():
-        words = f"{HELP[name]} (default: {number}; with --quick {QUICK[name]})"
-        add(f"--{name}", type=whole_number(LEAST[name]), metavar="INT", help=words)
-    seed = whole_number(0, 2**64 - 1)
-    add("--seed", default=0, type=seed, metavar="INT", help="seed of the data and of all noise (default: 0)")
-    threads = "CPU threads; 0: the cores (default: 0). The results do not depend on it"
-    add("--num_threads", default=0, type=whole_number(0), metavar="INT", help=threads)
-    of_grammar = parser.add_argument_group("the grammar of levels_*, correlations and susceptibility")
-    for name, number in GRAMMAR_FLAGS.items():
-        kind = seed if name == "grammar_seed" else whole_number(1)
-        of_grammar.add_argument(
-            f"--{name}", default=number, type=kind, metavar="INT", help=f"{HELP[name]} (default: {number})"
-        )
     return parser
 
 

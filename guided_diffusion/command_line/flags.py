@@ -91,7 +91,8 @@ class Flag:
         if self.nargs:
             options["nargs"] = self.nargs
         kind, metavar = self.kind
-        options |= {"choices": self.choices} if self.choices else {"metavar": metavar}
+        options |= {"choices": self.choices} if self.choices else {}
+        options |= {"metavar": metavar} if self.nargs or not self.choices else {}
         group.add_argument(f"--{name}", type=kind, action=self.action, help=self._text(), **options)
 
     def _text(self) -> str:
