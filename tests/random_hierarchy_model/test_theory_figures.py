@@ -131,8 +131,8 @@ def test_a_grammar_without_a_transition_and_another_seed(tmp_path):
         (["--branching", "1"], "branching s = 1: expected v >= 2, m >= 1, s >= 2"),
         (["--num_grammars", "1", "--num_data", "1"], "one datum has no standard error, expected 2 or more"),
         (["--depth", "30"], "choose a smaller --depth"),
-        (["--depth", "0"], "argument --depth: expected a whole number from 1 on, not 0"),
-        (["--num_samples", "1"], "argument --num_samples: expected a whole number from 2 on, not 1"),
+        (["--depth", "0"], "argument --depth: expected a whole number >= 1, not 0"),
+        (["--num_samples", "1"], "argument --num_samples: expected a whole number >= 2, not 1"),
         (["--figures", "levels"], "argument --figures: invalid choice: 'levels'"),
     ],
 )
