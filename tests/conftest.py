@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -47,6 +48,11 @@ def save_checkpoint(path: Path, settings: dict) -> Path:
     model = fill_weights(model_from_flags(known))
     torch.save(model.state_dict(), path)
     return path
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the garbage collector need not look through it again and again."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")
