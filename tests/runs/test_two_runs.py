@@ -270,7 +270,7 @@ def test_output_that_is_removed_during_a_run_is_not_finished(flags, tmp_path, mo
 
 
 def test_an_error_in_the_writer_s_thread_ends_the_run(flags, tmp_path, monkeypatch):
-    from guided_diffusion.runs.resumable import pipeline
+    from guided_diffusion.runs import pipeline
 
     written = []
 
