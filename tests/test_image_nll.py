@@ -359,7 +359,7 @@ def test_a_restart_does_only_what_is_missing(stub, images, tmp_path, capsys):
     assert results(tmp_path / "whole")["names"].tolist() == [f"{i:03d}.png" for i in range(6)]
 
     stub.fail_after = 9 + 5
-    with pytest.raises(UserError, match="2 images at once: lower --batch_size"):
+    with pytest.raises(UserError, match="a batch of 2 images: lower --batch_size"):
         run_main(*flags, "--output", tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["image_nll_parts"]
     with pytest.raises(UserError, match="--seed was 0 and is now 1"):
@@ -466,7 +466,7 @@ def test_plain_mistakes_get_plain_words(small_checkpoint, images, tmp_path):
         (["--data_dir", tmp_path / "nowhere"], ["--data_dir", "nowhere"]),
         (["--data_dir", tmp_path / "empty"], ["--data_dir", "no files"]),
         (["--model_path", ""], ["--model_path"]),
-        (["--model_path", tmp_path / "text.pt"], ["text.pt", "not a checkpoint"]),
+        (["--model_path", tmp_path / "text.pt"], ["text.pt", "was not written by torch.save"]),
         (["--num_channels", 64], ["--num_channels 32"]),
         (["--timestep_respacing", 0], ["--timestep_respacing"]),
         (["--class_cond", "True", "--labels_file", tmp_path / "labels.txt"], ["--labels_file", "cat"]),

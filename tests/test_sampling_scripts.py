@@ -567,7 +567,7 @@ def test_plain_mistakes_get_plain_words(small_checkpoint, small_images, tmp_path
     of_model = [
         ([], ["--model_path", ""], ["--model_path"]),
         ([], ["--model_path", tmp_path / "none.pt"], ["--model_path", "none.pt"]),
-        ([], ["--model_path", tmp_path / "text.pt"], ["text.pt", "not a checkpoint"]),
+        ([], ["--model_path", tmp_path / "text.pt"], ["text.pt", "was not written by torch.save"]),
         ([], ["--model_path", tmp_path / "classifier.pt"], ["a classifier of noisy images"]),
         ([], ["--num_channels", 64], ["--num_channels 32"]),
         ([], ["--noise_schedule", "sigmoid"], ["--noise_schedule", "cosine"]),

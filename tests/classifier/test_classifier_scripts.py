@@ -327,7 +327,7 @@ def test_classes_of_numbers_and_the_record_of_a_classifier(weights, starts, stat
 
     for content, words in (
         ({"0": "0", "1": "1", "2": "2"}, "1 of 4 classes in the folder of images are not among the model's 3: 10"),
-        ({"0": "0", "4": "1", "2": "2", "3": "10"}, "has classes up to 4, but the classifier has 4 logits"),
+        ({"0": "0", "4": "1", "2": "2", "3": "10"}, "has classes up to 4, but the classifier has only 4 logits"),
     ):
         record.write_text(json.dumps({"order": "text", "classes": content}))
         with pytest.raises(UserError, match=words):
@@ -345,7 +345,7 @@ def test_images_of_unknown_classes(statistics_flags, starts, flags, tmp_path, ca
     make_samples(tmp_path / "data", tmp_path / "samples")
     assert statistics({**statistics_flags, "data_dir": tmp_path / "data"}, tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "do not give a class" in said and "accuracy is not known" in said
+    assert "do not give a class" in said and "accuracy unknown" in said
     both = {"starting_data_dir": tmp_path / "data", "data_dir": tmp_path / "samples"}
     assert evaluate({**flags, **both}, tmp_path / "out") == 0
     assert "their classes are unknown" in capsys.readouterr().err

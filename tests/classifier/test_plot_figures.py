@@ -150,8 +150,8 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
         drawn = [
             script.draw_similarity(series, "mean"),
             script.draw_retention(*script.measure_retention(series), series),
-            script.draw_distributions(script.spread(series, 10), 40),
-            script.draw_gallery(script.spread(series, 10), names, flags[1], flags[3]),
+            script.draw_distributions(script.evenly_spaced(series, 10), 40),
+            script.draw_gallery(script.evenly_spaced(series, 10), names, flags[1], flags[3]),
         ]
         for figure, _ in drawn:
             found = texts(figure)

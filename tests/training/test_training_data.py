@@ -383,7 +383,7 @@ def test_mistakes(greys, tmp_path):
     with pytest.raises(UserError, match=r"missing' does not exist \(--val_data_dir\)$"):
         stream_of(tmp_path / "missing", flag="--val_data_dir")
     for flag in ("--data_dir", "--val_data_dir"):
-        with pytest.raises(UserError, match=rf"^the model needs the classes .* nothing in .* \({flag}\)"):
+        with pytest.raises(UserError, match=rf"^the model needs the classes .* unknown in .* \({flag}\)"):
             stream_of(greys(2), class_cond=True, flag=flag)
     with pytest.raises(UserError, match=r"^--seed is -1; expected 0 or more$"):
         stream_of(greys(2), seed=-1)

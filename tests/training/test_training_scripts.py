@@ -632,7 +632,7 @@ def test_another_network_is_told_by_the_flags(pictures, tmp_path, script, change
 def test_the_wrong_kind_of_network(pictures, tmp_path, trained):
     given = {**TRAINING, **CLASSIFIER, "data_dir": pictures, "output": tmp_path}
     del given["ema_rate"]
-    with pytest.raises(UserError, match=r"^--resume_checkpoint .*model000016\.pt holds a diffusion model's U-Net"):
+    with pytest.raises(UserError, match=r"^--resume_checkpoint .*model000016\.pt contains a diffusion model's U-Net"):
         main_of("classifier_train")(*as_flags({**given, "resume_checkpoint": trained / "model000016.pt"}))
 
 
@@ -731,7 +731,7 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
     [
         ("image_train", {"data_dir": ""}, r"no folder of images was given: --data_dir"),
         ("image_train", {"data_dir": "missing"}, r"'missing' does not exist \(--data_dir\)"),
-        ("image_train", {"schedule_sampler": "unifrom"}, r"--schedule_sampler.*'unifrom'"),
+        ("image_train", {"schedule_sampler": "unifrom"}, "--schedule_sampler unifrom: expected uniform or"),
         ("image_train", {"lr": 0}, r"--lr 0"),
         ("image_train", {"microbatch": 0}, r"--microbatch 0"),
         ("image_train", {"ema_rate": "2"}, r"--ema_rate 2"),
