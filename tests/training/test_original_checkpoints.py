@@ -58,7 +58,7 @@ def test_it_follows_the_course_of_a_run_that_was_never_the_original_s(run, tmp_p
     loop = make_loop(output, iterations=6, settings={"--lr": 1e-3}, **named)
     assert loop.step == 3
     said = capfd.readouterr().err
-    assert "whose optimizer has taken 3 steps: the next step is number 4 here" in said
+    assert "after 3 optimizer steps: the next step is number 4" in said
     assert ("its settings are not known" in said) == in_place
     loop.run_loop()
     for kind in ("model", "ema_0.9_"):
