@@ -46,9 +46,9 @@ def convert_module_to_f32(l: nn.Module) -> None:  # noqa: E741, the original's n
 
 
 class MixedPrecisionTrainer:
-    """Backward passes and optimiser steps, in float32 or mixed precision.
+    """Backward passes and optimizer steps, in float32 or mixed precision.
 
-    In mixed precision, weights, gradients and optimiser are float32; convolutions, linear maps and attention compute in
+    In mixed precision, weights, gradients and optimizer are float32; convolutions, linear maps and attention compute in
     half precision under `torch.autocast` (Micikevicius et al. 2018, arXiv:1710.03740). In float16, the loss is scaled
     to keep small gradients from underflowing: if gradients overflow, the step is skipped and the scale halved.
 
@@ -113,7 +113,7 @@ class MixedPrecisionTrainer:
         return True
 
     def step(self, opt: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
-        """Take an optimiser step, unless float16 gradients have overflowed.
+        """Take an optimizer step, unless float16 gradients have overflowed.
 
         Returns the norms of gradients and weights before the step, as 0-d tensors on the device.
         """

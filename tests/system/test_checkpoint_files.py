@@ -69,10 +69,10 @@ def test_the_only_state_dict_of_the_network_is_found_in_a_file_with_other_things
     network, key, models, tmp_path, capsys
 ):
     path, model = str(tmp_path / "training.pt"), models[network]
-    optimiser = torch.optim.AdamW(model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     more = {
         "epoch": 7,
-        "optimizer": optimiser.state_dict(),
+        "optimizer": optimizer.state_dict(),
         "args": argparse.Namespace(lr=1e-4),
         "loss": torch.zeros(3),
     }
