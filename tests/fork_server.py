@@ -146,6 +146,10 @@ class _Server:
         self._process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], **options)
         theirs.close()
 
+    def lives(self) -> bool:
+        """Whether it still runs. If not, one process could not be started, and its test failed."""
+        return self._process.poll() is None
+
     def suits(self, env: Mapping[str, str]) -> bool:
         names = {name for name, _ in self._env.items() ^ env.items()}
         return all(name.startswith(FREE) for name in names)
@@ -169,7 +173,7 @@ def start(
     args = [str(word) for word in args]
     python = args[0] == sys.executable and args[1] != "-m"
     if AVAILABLE and python and set(options) <= {"stdin", "stdout", "stderr"}:
-        if _server is None:
+        if _server is None or not _server.lives():
             _server = _Server(env)
         if _server.suits(env):
             streams = [options.get(name) for name in ("stdin", "stdout", "stderr")]
@@ -196,7 +200,7 @@ def import_packages() -> None:
 
 
 def serve(control: socket.socket) -> dict[str, Any]:
-    """Fork a process per request; tell the caller its id and, at its end, its status.
+    """Fork a process per request. It tells the caller its id, and the server tells its status when it has ended.
 
     Returns the request, in the forked processes only. The server ends with the pytest process.
     """
@@ -218,6 +222,8 @@ def serve(control: socket.socket) -> dict[str, Any]:
             reply, streams = socket.socket(fileno=fds[0]), fds[1:]
             pid = os.fork()
             if pid == 0:
+                os.setsid()
+                _tell(reply, os.getpid())
                 for number, stream in enumerate(streams):
                     os.dup2(stream, number)
                 for end in (control, reply, *(reply for _, reply in running.values())):
@@ -229,11 +235,10 @@ def serve(control: socket.socket) -> dict[str, Any]:
             process = os.pidfd_open(pid)
             running[process] = pid, reply
             poll.register(process, select.POLLIN)
-            _tell(reply, pid)
 
 
 def _tell(reply: socket.socket, number: int) -> None:
-    with suppress(BrokenPipeError):  # the caller no longer asks
+    with suppress(OSError):  # the caller no longer asks
         reply.send(str(number).encode())
 
 
@@ -241,7 +246,6 @@ def become(words: list[str], cwd: str, env: dict[str, str]) -> None:
     """Make this process look to the script as if `python WORDS` had been executed."""
     import numpy
 
-    os.setsid()
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
