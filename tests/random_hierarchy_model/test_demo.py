@@ -97,7 +97,7 @@ def test_mistakes_of_the_demo(demo, tmp_path, monkeypatch, capsys):
         script.main(["--num_images", "12", "--output", str(tmp_path / "none")])
     with pytest.raises(UserError, match=r"^--time_series 21 is out of range: expected a whole number from 0 to 20"):
         script.main([*SMALL, "--time_series", "21", "--output", str(tmp_path / "none")])
-    with pytest.raises(UserError, match="begun with other settings"):  # another seed, in a folder with results
+    with pytest.raises(UserError, match="started with other settings"):  # another seed, in a folder with results
         script.main([*SMALL, "--seed", "1", "--output", str(demo)])
     monkeypatch.setattr(script.sys, "executable", "/nowhere/python")
     monkeypatch.setattr("shutil.which", lambda name: None)

@@ -241,7 +241,7 @@ def test_a_network_that_fails_ends_the_ranks_on_both_sides(slurm, tmp_path, pack
     until(lambda: len(list(tmp_path.glob("working*"))) == 2, "the ranks to work")
     packets_dropped("gpu-b", f"ip saddr {ADDRESSES['gpu-a']}")
     said = step.end(3)
-    assert "error: rank 1 on gpu-b failed" in said  # rank 0 may learn that rank 1 gave up: one direction still works
+    assert "error: rank 1 on gpu-b stopped" in said  # rank 0 may learn that rank 1 gave up: one direction still works
     assert "error: rank 0 on gpu-a died or cannot be reached" in said
     assert "Traceback" not in said
 

@@ -59,7 +59,7 @@ def test_it_follows_the_course_of_a_run_that_was_never_the_original_s(run, tmp_p
     assert loop.step == 3
     said = capfd.readouterr().err
     assert "after 3 optimizer steps: the next step is number 4" in said
-    assert ("its settings are not known" in said) == in_place
+    assert ("without its settings" in said) == in_place
     loop.run_loop()
     for kind in ("model", "ema_0.9_"):
         assert contents(output)[f"{kind}000006.pt"] == contents(run)[f"{kind}000006.pt"]
