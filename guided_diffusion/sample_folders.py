@@ -79,16 +79,10 @@ class SampleRun(Run):
         self.written: Counter[int] = Counter()  # number of samples by k
         self.unreadable: dict[int, Unreadable] = {k: {} for k in folders}
 
-    def __enter__(self):
+    def _open(self) -> None:
         """Raises UserError if a folder contains another experiment, or the starting images have changed."""
-        super().__enter__()
-        try:
-            self.units, inputs = dist_util.on_main(self._open_folders)
-        except BaseException:
-            self._stack.close()
-            raise
+        self.units, inputs = dist_util.on_main(self._open_folders)
         self.inputs = {IMAGES: inputs}
-        return self
 
     def read(self, read: Callable[[str, Check], np.ndarray], blank: np.ndarray) -> Iterator[tuple[Unit, Pictures]]:
         """Yield this rank's units and their starting images, except units without a readable image."""

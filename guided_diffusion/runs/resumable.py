@@ -107,14 +107,21 @@ class Run:
     ):
         self.settings, self.machine, self.inputs, self.args, self.shard = settings, machine, dict(inputs), args, shard
         self._outputs = outputs
-        self._stack = ExitStack()
         self._started, self._clock = now(), time.monotonic()
         self.locks: Locks
         self.bar: tqdm
 
     def __enter__(self):
-        self.locks = self._stack.enter_context(locked_by_main(self._outputs, about=self.settings))
+        """Raises UserError if another run is writing the outputs, and whatever `_open` raises."""
+        with ExitStack() as stack:  # unlocks if the outputs cannot be opened
+            self.locks = stack.enter_context(locked_by_main(self._outputs, about=self.settings))
+            self._open()
+            self._stack = stack.pop_all()
         return self
+
+    def _open(self) -> None:
+        """Compare the locked outputs with this run. All ranks call this."""
+        raise NotImplementedError
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
@@ -247,15 +254,9 @@ class ResultRun(Run):
         self.unreadable: dict[str, str] = {}
         self.parts: Parts
 
-    def __enter__(self):
+    def _open(self) -> None:
         """Raises UserError if a result has other settings, or was computed from other files."""
-        super().__enter__()
-        try:
-            self.unfinished = dist_util.on_main(self._find_unfinished)
-        except BaseException:
-            self._stack.close()
-            raise
-        return self
+        self.unfinished = dist_util.on_main(self._find_unfinished)
 
     def _find_unfinished(self) -> list[Result]:
         unfinished = [result for result in self.results if not result.is_finished(self.shard)]
