@@ -35,6 +35,9 @@ def fraction_kept(images: TreeImages, x: Tensor, true: Sequence[Tensor]) -> Tens
 
     `true` is as in `probability_kept`.
     """
-    read = read_symbols(images, x)
-    kept = [(shown == symbols).double().mean(1) for shown, symbols in zip(read, true, strict=True)]
-    return torch.stack(kept[::-1], dim=1)
+    return fraction_equal(read_symbols(images, x), true).flip(1)
+
+
+def fraction_equal(found: Sequence[Tensor], true: Sequence[Tensor]) -> Tensor:
+    """Fraction of equal symbols, by level: float64 (B, L + 1), of symbols (B, nodes) of each level, in their order."""
+    return torch.stack([(a == b).double().mean(1) for a, b in zip(found, true, strict=True)], dim=1)

@@ -12,7 +12,7 @@ which is -sqrt(1 - abar_t) times the score, the gradient of log p(x_t).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor
 
 from .belief_propagation import image_posterior
 from .images import TreeImages
+
+T = TypeVar("T")
 
 
 def posterior_mean(images: TreeImages, x: Tensor, signal: Tensor | float, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -35,24 +37,30 @@ def optimal_eps(images: TreeImages, x: Tensor, signal: Tensor, dtype: torch.dtyp
     return ((x.double() - abar.sqrt() * mean) / (1 - abar).sqrt()).to(x.dtype)
 
 
-class ExactDenoiser:
-    """The optimal noise prediction as a model for the diffusion loops: model(x, t).
+class Denoiser(Generic[T]):
+    """A model for the diffusion loops, model(x, t), which knows what noised data are made of.
 
     Args:
-        images: rendering of the derivations.
+        source: what the data are made of.
         alphas_cumprod: abar by timestep, (diffusion_steps,); those of the original diffusion, not of a respaced one.
         dtype: dtype of the computation, see `infer`.
     """
 
-    def __init__(
-        self, images: TreeImages, alphas_cumprod: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float64
-    ):
-        self.images, self.dtype = images, dtype
+    def __init__(self, source: T, alphas_cumprod: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float64):
+        self.source, self.dtype = source, dtype
         self.alphas_cumprod = torch.as_tensor(np.asarray(alphas_cumprod), dtype=torch.float64)
+
+    def signal(self, t: Tensor) -> Tensor:
+        """abar at timesteps t (B,), whole numbers: float64 (B,)."""
+        return self.alphas_cumprod.to(t.device)[t.long()]
+
+
+class ExactDenoiser(Denoiser[TreeImages]):
+    """The optimal noise prediction for images; `source` is their rendering."""
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """E[eps | x_t], in the shape and dtype of x (B, 3, H, W), at timesteps t (B,), whole numbers.
 
         Other arguments, such as a class, are ignored.
         """
-        return optimal_eps(self.images, x, self.alphas_cumprod.to(x.device)[t.long()], self.dtype)
+        return optimal_eps(self.source, x, self.signal(t), self.dtype)

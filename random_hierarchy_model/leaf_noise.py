@@ -8,16 +8,15 @@ Sources: Sclocchi, Favero and Wyart, PNAS 122, e2408799121 (2025), arXiv:2402.16
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 from guided_diffusion.errors import UserError
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .belief_propagation import infer
+from .denoiser import Denoiser
 from .grammar import Grammar
 
 # Log-likelihood of an excluded symbol. Finite, since `infer` multiplies it by zeros; exp is slow where it underflows.
@@ -78,25 +77,13 @@ def masking_log_likelihoods(leaves: Tensor, masked: Tensor, num_symbols: int) ->
     return IMPOSSIBLE * (~true & ~masked[..., None]).double()
 
 
-class OneHotDenoiser:
-    """E[x_0 | x_t] of one-hot leaves, as a model that predicts x_0 in the diffusion loops: model(x, t).
-
-    Args:
-        grammar: grammar of the leaves.
-        alphas_cumprod: abar of the original diffusion, whose timesteps the model receives: (diffusion_steps,).
-        dtype: dtype of the inference, see `infer`.
-    """
-
-    def __init__(
-        self, grammar: Grammar, alphas_cumprod: Sequence[float] | np.ndarray, dtype: torch.dtype = torch.float64
-    ):
-        self.grammar, self.dtype = grammar, dtype
-        self.alphas_cumprod = torch.as_tensor(np.asarray(alphas_cumprod), dtype=torch.float64)
+class OneHotDenoiser(Denoiser[Grammar]):
+    """E[x_0 | x_t] of one-hot leaves, as a model that predicts x_0; `source` is their grammar."""
 
     def __call__(self, x: Tensor, t: Tensor, **kwargs: Any) -> Tensor:
         """The leaves' marginals, of the shape and dtype of x (B, v, n), at timesteps t (B,)."""
-        likelihoods = gaussian_log_likelihoods(x, self.alphas_cumprod.to(x.device)[t.long()])
-        return infer(self.grammar, likelihoods, self.dtype).marginals()[0].mT.to(x.dtype)
+        likelihoods = gaussian_log_likelihoods(x, self.signal(t))
+        return infer(self.source, likelihoods, self.dtype).marginals()[0].mT.to(x.dtype)
 
 
 def read_one_hot(grammar: Grammar, x: Tensor) -> tuple[Tensor, ...]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .belief_propagation import infer
-from .curves import fraction_kept, probability_kept
+from .curves import fraction_equal, fraction_kept, probability_kept
 from .denoiser import ExactDenoiser
 from .grammar import Grammar
 from .images import TreeImages
@@ -172,8 +172,7 @@ def gaussian_loop(part: Part, times: Sequence[float], steps: int) -> np.ndarray:
     for time, x in zip(times, noised_one_hot(part, true[0], times), strict=True):
         diffusion = chain(last_timestep(time), round(steps * time), ModelMeanType.START_X)
         back = denoise(diffusion, model, x, part.generator(f"loop of {steps} steps", round(DIFFUSION_STEPS * time)))
-        read = read_one_hot(part.grammar, back)
-        found.append(torch.stack([(a == b).double().mean(1) for a, b in zip(read, true, strict=True)], dim=1))
+        found.append(fraction_equal(read_one_hot(part.grammar, back), true))
     return torch.stack(found, dim=1).numpy()
 
 

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.correlations import (
     correlation_function,
     covariances,
@@ -13,7 +12,8 @@ from guided_diffusion.correlations import (
     variances,
 )
 from guided_diffusion.errors import UserError
-from guided_diffusion.respace import SpacedDiffusion, space_timesteps
+from guided_diffusion.respace import SpacedDiffusion
+from guided_diffusion.script_util import create_gaussian_diffusion
 from random_hierarchy_model import Grammar, mean_field
 from random_hierarchy_model.belief_propagation import infer
 from random_hierarchy_model.leaf_noise import (
@@ -142,13 +142,7 @@ def test_noise_that_cannot_be_is_refused():
 
 def spaced(steps: int) -> SpacedDiffusion:
     """The linear schedule, respaced, for a model that predicts x_0; DDPM with the posterior variance."""
-    return SpacedDiffusion(
-        use_timesteps=space_timesteps(1000, [steps]),
-        betas=gd.get_named_beta_schedule("linear", 1000),
-        model_mean_type=gd.ModelMeanType.START_X,
-        model_var_type=gd.ModelVarType.FIXED_SMALL,
-        loss_type=gd.LossType.MSE,
-    )
+    return create_gaussian_diffusion(sigma_small=True, predict_xstart=True, timestep_respacing=str(steps))
 
 
 def test_the_loop_on_one_hot_leaves_samples_the_posterior():
