@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util
 from guided_diffusion.checkpoints import DIFFUSION_MODEL, load_model
-from guided_diffusion.command_line.flags import NATURAL, POSITIVE, TRAINING, TRAINING_DIFFUSION, Flag, add_flags
+from guided_diffusion.command_line.flags import TRAINING, TRAINING_DIFFUSION, add_flags
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import to_device
@@ -25,6 +25,7 @@ from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import args_to_dict, model_and_diffusion_defaults
 from guided_diffusion.training.setup import diffusion_and_sampler, loop_options, sample_grid, training_folder
 from random_hierarchy_model.demo import GRAMMAR_FLAGS, MODEL_FLAGS, TRAINING_FLAGS
+from random_hierarchy_model.flags import grammar_flags
 from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images_from_flags
 
 
@@ -58,15 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 def create_argparser() -> argparse.ArgumentParser:
     """The flags of the script."""
     parser = ArgumentParser(usage="%(prog)s [flags]", description=__doc__)
-    add_flags(
-        parser.add_argument_group("the grammar and its images"),
-        [],
-        num_symbols=Flag(POSITIVE, "number of symbols v per level, and of classes", GRAMMAR_FLAGS["num_symbols"]),
-        num_synonyms=Flag(POSITIVE, "number of production rules m per symbol", GRAMMAR_FLAGS["num_synonyms"]),
-        depth=Flag(POSITIVE, "number of levels L; an image has 2^L x 2^L patches", GRAMMAR_FLAGS["depth"]),
-        patch_size=Flag(POSITIVE, "side of a patch, in pixels", GRAMMAR_FLAGS["patch_size"]),
-        grammar_seed=Flag(NATURAL, "seed of the rules and the patches", GRAMMAR_FLAGS["grammar_seed"]),
-    )
+    add_flags(parser.add_argument_group("the grammar and its images"), grammar_flags(**GRAMMAR_FLAGS))
     add_flags(parser.add_argument_group("training"), [*TRAINING, *TRAINING_DIFFUSION], **TRAINING_FLAGS)
     model = parser.add_argument_group("the model and the diffusion")
     add_flags(model, {**model_and_diffusion_defaults(), **MODEL_FLAGS})

@@ -33,6 +33,7 @@ from guided_diffusion.command_line.stopping import run, when_stopped
 from guided_diffusion.errors import UserError, named_write_errors
 from guided_diffusion.system.files import write_whole
 from random_hierarchy_model import Grammar, mean_field, theory, theory_plots, theory_tables
+from random_hierarchy_model.flags import grammar_flags
 
 import torch
 
@@ -120,15 +121,9 @@ def create_argparser() -> argparse.ArgumentParser:
         for name, (kind, text, number, quick) in NUMBERS.items()
     }
     add_flags(parser, [], **numbers, seed=flag("seed", kind=SEED), num_threads=flag("num_threads", default=0))
-    add_flags(
-        parser.add_argument_group("the grammar of levels_*, correlations and susceptibility"),
-        [],
-        num_symbols=Flag(POSITIVE, "number of symbols v per level", 32),
-        num_synonyms=Flag(POSITIVE, "number of production rules m per symbol", 8),
-        branching=Flag(POSITIVE, "number of symbols s in a rule", 2),
-        depth=Flag(POSITIVE, "number of levels L", 10),
-        grammar_seed=Flag(SEED, "seed of the rules of the first grammar; the others have the seeds that follow", 0),
-    )
+    seeds = Flag(SEED, "seed of the rules of the first grammar; the others have the seeds that follow", 0)
+    grammar = grammar_flags(num_symbols=32, num_synonyms=8, branching=2, depth=10, grammar_seed=seeds)
+    add_flags(parser.add_argument_group("the grammar of levels_*, correlations and susceptibility"), grammar)
     return parser
 
 
