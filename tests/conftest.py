@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
+from guided_diffusion import dist_util
 from guided_diffusion.script_util import model_defaults, model_from_flags
 from guided_diffusion.system.other_scripts import REPOSITORY, environment
 from guided_diffusion.system.other_scripts import as_flags as as_flags
@@ -20,6 +21,7 @@ from guided_diffusion.system.other_scripts import load_script as load_script
 
 import pytest
 import torch
+import torchvision
 from fork_server import Forked, start
 from PIL import Image
 from reference import fill_weights
@@ -62,6 +64,26 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Scripts run in the tests' own process, which stays what it was."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
+    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def resnet18(tmp_path_factory) -> dict:
+    """Flags of a torchvision classifier with random weights."""
+    path = tmp_path_factory.mktemp("classifier") / "resnet18.pth"
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), path)
+    names = {"classifier_name": "resnet18", "classifier_path": path}
+    return {**names, "image_size": 32, "num_threads": 1, "num_workers": 0}
 
 
 @pytest.fixture(scope="session")

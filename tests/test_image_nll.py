@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from guided_diffusion import checkpoints, dist_util
+from guided_diffusion import checkpoints
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import NoiseStreams
 from guided_diffusion.script_util import model_defaults, model_from_flags
@@ -32,14 +32,7 @@ NAMES = ["vb_terms.npz", "mse_terms.npz", "xstart_mse_terms.npz"]
 NAMES += ["image_nll.npz", "image_nll.json", "image_nll_inputs.json"]
 
 
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """The script runs in the tests' own process, which stays what it was."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def run_main(*flags):

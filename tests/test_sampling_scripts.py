@@ -13,7 +13,7 @@ import signal
 import time
 from types import SimpleNamespace
 
-from guided_diffusion import checkpoints, dist_util
+from guided_diffusion import checkpoints
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import (
     classifier_defaults,
@@ -41,14 +41,7 @@ def script(name):
     return load_script(f"scripts/{name}.py")
 
 
-@pytest.fixture(autouse=True)
-def _one_process(monkeypatch):
-    """Scripts run in the tests' own process, which stays what it was."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("in_this_process")
 
 
 def run_main(name, *flags):

@@ -12,8 +12,6 @@ from guided_diffusion.runs.resumable import ResultRun
 
 import numpy as np
 import pytest
-import torch
-import torchvision
 from conftest import SMALL_MODEL, as_flags, load_script
 from PIL import Image
 
@@ -43,13 +41,9 @@ def sampling(small_checkpoint, tmp_path) -> dict:
     return {**model, **flags, "output": tmp_path / "out"}
 
 
-@pytest.fixture(scope="module")
-def classifier(tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("classifier") / "resnet18.pth"
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18().state_dict(), path)
-    names = {"classifier_name": "resnet18", "classifier_path": path}
-    return {**names, "image_size": 32, "num_threads": 1, "num_workers": 0, "batch_size": 6}
+@pytest.fixture
+def classifier(resnet18) -> dict:
+    return {**resnet18, "batch_size": 6}
 
 
 MAIN = "forward_backward_dataset_sample.py"

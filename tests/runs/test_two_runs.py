@@ -16,8 +16,6 @@ from guided_diffusion.runs import locks
 
 import numpy as np
 import pytest
-import torch
-import torchvision
 from conftest import SMALL_MODEL, as_flags, load_script, run_script, start_script
 from PIL import Image
 
@@ -64,15 +62,6 @@ def whole(flags, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module")
-def classifying(tmp_path_factory) -> dict:
-    path = tmp_path_factory.mktemp("classifier") / "resnet18.pth"
-    torch.manual_seed(0)
-    torch.save(torchvision.models.resnet18().state_dict(), path)
-    names = {"classifier_name": "resnet18", "classifier_path": path}
-    return {**names, "image_size": 32, "num_threads": 1, "num_workers": 0}
-
-
 # One run at a time
 
 
@@ -115,13 +104,13 @@ def interrupted(script: str, name: str, *words, **flags) -> None:
     module.main([*as_flags(flags), *map(str, words)])
 
 
-def test_every_script_locks_its_results(flags, data, classifying, whole, tmp_path):
+def test_every_script_locks_its_results(flags, data, resnet18, whole, tmp_path):
     owner = {**locks._identity(), "since": "now", "token": "0"}  # a process that exists
     sampling = {name: flags[name] for name in (*SMALL_MODEL, "model_path", "batch_size", "num_threads")}
     pairs = {"starting_data_dir": data, "data_dir": whole, "time_series": 2, "timestep_respacing": 4}
     runs = {
-        "act_stat_resnet18": ("classifier_statistics.py", {"data_dir": data, **classifying}),
-        "act_diff_resnet18-t_2_4": ("evaluate_classifier.py", {"normalization": "none", **pairs, **classifying}),
+        "act_stat_resnet18": ("classifier_statistics.py", {"data_dir": data, **resnet18}),
+        "act_diff_resnet18-t_2_4": ("evaluate_classifier.py", {"normalization": "none", **pairs, **resnet18}),
         "image_nll": ("scripts/image_nll.py", {"data_dir": data, "num_workers": 0, **sampling}),
         "samples_2x32x32x3": ("scripts/image_sample.py", {"num_samples": 2, **sampling}),
     }
@@ -188,9 +177,9 @@ def arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(found)
 
 
-def test_shards_of_statistics_and_of_an_evaluation(classifying, data, whole, tmp_path):
-    statistics = {**classifying, "data_dir": data, "num_samples": 7, "batch_size": 2}
-    evaluation = {**classifying, "starting_data_dir": data, "data_dir": whole, "time_series": "2,3"}
+def test_shards_of_statistics_and_of_an_evaluation(resnet18, data, whole, tmp_path):
+    statistics = {**resnet18, "data_dir": data, "num_samples": 7, "batch_size": 2}
+    evaluation = {**resnet18, "starting_data_dir": data, "data_dir": whole, "time_series": "2,3"}
     evaluation |= {"timestep_respacing": 4, "batch_size": 6}
     for script, flags in (("classifier_statistics.py", statistics), ("evaluate_classifier.py", evaluation)):
         assert call(script, **flags, output=tmp_path / "one") == 0
@@ -309,9 +298,9 @@ def test_a_folder_that_was_moved_away_does_not_block_the_next_run(flags, whole, 
     assert record["settings"]["seed"] == 1 and len(record["runs"]) == 1 and record["finished"]
 
 
-def test_failed_runs_of_the_other_scripts_do_not_block_corrected_commands(flags, data, classifying, whole, tmp_path):
+def test_failed_runs_of_the_other_scripts_do_not_block_corrected_commands(flags, data, resnet18, whole, tmp_path):
     sampling = {name: flags[name] for name in (*SMALL_MODEL, "model_path", "batch_size", "num_threads")}
-    evaluation = {**classifying, "starting_data_dir": data, "data_dir": whole, "time_series": "2,3"}
+    evaluation = {**resnet18, "starting_data_dir": data, "data_dir": whole, "time_series": "2,3"}
     evaluation |= {"timestep_respacing": 4, "normalization": "none"}
     runs = {
         "scripts/image_nll.py": (

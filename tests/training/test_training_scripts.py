@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from guided_diffusion import dist_util, logger
+from guided_diffusion import logger
 from guided_diffusion.errors import UserError
 
 import numpy as np
@@ -46,13 +46,8 @@ del UPSAMPLER["image_size"], UPSAMPLER["channel_mult"]
 
 
 @pytest.fixture(autouse=True)
-def _tidy(monkeypatch):
-    """Scripts run in the tests' own process, which stays what it was."""
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(dist_util, "setup_dist", lambda _: None)
-    monkeypatch.delenv("OPENAI_LOGDIR", raising=False)
+def _tidy(in_this_process):
     yield
-    torch.set_num_threads(threads)
     logger.reset()
 
 
@@ -706,10 +701,10 @@ from guided_diffusion.system.other_scripts import load_script
 
 evaluate = ClassifierTrainLoop.evaluate
 
-def spoilt(self, batch, cond):
+def with_nan_on_rank_1(self, batch, cond):
     evaluate(self, batch * (float("nan") if dist_util.get_rank() == 1 else 1), cond)
 
-ClassifierTrainLoop.evaluate = spoilt
+ClassifierTrainLoop.evaluate = with_nan_on_rank_1
 run(load_script("scripts/classifier_train.py").main)
 """
 
