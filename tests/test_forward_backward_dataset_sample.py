@@ -483,7 +483,7 @@ def test_the_help_names_the_flags():
 
 
 def test_readme_command_at_full_size(tmp_path):
-    """The README's command as it stands there, with the published 552,814,086 parameters: one image, one step."""
+    """The README's command, verbatim, with the published model's 552,814,086 parameters: one image, one step."""
     readme = (REPOSITORY / "README.md").read_text().partition("## The experiment")[2].partition("\n## ")[0]
     lines = [line for line in readme.splitlines() if line.startswith(("MODEL_FLAGS=", "python forward_backward_"))]
     assert len(lines) == 2

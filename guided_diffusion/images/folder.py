@@ -351,7 +351,7 @@ def check_stems(paths: Sequence[str], flag: str = "--data_dir") -> None:
     """Raise UserError, which names `flag`, if two images differ only in their extension: they would share a sample."""
     known: dict[str, str] = {}
     for path in paths:
-        if (other := known.setdefault(os.path.splitext(path)[0], path)) != path:
+        if (other := known.setdefault(without_extension(path), path)) != path:
             raise UserError(f"{other} and {path} would have samples of the same name: rename one of them ({flag})")
 
 

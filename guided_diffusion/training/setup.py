@@ -167,7 +167,7 @@ def loop_options(
     names += ("log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth", "iterations", "seed")
     classes = getattr(data, "classes", None)
     return {
-        "settings": settings_of(args, flags, data),
+        "settings": training_settings(args, flags, data),
         "check_fit": fit_checker(network, flags) if network else None,
         "extra_state": {"classes": classes.as_json()} if classes else {},
         **folder.options(),
@@ -184,7 +184,7 @@ def run_to_end(loop: TrainLoop, folder: TrainingFolder) -> int:
     return report_unreadable(*folder.data.values())
 
 
-def settings_of(args: argparse.Namespace, flags: Mapping[str, Any], data: DataStream) -> dict[str, Any]:
+def training_settings(args: argparse.Namespace, flags: Mapping[str, Any], data: DataStream) -> dict[str, Any]:
     """Settings that must not change when the run is resumed, by flag; `flags` are those of network and diffusion."""
     names = [name for name in DECISIVE_FLAGS if hasattr(args, name)]
     if getattr(args, "anneal_lr", False):

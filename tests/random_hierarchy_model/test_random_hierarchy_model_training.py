@@ -145,12 +145,12 @@ def test_a_part_of_the_leaves_is_replaced(tmp_path):
     leaves = torch.from_numpy(images.grammar.sample(256, 1)[0])
     noise = torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(2))
     wrong = torch.linspace(0, 0.5, 256)
-    spoilt = images.read_leaves(loop.replace_leaves(images.render(leaves), wrong, noise))
-    assert torch.equal(spoilt[0], leaves[0])
-    changed = (spoilt != leaves).double().mean(dim=1)  # of 256 leaves each, where 1 in 8 is replaced by itself
+    replaced = images.read_leaves(loop.replace_leaves(images.render(leaves), wrong, noise))
+    assert torch.equal(replaced[0], leaves[0])
+    changed = (replaced != leaves).double().mean(dim=1)  # of 256 leaves each, where 1 in 8 is replaced by itself
     assert ((changed - wrong * 7 / 8).abs() < 5 * (0.25 / 256) ** 0.5).all()
     assert changed.mean() == pytest.approx(0.25 * 7 / 8, abs=0.01)
-    assert (spoilt[spoilt != leaves].bincount(minlength=8) > 0.8 * changed.sum() * 256 / 8).all()
+    assert (replaced[replaced != leaves].bincount(minlength=8) > 0.8 * changed.sum() * 256 / 8).all()
 
 
 def test_the_classifier_s_target_is_exact_inference(tmp_path):
