@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import subprocess
@@ -228,7 +229,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_run_is_resumed(
     until(lambda: "samples to make" in step.said(), "the run to begin")
     slurm.kill("gpu-b", MAIN_SCRIPT)  # ranks 2 and 3
     said = step.end(137)
-    assert "error: rank 2 on gpu-b died or cannot be reached; see its output" in said
+    # Ranks 2 and 3 died together: either may miss its heartbeat first.
+    assert re.search("error: rank [23] on gpu-b died or cannot be reached; see its output", said)
     assert said.count("error: rank") == 1
     assert "Traceback" not in said
     assert said.count("Exited with exit code 3") >= 1
