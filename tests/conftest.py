@@ -44,6 +44,28 @@ SMALL_MODEL = {
 }
 
 
+# The files that take longest come first, so that none of them runs alone at the end. Paths are relative to this folder.
+LONGEST = [
+    "system/test_slurm.py",
+    "training/test_training_scripts.py",
+    "test_dist_util.py",
+    "compute/test_performance.py",
+    "training/test_kill_many.py",
+    "classifier/test_classifier_scripts.py",
+    "training/test_train_util.py",
+    "random_hierarchy_model/test_demo.py",
+    "test_forward_backward_dataset_sample.py",
+    "random_hierarchy_model/test_theory_figures.py",
+    "random_hierarchy_model/test_random_hierarchy_model.py",
+    "system/test_installation.py",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {TESTS / name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 def save_checkpoint(path: Path, settings: dict) -> Path:
     """Save a checkpoint in the published layout, of the U-Net that the flags describe, with the reference weights."""
     known = {**model_defaults(), "learn_sigma": False, **settings}

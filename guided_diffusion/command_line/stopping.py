@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -103,6 +104,7 @@ def run(main: Callable[[], int | None]) -> None:
     """
     global _received
     _received = _Received()
+    gc.freeze()  # imported modules stay until the end: the garbage collector need not visit them, not at exit either
 
     def stop(signum, frame):
         stopping = _received.signum

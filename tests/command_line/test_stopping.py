@@ -8,6 +8,7 @@ import threading
 
 import pytest
 from conftest import environment
+from fork_server import start
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
@@ -54,7 +55,7 @@ class Script:
     def __init__(self, kind, insistence):
         command = [sys.executable, "-c", SCRIPT, kind, str(insistence)]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen(command, text=True, env=environment(), **pipes)
+        self.process = start(command, env=environment(), **pipes)
         # A test that fails does not wait for ever.
         self.alarm = threading.Timer(300, self.process.kill)
         self.alarm.start()

@@ -18,6 +18,7 @@ from guided_diffusion.runs.locks import Locks
 from guided_diffusion.system.other_scripts import environment
 
 import pytest
+from fork_server import start
 
 HOLDER = """
     import sys, time
@@ -36,7 +37,7 @@ def lock(tmp_path):
 def hold(lock, **changes):
     """A process that holds the lock."""
     command = [sys.executable, "-c", textwrap.dedent(HOLDER), lock]
-    process = subprocess.Popen(command, env=environment(**changes), stdout=subprocess.PIPE, text=True)
+    process = start(command, env=environment(**changes), stdout=subprocess.PIPE)
     assert process.stdout.readline() == "held\n"
     return process
 
@@ -183,8 +184,8 @@ def test_one_of_many_takes_over(lock):
     leave(lock, machine=locks._machine(), pid=2**22 + 1)
     code = textwrap.dedent(HOLDER).replace("time.sleep(600)", "sys.stdin.read()")
     pipe = subprocess.PIPE
-    options = {"env": environment(), "stdin": pipe, "stdout": pipe, "stderr": pipe, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", code, lock], **options) for _ in range(6)]
+    options = {"env": environment(), "stdin": pipe, "stdout": pipe, "stderr": pipe}
+    processes = [start([sys.executable, "-c", code, lock], **options) for _ in range(6)]
     deadline = time.monotonic() + 300
     while sum(process.poll() is None for process in processes) > 1:
         assert time.monotonic() < deadline

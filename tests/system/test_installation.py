@@ -6,15 +6,24 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, environment, run_python
+from conftest import MAIN_SCRIPT, REPOSITORY, environment, run_python
 
 SCRIPTS = sorted(
     str(path.relative_to(REPOSITORY)) for folder in (".", "scripts") for path in (REPOSITORY / folder).glob("*.py")
 )
 SCRIPTS.remove("setup.py")
 PACKAGES = ("guided_diffusion", "random_hierarchy_model")
+
+
+def shadow_package(folder: Path) -> None:
+    """Another package of this name."""
+    other = folder / "guided_diffusion"
+    other.mkdir()
+    for module in ("__init__", "dist_util", "logger", "script_util", "unet"):
+        (other / f"{module}.py").touch()
 
 
 def start(*words, **variables) -> subprocess.CompletedProcess:
@@ -25,15 +34,21 @@ def start(*words, **variables) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_uses_the_package_of_its_own_clone(script, tmp_path):
-    """Whatever comes first on the path: the original package (Python itself is executed), or nothing of that name."""
-    other = tmp_path / "guided_diffusion"
-    other.mkdir()
-    for module in ("__init__", "dist_util", "logger", "script_util", "unet"):
-        (other / f"{module}.py").touch()
+    """Whatever comes first on the path: the original package, or nothing of that name."""
+    shadow_package(tmp_path)
     command = REPOSITORY / script, "--help"
-    for done in (start(*command, PYTHONPATH=str(tmp_path)), run_python(*command, env=environment(PYTHONPATH=""))):
+    for path in (str(tmp_path), ""):
+        done = run_python(*command, env=environment(PYTHONPATH=path))
         assert done.returncode == 0, done.stderr
         assert done.stdout.startswith("usage: ")
+
+
+@pytest.mark.parametrize("script", [MAIN_SCRIPT, "scripts/image_train.py"])
+def test_a_script_uses_the_package_of_its_own_clone_if_python_itself_is_executed(script, tmp_path):
+    shadow_package(tmp_path)
+    done = start(REPOSITORY / script, "--help", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
