@@ -27,6 +27,9 @@ from PIL import Image
 from reference import fill_weights
 from slurm import Slurm, missing
 
+# Hundreds of processes import the project. They share its bytecode, even if this variable forbids writing it.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 TESTS = Path(__file__).parent
 PHOTOGRAPHS = TESTS / "photographs"
 
