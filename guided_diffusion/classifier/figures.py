@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -67,9 +68,23 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def new_mosaic(
+    width: float, height: float, layout: Sequence[Sequence[str]], width_ratios: Sequence[float]
+) -> tuple[Figure, dict[str, Any]]:
+    """A figure of this size in inches, and its Axes by their name in the layout, as in `Figure.subplot_mosaic`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplot_mosaic(layout, width_ratios=width_ratios)
+
+
 def early_to_late() -> Colormap:
     """Viridis without its last tenth, which is too pale for lines on white."""
     return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+
+
+def shades(count: int) -> list[Any]:
+    """`count` colours, from dark to light."""
+    return [early_to_late()(i / max(1, count - 1)) for i in range(count)]
 
 
 def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str, pad: float) -> Any:
