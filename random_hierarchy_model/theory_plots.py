@@ -14,19 +14,14 @@ from guided_diffusion.classifier.figures import (
     TIME_LABEL,
     VERMILION,
     Rows,
+    add_shades_bar,
     early_to_late,
     new_figure,
     shades,
+    two_sided,
 )
 
 import numpy as np
-
-try:
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import ListedColormap, Normalize
-except ModuleNotFoundError:  # optional: see check_packages
-    pass
 
 from . import mean_field
 from .grammar import Grammar
@@ -49,7 +44,7 @@ SQUARES: dict[str, Any] = {"marker": "s", "markersize": 3, "markerfacecolor": "n
 EXACT: tuple[str, dict[str, Any]] = ("exact", {"marker": "o", "linestyle": "none"})  # labels and looks, for `legend`
 MEAN_FIELD: tuple[str, dict[str, Any]] = ("mean field", {"linewidth": 0.8})
 AT_CRITICAL = (r"$\epsilon^*$", CRITICAL)
-AT_CHANCE = (CHANCE["label"], CHANCE)
+BY_CLASS = ("$1/v$", CHANCE)  # chance for the class; below, symbols are not equally frequent
 
 
 def columns(rows: Rows, *names: str, **chosen: Any) -> list[np.ndarray]:
@@ -67,17 +62,6 @@ def legend(axes: Axes, looks: Sequence[tuple[str, dict[str, Any]]], **options: A
     """A legend of looks, (label, properties of a line) each, whatever is drawn."""
     handles = [axes.plot([], [], **{"color": "0.2", **look, "label": label})[0] for label, look in looks]
     axes.legend(handles=handles, **options)
-
-
-def add_level_bar(figure: Figure, panels: Sequence[Axes], depth: int) -> None:
-    """Add a bar of the colours of the levels, from the leaves to the class."""
-    colours = ScalarMappable(Normalize(-0.5, depth + 0.5), ListedColormap(shades(depth + 1)))
-    bar = figure.colorbar(colours, ax=panels, pad=0.02, aspect=25)
-    between = range(1, depth) if depth <= 12 else range(5, depth - 1, 5)
-    bar.set_ticks([0, *between, depth], labels=["leaves", *map(str, between), "class"])
-    bar.ax.tick_params(length=0)
-    bar.set_label("level", labelpad=-6)
-    bar.outline.set_linewidth(0.6)
 
 
 def name(v: int, m: int, s: int, depth: int | None = None) -> str:
@@ -109,14 +93,14 @@ def levels(rows: Rows, grammar: Grammar) -> Figure:
     if noise == "epsilon":
         mean_field_levels(panels[0], grammar, x)
     else:
-        looks = [(EXACT[0], {"marker": "o", "markersize": 2, **joined}), AT_CHANCE]
-        legend(panels[0], looks, loc="upper right")
+        legend(panels[0], [(EXACT[0], {"marker": "o", "markersize": 2, **joined}), BY_CLASS])
     if has_loop:
         panels[0].set_title("exact posterior", fontsize=8)
         panels[1].set_title("samples of the loop with the exact denoiser", fontsize=8)
         looks = [(EXACT[0], {"linewidth": 0.6}), ("loop", {**SQUARES, "linestyle": "none"})]
-        legend(panels[1], looks, loc="upper right")
-    add_level_bar(figure, panels, grammar.depth)
+        legend(panels[1], looks)
+    between = [str(level) if grammar.depth <= 12 or level % 5 == 0 else "" for level in range(1, grammar.depth)]
+    add_shades_bar(figure, panels, ["leaves", *between, "class"], "level")
     return figure
 
 
@@ -132,7 +116,7 @@ def mean_field_levels(axes: Axes, grammar: Grammar, x: np.ndarray) -> None:
     if critical is not None:
         axes.axvline(critical, zorder=1, **CRITICAL)
         looks.append(AT_CRITICAL)
-    legend(axes, [*looks, AT_CHANCE], loc="upper right")
+    legend(axes, [*looks, BY_CLASS])
 
 
 # The map
@@ -259,14 +243,15 @@ def correlations(rows: Rows, grammar: Grammar) -> Figure:
     critical = mean_field.critical_noise(*numbers)
     figure, (panels,) = new_figure(PAGE if critical else COLUMN * 1.3, 2.8, columns=2 if critical else 1)
     shown = [e for e in values(rows, "epsilon") if e < 1][::2]
-    for epsilon, colour in zip(shown, beside(shown, critical), strict=True):
+    coloured = list(zip(shown, colours_of(shown, critical), strict=True))
+    for epsilon, colour in coloured:
         r, exact, error, theory = columns(rows, "r", "exact", "exact_error", "mean_field", epsilon=epsilon)
         clear = resolved(r, error, theory)
         look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
         panels[0].errorbar(r[clear], exact[clear], error[clear], **look)
         panels[0].plot(r[1:], theory[1:], color=colour, linewidth=0.8)
     panels[0].set(xscale="log", yscale="log", xlabel="distance $r$", ylabel="$C(r) / C(0)$", ylim=(1e-4, 1.2))
-    looks = [(f"{e:g}", {"color": c, "linewidth": 1.5}) for e, c in zip(shown, beside(shown, critical), strict=True)]
+    looks = [(f"{epsilon:g}", {"color": colour, "linewidth": 1.5}) for epsilon, colour in coloured]
     options = {"title": LABELS["epsilon"], "title_fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1, 1)}
     legend(panels[0], [*looks, *([] if critical else [EXACT, MEAN_FIELD])], **options)
     if critical is not None:
@@ -274,15 +259,12 @@ def correlations(rows: Rows, grammar: Grammar) -> Figure:
     return figure
 
 
-def beside(noises: Sequence[float], critical: float | None) -> list[Any]:
+def colours_of(noises: Sequence[float], critical: float | None) -> list[Any]:
     """A colour for each noise level: blue below e* and orange above, darker nearer to it; else from dark to light."""
     if critical is None:
         return shades(len(noises))
     below = sum(e < critical for e in noises)
-    blue, orange = (colormaps[name](np.linspace(0.4, 0.95, 64)) for name in ("Blues", "Oranges"))
-    above = len(noises) - below
-    nearer = [blue[63 * (i + 1) // below] for i in range(below)]
-    return nearer + [orange[63 * (above - i) // above] for i in range(above)]
+    return two_sided(below, len(noises) - below)
 
 
 def resolved(r: np.ndarray, error: np.ndarray, theory: np.ndarray) -> np.ndarray:

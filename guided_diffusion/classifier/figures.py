@@ -87,12 +87,29 @@ def shades(count: int) -> list[Any]:
     return [early_to_late()(i / max(1, count - 1)) for i in range(count)]
 
 
+def two_sided(below: int, above: int) -> list[Any]:
+    """Colours on both sides of a critical value, darker nearer to it: `below` blue ones, then `above` orange ones."""
+    blues, oranges = (matplotlib.colormaps[name](np.linspace(0.4, 0.95, 256)) for name in ("Blues", "Oranges"))
+    nearer = [blues[255 * (i + 1) // below] for i in range(below)]
+    return nearer + [oranges[255 * (above - i) // above] for i in range(above)]
+
+
 def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str, pad: float) -> Any:
     """Add a bar of the colours of `early_to_late`, labelled from `low` to `high`, next to one or several Axes."""
     bar = figure.colorbar(ScalarMappable(Normalize(low, high), early_to_late()), ax=axes, pad=pad, aspect=25)
     bar.set_label(label)
     bar.outline.set_linewidth(0.6)
     return bar
+
+
+def add_shades_bar(figure: Figure, axes: Any, labels: Sequence[str], label: str) -> None:
+    """Add a bar of `shades`, one for each of the labels, next to one or several Axes."""
+    colours = ScalarMappable(Normalize(-0.5, len(labels) - 0.5), ListedColormap(shades(len(labels))))
+    bar = figure.colorbar(colours, ax=axes, pad=0.02, aspect=25)
+    bar.set_ticks(range(len(labels)), labels=labels)
+    bar.ax.tick_params(length=0)
+    bar.set_label(label, labelpad=-6)
+    bar.outline.set_linewidth(0.6)
 
 
 def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:
