@@ -251,6 +251,9 @@ def correlations(rows: Rows, grammar: Grammar) -> Figure:
         panels[0].errorbar(r[clear], exact[clear], error[clear], **look)
         panels[0].plot(r[1:], theory[1:], color=colour, linewidth=0.8)
     panels[0].set(xscale="log", yscale="log", xlabel="distance $r$", ylabel="$C(r) / C(0)$", ylim=(1e-4, 1.2))
+    ticks = values(rows, "r")[1 :: 1 + (grammar.depth > 6)]
+    panels[0].set_xticks(ticks, [str(r) for r in ticks])
+    panels[0].tick_params(which="minor", bottom=False, labelbottom=False)
     looks = [(f"{epsilon:g}", {"color": colour, "linewidth": 1.5}) for epsilon, colour in coloured]
     options = {"title": LABELS["epsilon"], "title_fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1, 1)}
     legend(panels[0], [*looks, *([] if critical else [EXACT, MEAN_FIELD])], **options)
@@ -291,6 +294,7 @@ def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
             seen += scaled[1:][(power * theory)[1:] > 1e-2].tolist()
     label = rf"$r / \xi$ with $\xi = |\epsilon - \epsilon^*|^{{-\nu}}$, $\nu = {nu:.3g}$"
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", ylim=(1e-2, 2))
+    axes.tick_params(which="minor", labelbottom=False)
     if seen:
         axes.set_xlim(min(seen) / 2, 2 * max(seen))
     sides = [(r"$\epsilon < \epsilon^*$", {"color": BLUE}), (r"$\epsilon > \epsilon^*$", {"color": VERMILION})]

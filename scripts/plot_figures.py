@@ -61,6 +61,7 @@ from guided_diffusion.classifier.retention import (
     fit_transition,
     wilson_interval,
 )
+from guided_diffusion.classifier.ridgeline import draw_ridges, height_of, histograms_of
 from guided_diffusion.command_line.flags import FOLDER, NAME, SAMPLES_DIR, TEXT, Flag, add_flags, flag, whole_number
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
@@ -74,11 +75,9 @@ from guided_diffusion.system.files import write_json, write_whole
 import numpy as np
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 MOST_SHOWN = {"gallery": 10, "distributions": 25}  # times: more would be too small to see
-RIDGE = 1.3  # height of the peak of a row of the distributions, in distances between rows
 LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks
 
 
@@ -283,12 +282,12 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
     """
     layers = series[0].differences["layers"].tolist()
     depths = sorted({0, len(layers) // 2, len(layers) - 1})
-    distance = max(0.15, min(0.3, 2.5 / len(series)))  # between rows, in inches; the lowest that fits the labels
-    figure, (panels,) = new_figure(PAGE, max(1.6, 0.8 + distance * (len(series) + RIDGE - 1)), columns=len(depths))
+    figure, (panels,) = new_figure(PAGE, height_of(len(series)), columns=len(depths))
     rows = []
     for depth, axes in zip(depths, panels, strict=True):
         edges, histograms = histograms_of([result.differences["cosine"][:, depth] for result in series], bins)
         draw_ridges(axes, edges, histograms, times_of(series))
+        axes.set_xlabel("cosine similarity")
         for result, counts in zip(series, histograms, strict=True):
             ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
             about = {"layer": layers[depth], "depth": depth, **time_columns(result)}
@@ -298,30 +297,6 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
         axes.tick_params(labelleft=False)
     panels[0].set_ylabel(TIME_LABEL)
     return figure, rows
-
-
-def histograms_of(values: Sequence[np.ndarray], bins: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The edges of bins up to 1 that cover all similarities, (bins + 1,), and the counts of each array, (bins,)."""
-    values = [v[np.isfinite(v)] for v in values]
-    lowest = min((v.min() for v in values if len(v)), default=0)
-    edges = np.linspace(min(np.floor(lowest * 20) / 20, 0.95), 1, bins + 1)
-    return edges, [np.histogram(np.minimum(v, 1), edges)[0] for v in values]  # rounding may give more than 1
-
-
-def draw_ridges(axes: Axes, edges: np.ndarray, histograms: Sequence[np.ndarray], times: np.ndarray) -> None:
-    """Filled histograms in rows, the first on top, the later ones in front, each with its time on the y axis."""
-    rows = -np.arange(len(histograms), dtype=float)
-    for row, counts, time in zip(rows, histograms, times, strict=True):
-        ridge = row + RIDGE * counts / max(1, counts.max())
-        colour = np.array(early_to_late()(time))
-        pale = 0.5 + 0.5 * colour  # and opaque, so that the rows behind do not shine through
-        axes.stairs(ridge, edges, baseline=row, fill=True, color=pale, zorder=1 - row)
-        axes.stairs(ridge, edges, baseline=row, color=colour, linewidth=0.7, zorder=1 - row, clip_on=False)
-    axes.set_yticks(rows, [f"{time:.3g}" for time in times])
-    axes.tick_params(axis="y", length=0)
-    axes.spines["left"].set_visible(False)
-    axes.set(xlabel="cosine similarity", xlim=(edges[0], edges[-1]), ylim=(rows[-1] - 0.1, RIDGE))
-    axes.locator_params(axis="x", nbins=5)
 
 
 # The gallery
