@@ -11,9 +11,10 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from .demo import GRAMMAR_FLAGS
 
-WIDTHS = (24, 48, 96, 128, 192)  # channels of the stages, one per level of the tree, leaves first
+# The stages of a tree with four levels of rules, one per level of symbols, leaves first. Smaller trees have the last.
+WIDTHS = (24, 48, 96, 128, 192)  # channels
 BLOCKS = (2, 2, 2, 1, 1)
-STEM = 4  # side, in pixels, of the squares seen by torchvision's first layer
+STEM = 4  # side, in pixels, of the squares seen by torchvision's first layer; a multiple of the patch size
 
 
 def small_convnext() -> tuple[ConvNeXt, Callable[[np.ndarray], Tensor]]:
@@ -22,10 +23,9 @@ def small_convnext() -> tuple[ConvNeXt, Callable[[np.ndarray], Tensor]]:
     The first layer sees one leaf at a time, each later stage four symbols of the previous one, the last the whole
     image.
     """
-    stages = [
-        CNBlockConfig(width, wider, blocks)
-        for width, wider, blocks in zip(WIDTHS, (*WIDTHS[1:], None), BLOCKS, strict=True)
-    ]
+    levels = GRAMMAR_FLAGS["depth"] + 1
+    widths, blocks = WIDTHS[-levels:], BLOCKS[-levels:]
+    stages = [CNBlockConfig(*stage) for stage in zip(widths, (*widths[1:], None), blocks, strict=True)]
     # A network this shallow need not start near the identity: layer scales start at 1, not at 1e-6.
     return ConvNeXt(stages, layer_scale=1.0, num_classes=GRAMMAR_FLAGS["num_symbols"]), preprocess
 

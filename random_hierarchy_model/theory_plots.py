@@ -8,20 +8,24 @@ from typing import TYPE_CHECKING, Any
 
 from guided_diffusion.classifier.figures import (
     BLUE,
+    CHANCE,
     COLUMN,
     PAGE,
     TIME_LABEL,
     VERMILION,
     Rows,
-    add_colorbar,
+    add_shades_bar,
     early_to_late,
     new_figure,
+    shades,
+    two_sided,
 )
 
 import numpy as np
 
 from . import mean_field
 from .grammar import Grammar
+from .theory_tables import MAPS, PHASES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,13 +34,17 @@ if TYPE_CHECKING:
 LABELS = {
     "epsilon": r"noise $\epsilon$",
     "time": TIME_LABEL,
-    "gaussian": TIME_LABEL,
+    "gaussian": TIME_LABEL + ", one-hot leaves",
     "masked": "masked fraction of leaves",
     "masking": "masked fraction of leaves",
 }
 POINTS: dict[str, Any] = {"linestyle": "none", "elinewidth": 0.6, "capsize": 1.2}
-CHANCE = {"color": "0.45", "linestyle": ":", "linewidth": 0.8}
-CRITICAL = {"color": "0.45", "linestyle": "--", "linewidth": 0.8}
+CRITICAL: dict[str, Any] = {"color": "0.45", "linestyle": "--", "linewidth": 0.8}
+SQUARES: dict[str, Any] = {"marker": "s", "markersize": 3, "markerfacecolor": "none"}
+EXACT: tuple[str, dict[str, Any]] = ("exact", {"marker": "o", "linestyle": "none"})  # labels and looks, for `legend`
+MEAN_FIELD: tuple[str, dict[str, Any]] = ("mean field", {"linewidth": 0.8})
+AT_CRITICAL = (r"$\epsilon^*$", CRITICAL)
+BY_CLASS = ("$1/v$", CHANCE)  # chance for the class; below, symbols are not equally frequent
 
 
 def columns(rows: Rows, *names: str, **chosen: Any) -> list[np.ndarray]:
@@ -50,16 +58,15 @@ def values(rows: Rows, name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
-def shades(count: int) -> list[Any]:
-    """`count` colours, from dark to light."""
-    return [early_to_late()(i / max(1, count - 1)) for i in range(count)]
-
-
 def legend(axes: Axes, looks: Sequence[tuple[str, dict[str, Any]]], **options: Any) -> None:
     """A legend of looks, (label, properties of a line) each, whatever is drawn."""
-    for label, look in looks:
-        axes.plot([], [], label=label, **{"color": "0.2", **look})
-    axes.legend(**options)
+    handles = [axes.plot([], [], **{"color": "0.2", **look, "label": label})[0] for label, look in looks]
+    axes.legend(handles=handles, **options)
+
+
+def name(v: int, m: int, s: int, depth: int | None = None) -> str:
+    """The numbers of a grammar, as in the paper."""
+    return f"$v={v}$, $m={m}$, $s={s}$" + (f", $L={depth}$" if depth else "")
 
 
 # Levels
@@ -70,31 +77,30 @@ def levels(rows: Rows, grammar: Grammar) -> Figure:
     noise = next(iter(rows[0]))
     has_loop = "loop" in rows[0]
     figure, (panels,) = new_figure(PAGE if has_loop else COLUMN * 1.25, 2.7, columns=2 if has_loop else 1)
-    depth = grammar.depth
-    for level, colour in enumerate(shades(depth + 1)):
+    joined = {} if noise == "epsilon" else {"linestyle": "-", "linewidth": 0.6}  # there is no mean field to compare to
+    for level, colour in enumerate(shades(grammar.depth + 1)):
         x, exact, error = columns(rows, noise, "exact", "exact_error", level=level)
-        joined = (
-            {} if noise == "epsilon" else {"linestyle": "-", "linewidth": 0.6}
-        )  # there is no mean field to guide the eye
-        for axes in panels:
-            joined = joined if axes is panels[0] else {"linestyle": "-", "linewidth": 0.6, "marker": ""}
-            look = {**POINTS, "marker": "o", "markersize": 2, "color": colour, **joined}
-            axes.errorbar(x, exact, error if axes is panels[0] else None, zorder=3, **look)
+        look = {**POINTS, "marker": "o", "markersize": 2, "color": colour, **joined}
+        panels[0].errorbar(x, exact, error, zorder=3, **look)
         if has_loop:
+            panels[1].plot(x, exact, color=colour, linewidth=0.6)
             loop, loop_error = columns(rows, "loop", "loop_error", level=level)
-            look = {"marker": "s", "markersize": 3, "markerfacecolor": "none", "color": colour}
-            panels[1].errorbar(x, loop, loop_error, zorder=4, **POINTS, **look)
-    first = panels[0]
+            panels[1].errorbar(x, loop, loop_error, zorder=4, color=colour, **POINTS, **SQUARES)
     for axes in panels:
         axes.axhline(1 / grammar.num_symbols, zorder=1, **CHANCE)
         axes.set(xlabel=LABELS[noise], ylim=(-0.03, 1.03))
-    first.set_ylabel("probability of the true symbol")
+    panels[0].set_ylabel("probability of the true symbol")
     if noise == "epsilon":
-        mean_field_levels(first, grammar, x)
+        mean_field_levels(panels[0], grammar, x)
+    else:
+        legend(panels[0], [(EXACT[0], {"marker": "o", "markersize": 2, **joined}), BY_CLASS])
     if has_loop:
-        first.set_title("exact posterior", fontsize=8)
-        panels[1].set_title("squares: loop, exact denoiser; lines: exact posterior", fontsize=8)
-    add_colorbar(figure, panels, 0, depth, "level (0: leaves, top: class)", 0.02)
+        panels[0].set_title("exact posterior", fontsize=8)
+        panels[1].set_title("samples of the loop with the exact denoiser", fontsize=8)
+        looks = [(EXACT[0], {"linewidth": 0.6}), ("loop", {**SQUARES, "linestyle": "none"})]
+        legend(panels[1], looks)
+    between = [str(level) if grammar.depth <= 12 or level % 5 == 0 else "" for level in range(1, grammar.depth)]
+    add_shades_bar(figure, panels, ["leaves", *between, "class"], "level")
     return figure
 
 
@@ -105,47 +111,52 @@ def mean_field_levels(axes: Axes, grammar: Grammar, x: np.ndarray) -> None:
     found = np.array([mean_field.marginals(e, *numbers, grammar.depth) for e in fine])  # (e, L + 1)
     for level, colour in enumerate(shades(grammar.depth + 1)):
         axes.plot(fine, found[:, level], color=colour, linewidth=0.8, zorder=2)
-    looks = [("exact", {"marker": "o", "markersize": 2, "linestyle": "none"}), ("mean field", {"linewidth": 0.8})]
+    looks = [EXACT, MEAN_FIELD]
     critical = mean_field.critical_noise(*numbers)
     if critical is not None:
         axes.axvline(critical, zorder=1, **CRITICAL)
-        looks.append((r"$\epsilon^*$", CRITICAL))
-    legend(axes, looks, loc="lower left", bbox_to_anchor=(0, 0.08))
+        looks.append(AT_CRITICAL)
+    legend(axes, [*looks, BY_CLASS])
 
 
 # The map
 
+STARTS = ((0.45, BLUE), (0.22, VERMILION))  # beliefs on both sides of p*
+FIXED: dict[str, Any] = {"marker": "o", "linestyle": "none", "color": "black", "markersize": 4.5}
+
 
 def cobweb(rows: Rows, grammar: Grammar) -> Figure:
-    """F(p) with its fixed points, and the orbits of two noise levels, in a panel for each m."""
-    v, s = 32, 2
+    """F(p) with its fixed points, and the orbits of two beliefs, in a panel for each m."""
+    v, s, _ = MAPS
     synonyms = values(rows, "m")
-    figure, (panels,) = new_figure(PAGE * 0.72, 2.7, columns=len(synonyms))
+    figure, (panels,) = new_figure(PAGE * 0.72, 2.8, columns=len(synonyms))
     for m, axes in zip(synonyms, panels, strict=True):
         p, mapped = columns(rows, "p", "F", m=m)
         axes.plot([0, 1], [0, 1], color="0.6", linewidth=0.6)
         axes.plot(p, mapped, color="black", linewidth=1.2)
-        for start, colour in ((0.45, BLUE), (0.22, VERMILION)):
+        for start, colour in STARTS:
             axes.plot(*orbit(start, v, m, s), color=colour, linewidth=0.7)
             axes.plot(start, 0, marker="^", color=colour, markersize=4, clip_on=False)
         middle = mean_field.critical_belief(v, m, s)
         ends = ((1 / v, mean_field.slope_at_chance(v, m, s)), (1.0, mean_field.slope_at_one(v, m, s)))
         for point, slope in (*ends, *([] if middle is None else [(middle, 2.0)])):
             face = "black" if slope < 1 else "white"
-            axes.plot(point, point, "o", color="black", markerfacecolor=face, markersize=4.5, zorder=4, clip_on=False)
+            axes.plot(point, point, **FIXED, markerfacecolor=face, zorder=4, clip_on=False)
+        if middle is not None:
+            axes.annotate("$p^*$", (middle, middle), (4, -9), textcoords="offset points", fontsize=8)
         sf = mean_field.slope_at_one(v, m, s)
-        axes.set_title(rf"v = {v}, s = {s}, m = {m}: $sf$ = {sf:.2f} {'<' if sf < 1 else '>'} 1", fontsize=8)
+        kind = "$sf < 1$: weak noise dies out" if sf < 1 else "$sf > 1$: weak noise grows"
+        axes.set_title(f"{name(v, m, s)}\n{kind}", fontsize=8)
         axes.set(xlabel="belief $p$ in the children", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     panels[0].set_ylabel("belief $F(p)$ in the parent")
     looks = [
-        ("F(p)", {"color": "black", "linewidth": 1.2}),
-        ("attracting", {"marker": "o", "linestyle": "none", "color": "black", "markersize": 4}),
-        (
-            "repelling",
-            {"marker": "o", "linestyle": "none", "color": "black", "markerfacecolor": "white", "markersize": 4},
-        ),
+        ("$F(p)$", {"color": "black", "linewidth": 1.2}),
+        ("attracting fixed point", {**FIXED, "markerfacecolor": "black"}),
+        ("repelling fixed point", {**FIXED, "markerfacecolor": "white"}),
     ]
-    legend(panels[1], looks, loc="upper left")
+    orbits = [(f"orbit from $p={p}$", {"color": c, "marker": "^", "linewidth": 0.7}) for p, c in STARTS]
+    legend(panels[0], orbits, loc="upper left", bbox_to_anchor=(0, 1.02))
+    legend(panels[-1], looks, loc="upper left", bbox_to_anchor=(0, 1.02))
     return figure
 
 
@@ -168,20 +179,22 @@ def phase_diagram(rows: Rows, grammar: Grammar) -> Figure:
     figure, (panels,) = new_figure(PAGE * 0.85, 2.7, columns=2)
     line = [(mean_field.slope_at_one(v, m, s), mean_field.critical_noise(v, m, s)) for m in range(2, v)]
     line = [*((x, e) for x, e in line if e is not None), (1.0, 0.0)]
-    for axes, name in zip(panels, ("exact", "mean_field"), strict=True):
-        belief = columns(rows, name)[0].reshape(len(sf), len(epsilon))
+    for axes, column in zip(panels, ("exact", "mean_field"), strict=True):
+        belief = columns(rows, column)[0].reshape(len(sf), len(epsilon))
         mesh = axes.pcolormesh(
             sf, epsilon, belief.T, vmin=0, vmax=1, cmap=early_to_late(), shading="nearest", rasterized=True
         )
-        axes.plot(*zip(*line, strict=True), color="white", linewidth=1.4)
+        for colour, width in (("black", 2.2), ("white", 1.2)):  # a white line with black edges
+            axes.plot(*zip(*line, strict=True), color=colour, linewidth=width)
         axes.axvline(1, color="white", linewidth=0.8, linestyle=":")
-        axes.set(xlabel="$sf = F'(1)$", ylim=(epsilon.min() - 0.025, 1.025), title=name.replace("_", " "))
-        axes.title.set_fontsize(8)
+        axes.set(ylim=(epsilon.min() - 0.025, 1.025))
+        axes.set_title(f"{column.replace('_', ' ')}, $v={v}$, $s={s}$, $L={PHASES[2]}$", fontsize=8)
+        here = line[len(line) // 2]
+        axes.annotate(r"$\epsilon^*(sf)$", here, (5, 5), textcoords="offset points", color="white", fontsize=8)
     panels[0].set_ylabel(LABELS["epsilon"])
-    here = line[len(line) // 2]
-    panels[1].annotate(r"$\epsilon^*(sf)$", here, (5, 5), textcoords="offset points", color="white", fontsize=8)
+    figure.supxlabel("factor by which weak noise grows from level to level, $sf = F'(1)$", fontsize=8)
     bar = figure.colorbar(mesh, ax=panels, pad=0.02, aspect=25)
-    bar.set_label("belief in the class")
+    bar.set_label("probability of the true class")
     bar.outline.set_linewidth(0.6)
     return figure
 
@@ -198,7 +211,7 @@ def depth(rows: Rows, grammar: Grammar) -> Figure:
                 x, exact, error = columns(own, "noise", "exact", "exact_error", depth=level)
                 joined = {"linestyle": "-", "linewidth": 0.6} if process != "epsilon" else {}
                 look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour, **joined}
-                axes.errorbar(x, exact, error, label=f"L = {level}", **look)
+                axes.errorbar(x, exact, error, **look)
                 if process == "epsilon":
                     fine = np.linspace(x.min(), x.max(), 400)
                     belief = [mean_field.marginals(e, v, m, s, level)[-1] for e in fine]
@@ -208,10 +221,14 @@ def depth(rows: Rows, grammar: Grammar) -> Figure:
                 axes.axvline(critical, zorder=1, **CRITICAL)
             axes.axhline(1 / v, zorder=1, **CHANCE)
             axes.set(xlabel=LABELS[process], ylim=(-0.03, 1.03))
+            axes.locator_params(axis="x", nbins=6)
             if process == processes[0]:
-                kind = "drifts" if critical is None else "sharpens in place"
-                axes.set_title(f"v = {v}, m = {m}, s = {s}: {kind}", fontsize=8)
-                legend(axes, [("mean field", {"linewidth": 0.8})], loc="lower left", bbox_to_anchor=(0, 0.09))
+                kind = "no transition: moves with depth" if critical is None else "transition: sharpens in place"
+                axes.set_title(f"{name(v, m, s)}\n{kind}", fontsize=8)
+                colours = zip(depths, shades(len(depths)), strict=True)
+                looks = [(f"$L={level}$", {"marker": "o", "linestyle": "none", "color": c}) for level, c in colours]
+                looks += [MEAN_FIELD, *([] if critical is None else [AT_CRITICAL])]
+                legend(axes, looks, loc="lower left", bbox_to_anchor=(0, 0.12))
     for axes in panels[:, 0]:
         axes.set_ylabel("probability of the true class")
     return figure
@@ -226,17 +243,31 @@ def correlations(rows: Rows, grammar: Grammar) -> Figure:
     critical = mean_field.critical_noise(*numbers)
     figure, (panels,) = new_figure(PAGE if critical else COLUMN * 1.3, 2.8, columns=2 if critical else 1)
     shown = [e for e in values(rows, "epsilon") if e < 1][::2]
-    for epsilon, colour in zip(shown, shades(len(shown)), strict=True):
+    coloured = list(zip(shown, colours_of(shown, critical), strict=True))
+    for epsilon, colour in coloured:
         r, exact, error, theory = columns(rows, "r", "exact", "exact_error", "mean_field", epsilon=epsilon)
         clear = resolved(r, error, theory)
         look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
         panels[0].errorbar(r[clear], exact[clear], error[clear], **look)
-        panels[0].plot(r[1:], theory[1:], color=colour, linewidth=0.8, label=f"{epsilon:g}")
+        panels[0].plot(r[1:], theory[1:], color=colour, linewidth=0.8)
     panels[0].set(xscale="log", yscale="log", xlabel="distance $r$", ylabel="$C(r) / C(0)$", ylim=(1e-4, 1.2))
-    panels[0].legend(title=LABELS["epsilon"], loc="upper left", bbox_to_anchor=(1, 1), title_fontsize=7)
+    ticks = values(rows, "r")[1 :: 1 + (grammar.depth > 6)]
+    panels[0].set_xticks(ticks, [str(r) for r in ticks])
+    panels[0].tick_params(which="minor", bottom=False, labelbottom=False)
+    looks = [(f"{epsilon:g}", {"color": colour, "linewidth": 1.5}) for epsilon, colour in coloured]
+    options = {"title": LABELS["epsilon"], "title_fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1, 1)}
+    legend(panels[0], [*looks, *([] if critical else [EXACT, MEAN_FIELD])], **options)
     if critical is not None:
         collapse(panels[1], rows, critical, mean_field.correlation_exponent(*numbers))
     return figure
+
+
+def colours_of(noises: Sequence[float], critical: float | None) -> list[Any]:
+    """A colour for each noise level: blue below e* and orange above, darker nearer to it; else from dark to light."""
+    if critical is None:
+        return shades(len(noises))
+    below = sum(e < critical for e in noises)
+    return two_sided(below, len(noises) - below)
 
 
 def resolved(r: np.ndarray, error: np.ndarray, theory: np.ndarray) -> np.ndarray:
@@ -249,7 +280,8 @@ def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
 
     Influence along an edge of the tree is F'(p*)/s per level at e*, up or down; so C falls by its square per level.
     """
-    for sign, colour, label in ((-1, BLUE, r"$\epsilon < \epsilon^*$"), (1, VERMILION, r"$\epsilon > \epsilon^*$")):
+    seen = []  # r / xi of what is above the lower limit
+    for sign, colour in ((-1, BLUE), (1, VERMILION)):
         for epsilon in values(rows, "epsilon"):
             if not 0.02 < sign * (epsilon - critical) < 0.1:
                 continue
@@ -259,34 +291,39 @@ def collapse(axes: Axes, rows: Rows, critical: float, nu: float) -> None:
             look = {**POINTS, "marker": "o", "markersize": 2.5, "color": colour}
             axes.errorbar(scaled[clear], (power * exact)[clear], (power * error)[clear], **look)
             axes.plot(scaled[1:], (power * theory)[1:], color=colour, linewidth=0.6)
-        axes.plot([], [], "s", color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel=r"$r / \xi$ with $\xi = |\epsilon - \epsilon^*|^{-\nu}$")
-    axes.set(ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", xlim=(5e-4, 2), ylim=(1e-2, 2))
-    looks = [("exact", {"marker": "o", "linestyle": "none"}), ("mean field", {"linewidth": 0.8})]
-    legend(axes, looks, loc="lower left")
+            seen += scaled[1:][(power * theory)[1:] > 1e-2].tolist()
+    label = rf"$r / \xi$ with $\xi = |\epsilon - \epsilon^*|^{{-\nu}}$, $\nu = {nu:.3g}$"
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel=r"$r^{\,2 - 2/\nu}\, C(r) / C(0)$", ylim=(1e-2, 2))
+    axes.tick_params(which="minor", labelbottom=False)
+    if seen:
+        axes.set_xlim(min(seen) / 2, 2 * max(seen))
+    sides = [(r"$\epsilon < \epsilon^*$", {"color": BLUE}), (r"$\epsilon > \epsilon^*$", {"color": VERMILION})]
+    legend(axes, [*((side, {"linewidth": 1.5, **look}) for side, look in sides), EXACT, MEAN_FIELD], loc="lower left")
 
 
 def susceptibility(rows: Rows, grammar: Grammar) -> Figure:
     """chi against e, and against the masked fraction."""
     numbers = grammar.num_symbols, grammar.num_synonyms, grammar.branching
     processes = values(rows, "process")
-    figure, (panels,) = new_figure(PAGE * 0.8, 2.5, columns=len(processes))
+    figure, (panels,) = new_figure(PAGE * 0.8, 2.7, columns=len(processes))
+    handles = {}
     for process, axes in zip(processes, panels, strict=True):
         x, exact, error = columns(rows, "noise", "exact", "exact_error", process=process)
         joined = {"linestyle": "-", "linewidth": 0.6} if process != "epsilon" else {}
         look = {**POINTS, "marker": "o", "markersize": 3, "color": BLUE, **joined}
-        axes.errorbar(x, exact, error, label="exact", **look)
-        axes.set_xlabel(LABELS[process])
+        bars = axes.errorbar(x, exact, error, label="exact", **look)
+        handles.setdefault("exact", bars)
         if process == "epsilon":
             fine = np.linspace(x.min(), min(x.max(), 0.999), 300)
             chi = [mean_field.susceptibility(e, *numbers, grammar.depth) for e in fine]
-            axes.plot(fine, chi, color="black", linewidth=0.8, label="mean field")
+            handles["mean field"] = axes.plot(fine, chi, color="black", linewidth=0.8, label="mean field")[0]
             critical = mean_field.critical_noise(*numbers)
             if critical is not None:
-                axes.axvline(critical, zorder=1, label=r"$\epsilon^*$", **CRITICAL)
-            axes.legend(loc="upper left")
-        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+                handles["critical"] = axes.axvline(critical, zorder=1, label=AT_CRITICAL[0], **CRITICAL)
+        handles["one"] = axes.axhline(1, zorder=1, **CHANCE | {"label": "independent changes"})
+        axes.set(xlabel=LABELS[process], ylim=(0, 1.05 * axes.get_ylim()[1]))
     panels[0].set_ylabel(r"susceptibility $\chi$")
+    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=len(handles))
     return figure
 
 
@@ -306,11 +343,11 @@ def steps(rows: Rows, grammar: Grammar) -> Figure:
                 beside = n * 1.05 ** (i - (len(times) - 1) / 2)
                 look = {**POINTS, "linestyle": "-", "linewidth": 0.7, "marker": "o", "color": colour}
                 axes.errorbar(beside, difference, error, label=f"k/N = {time:g}", **look)
-            axes.axhline(0, zorder=1, **CHANCE)
-            axes.set(xscale="log", ylabel=f"{words}: loop - exact")
+            axes.axhline(0, zorder=1, color="0.45", linewidth=0.8)
+            axes.set(xscale="log", ylabel=f"{words} kept: loop $-$ exact")
             axes.set_xticks(values(rows, "steps"), [str(n) for n in values(rows, "steps")], minor=False)
             axes.minorticks_off()
-        column[0].set_title(f"v = {v}, m = {m}, s = {s}, L = {top}", fontsize=8)
-        column[1].set_xlabel("steps N of the whole chain")
+        column[0].set_title(name(v, m, s, top), fontsize=8)
+        column[1].set_xlabel("steps N of the whole chain (DDPM)")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(times))
     return figure

@@ -32,8 +32,9 @@ from guided_diffusion.classifier.figures import (
     VERMILION,
     Rows,
     check_packages,
-    new_figure,
+    new_mosaic,
     render,
+    shades,
     style,
 )
 from guided_diffusion.classifier.pairs import read_sample
@@ -65,9 +66,16 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 EXACT, LOOP, UNET, CONVNEXT = "exact posterior", "loop, exact denoiser", "loop, U-Net", "U-Net, seen by ConvNeXt"
+LOOKS: dict[str, dict[str, Any]] = {
+    EXACT: {"color": "black", "linewidth": 1.2, "zorder": 2},
+    LOOP: {"color": BLUE, "linestyle": "none", "marker": "o", "markersize": 5, "zorder": 3},
+    UNET: {"color": VERMILION, "linestyle": "none", "marker": "s", "markersize": 3, "zorder": 4},
+    CONVNEXT: {"color": GREEN, "linestyle": "none", "marker": "^", "markersize": 7, "zorder": 1},
+}
 STATISTICS_IMAGES = 512  # images for the classifier's statistics, including those that are noised
 
 
@@ -85,7 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     logger.make_dir()
     images = images_from_flags(GRAMMAR_FLAGS)
     folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
-    paths = write_images(images, folders["images"], max(STATISTICS_IMAGES, args.num_images), args.seed)
+    count = max(equal_classes(STATISTICS_IMAGES), args.num_images)
+    paths = write_images(images, folders["images"], count, args.seed)
     labelled = label_images(folders["images"], list_images(folders["images"]))
     chosen = [image.path for image in choose_images(labelled, classes, args.num_images // classes)]
 
@@ -105,6 +114,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 # The images
+
+
+def equal_classes(count: int) -> int:
+    """The largest number of images up to `count` that is a multiple of the classes, at least one of each."""
+    classes = GRAMMAR_FLAGS["num_symbols"]
+    return max(1, count // classes) * classes
 
 
 def write_images(images: TreeImages, folder: str, count: int, seed: int) -> list[str]:
@@ -222,32 +237,53 @@ def measure(
 
 
 def draw(rows: Rows) -> tuple[Figure, Rows]:
-    """One panel per level: the fraction that survives as a function of time, with standard errors."""
-    levels = list(dict.fromkeys(row["level"] for row in rows))
-    figure, (panels,) = new_figure(PAGE, 2.2, columns=len(levels))
-    looks = {
-        EXACT: {"color": "black", "linewidth": 1.2, "zorder": 2},
-        LOOP: {"color": BLUE, "linestyle": "none", "marker": "o", "markersize": 5, "zorder": 3},
-        UNET: {"color": VERMILION, "linestyle": "none", "marker": "s", "markersize": 3, "zorder": 4},
-        CONVNEXT: {"color": GREEN, "linestyle": "none", "marker": "^", "markersize": 7, "zorder": 1},
-    }
+    """The fraction that survives as a function of time: of all levels together, and in a panel for each level."""
+    levels = list(dict.fromkeys(row["level"] for row in rows))  # the class first
+    beside = -(-len(levels) // 2)  # panels in each of two rows, to the right of the one of all levels
+    places = [*levels, *"." * (2 * beside - len(levels))]
+    layout = [["all levels", *places[:beside]], ["all levels", *places[beside:]]]
+    figure, panels = new_mosaic(PAGE, 3.4, layout, width_ratios=[1.7, *[1] * beside])
+    draw_together(panels["all levels"], rows, levels)
     handles: dict[str, Any] = {}
-    for level, axes in zip(levels, panels, strict=True):
-        of_level = [row for row in rows if row["level"] == level]
-        for curve, look in looks.items():
-            own = [row for row in of_level if row["curve"] == curve]
-            if own:
-                times, kept, errors = ([row[name] for row in own] for name in ("k/N", "kept", "error"))
-                errors = None if curve == EXACT else errors
-                handles.setdefault(curve, axes.errorbar(times, kept, errors, label=curve, **ERROR_BARS, **look))
-        handles["chance"] = axes.axhline(of_level[0]["chance"], **CHANCE)
-        axes.set_title(level, fontsize=8)
-        axes.set(xlabel=TIME_LABEL, xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
-    for axes in panels[1:]:
-        axes.tick_params(labelleft=False)
-    panels[0].set_ylabel("fraction that survives")
+    for place, level in enumerate(levels):
+        handles |= draw_level(panels[level], [row for row in rows if row["level"] == level])
+        below = place + beside < len(levels)  # whether there is a panel below
+        panels[level].tick_params(labelleft=place % beside == 0, labelbottom=not below)
+    for name, axes in panels.items():
+        axes.set_title(name, fontsize=8)
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    fifths = [i / 5 for i in range(6)]
+    panels["all levels"].set(ylabel="fraction that survives", xticks=fifths, yticks=fifths)
+    figure.supxlabel(TIME_LABEL, fontsize=8)
     figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=len(handles))
     return figure, rows
+
+
+def draw_together(axes: Axes, rows: Rows, levels: Sequence[str]) -> None:
+    """All levels in one panel, a colour each: the exact posterior as lines, the U-Net's samples as markers."""
+    for level, colour in zip(levels, reversed(shades(len(levels))), strict=True):
+        curves = {curve: [r for r in rows if (r["level"], r["curve"]) == (level, curve)] for curve in (EXACT, UNET)}
+        times, exact = columns(curves[EXACT], "k/N", "kept")
+        axes.plot(times, exact, color=colour, linewidth=1.2)
+        axes.errorbar(*columns(curves[UNET], "k/N", "kept", "error"), **ERROR_BARS, **LOOKS[UNET] | {"color": colour})
+        axes.plot([], [], color=colour, marker="s", markerfacecolor="none", linewidth=1.2, label=level)
+    axes.legend(loc="upper right")  # free, because all curves fall
+
+
+def draw_level(axes: Axes, rows: Rows) -> dict[str, Any]:
+    """All curves of one level, and its chance level. Returns their handles for the legend, by label."""
+    handles: dict[str, Any] = {}
+    for curve, look in LOOKS.items():
+        if own := [row for row in rows if row["curve"] == curve]:
+            times, kept, errors = columns(own, "k/N", "kept", "error")
+            bars = axes.errorbar(times, kept, None if curve == EXACT else errors, label=curve, **ERROR_BARS, **look)
+            handles[curve] = bars
+    return {**handles, "chance": axes.axhline(rows[0]["chance"], **CHANCE)}
+
+
+def columns(rows: Rows, *names: str) -> list[list[float]]:
+    """Some columns of the rows."""
+    return [[row[name] for row in rows] for name in names]
 
 
 def table(rows: Rows) -> str:
@@ -277,7 +313,9 @@ def create_argparser() -> argparse.ArgumentParser:
         parser,
         ["output", "num_images", "time_series", "timestep_respacing", "seed", "processes", "num_threads"],
         output="results/demo",
-        num_images=Flag((whole_number(classes), "INT"), f"number of images, a multiple of the {classes} classes", 64),
+        num_images=Flag(
+            (whole_number(classes), "INT"), f"number of images, a multiple of the {classes} classes", equal_classes(64)
+        ),
         time_series=[50, 75, 100, 113, 125, 138, 150, 175, 200],
         timestep_respacing="250",
         processes=Flag(POSITIVE, "number of processes, started with mpiexec", 1),

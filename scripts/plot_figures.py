@@ -5,7 +5,7 @@ CSV of the plotted points:
 
   similarity_against_time   cosine similarity at every layer; the CSV has mode, mean, median and quartiles
   class_retention           fraction of images that keep their class, with 95% (Wilson) intervals
-  distributions             distributions of the similarity at an early, a middle and the last layer
+  distributions             histograms of the similarity at an early, a middle and the last layer, a row per time
   gallery                   starting images and their samples (needs --starting_data_dir and --data_dir)
 
 transition.json has the time at which class retention falls fastest, and its uncertainty.
@@ -61,6 +61,7 @@ from guided_diffusion.classifier.retention import (
     fit_transition,
     wilson_interval,
 )
+from guided_diffusion.classifier.ridgeline import draw_ridges, height_of, histograms_of
 from guided_diffusion.command_line.flags import FOLDER, NAME, SAMPLES_DIR, TEXT, Flag, add_flags, flag, whole_number
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
@@ -76,7 +77,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-MOST_SHOWN = 10  # times in the gallery and the distributions: more would be too small to see
+MOST_SHOWN = {"gallery": 10, "distributions": 25}  # times: more would be too small to see
 LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks
 
 
@@ -94,19 +95,22 @@ def main(argv: list[str] | None = None) -> int:
     count = len(series[0].differences["names"])
     logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {num_steps}")
 
-    shown = evenly_spaced(series, MOST_SHOWN)
-    if len(shown) < len(series):
-        logger.info(f"the gallery and the distributions show {len(shown)} of the {len(series)} times")
+    shown = {figure: evenly_spaced(series, most) for figure, most in MOST_SHOWN.items()}
 
     draw: dict[str, Callable[[], tuple[Figure, Rows]]] = {}
     if args.data_dir:  # first, because most mistakes show here
         chosen = choose_names(series[0].differences["names"].tolist(), args.gallery, args.gallery_count, args.seed)
-        known = [recorded_files(args, differences_file(folder, name, t.step_reverse, t.num_steps)) for t in shown]
-        draw["gallery"] = lambda: draw_gallery(shown, chosen, args.starting_data_dir, args.data_dir, known)
+        known = [
+            recorded_files(args, differences_file(folder, name, t.step_reverse, t.num_steps)) for t in shown["gallery"]
+        ]
+        draw["gallery"] = lambda: draw_gallery(shown["gallery"], chosen, args.starting_data_dir, args.data_dir, known)
     retention, transition = measure_retention(series)
     draw["similarity_against_time"] = lambda: draw_similarity(series, args.statistic)
     draw["class_retention"] = lambda: draw_retention(retention, transition, series)
-    draw["distributions"] = lambda: draw_distributions(shown, args.bins)
+    draw["distributions"] = lambda: draw_distributions(shown["distributions"], args.bins)
+    for figure, of_figure in shown.items():
+        if figure in draw and len(of_figure) < len(series):
+            logger.info(f"{figure}: {len(of_figure)} of the {len(series)} times are shown")
 
     files = {}
     with style():
@@ -218,7 +222,7 @@ def measure_retention(series: Sequence[TimeResult]) -> tuple[Rows, Transition | 
         kept.append(result.logits["logits_start"].argmax(axis=1) == logits.argmax(axis=1))
         measures = {"predicted class kept": (kept[-1], 1)}
         if known.any():
-            for top in (1, 5):
+            for top in (1, 5) if classes > 5 else (1,):
                 measures[f"true class in top {top}"] = (class_ranks(logits[known], labels[known]) < top, top)
         for measure, (is_kept, top) in measures.items():
             count, total = int(is_kept.sum()), len(is_kept)
@@ -272,29 +276,26 @@ def describe(transition: Transition | None, num_times: int) -> str:
 
 
 def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure, Rows]:
-    """Histograms over images of the similarity at an early, a middle and the last layer, one line per time."""
+    """Histograms over images of the similarity at an early, a middle and the last layer: a row per time, early on top.
+
+    Peaks become lower and broader with time by more than a figure can show, so each row is scaled to its own peak.
+    """
     layers = series[0].differences["layers"].tolist()
     depths = sorted({0, len(layers) // 2, len(layers) - 1})
-    figure, (panels,) = new_figure(PAGE, 2.2, columns=len(depths))
-    colours, rows = early_to_late(), []
+    figure, (panels,) = new_figure(PAGE, height_of(len(series)), columns=len(depths))
+    rows = []
     for depth, axes in zip(depths, panels, strict=True):
-        values = [result.differences["cosine"][:, depth] for result in series]
-        values = [v[np.isfinite(v)] for v in values]
-        lowest = min((v.min() for v in values if len(v)), default=0)
-        edges = np.linspace(min(np.floor(lowest * 20) / 20, 0.95), 1, bins + 1)
-        for result, own in zip(series, values, strict=True):
-            counts = np.histogram(np.minimum(own, 1), edges)[0]  # rounding may give a similarity above 1
-            colour = colours(result.step_reverse / result.num_steps)
-            axes.stairs(counts / max(1, len(own)), edges, color=colour, linewidth=0.9)
+        edges, histograms = histograms_of([result.differences["cosine"][:, depth] for result in series], bins)
+        draw_ridges(axes, edges, histograms, times_of(series))
+        axes.set_xlabel("cosine similarity")
+        for result, counts in zip(series, histograms, strict=True):
             ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
             about = {"layer": layers[depth], "depth": depth, **time_columns(result)}
             rows += [{**about, "from": low, "to": high, "images": count} for low, high, count in ends]
         axes.set_title(f"{layers[depth]} ({depth + 1} of {len(layers)})", fontsize=7)
-        axes.set(xlabel="cosine similarity", xlim=(edges[0], edges[-1]))
-        axes.set_ylim(bottom=0)
-        axes.locator_params(axis="x", nbins=5)
-    panels[0].set_ylabel("fraction of images")
-    add_colorbar(figure, panels, 0, 1, TIME_LABEL, pad=0.01)
+    for axes in panels[1:]:
+        axes.tick_params(labelleft=False)
+    panels[0].set_ylabel(TIME_LABEL)
     return figure, rows
 
 

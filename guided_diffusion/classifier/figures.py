@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import io
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -67,9 +68,30 @@ def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> 
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
+def new_mosaic(
+    width: float, height: float, layout: Sequence[Sequence[str]], width_ratios: Sequence[float]
+) -> tuple[Figure, dict[str, Any]]:
+    """A figure of this size in inches, and its Axes by their name in the layout, as in `Figure.subplot_mosaic`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplot_mosaic(layout, width_ratios=width_ratios)
+
+
 def early_to_late() -> Colormap:
     """Viridis without its last tenth, which is too pale for lines on white."""
     return ListedColormap(matplotlib.colormaps["viridis"](np.linspace(0, 0.9, 256)))
+
+
+def shades(count: int) -> list[Any]:
+    """`count` colours, from dark to light."""
+    return [early_to_late()(i / max(1, count - 1)) for i in range(count)]
+
+
+def two_sided(below: int, above: int) -> list[Any]:
+    """Colours on both sides of a critical value, darker nearer to it: `below` blue ones, then `above` orange ones."""
+    blues, oranges = (matplotlib.colormaps[name](np.linspace(0.4, 0.95, 256)) for name in ("Blues", "Oranges"))
+    nearer = [blues[255 * (i + 1) // below] for i in range(below)]
+    return nearer + [oranges[255 * (above - i) // above] for i in range(above)]
 
 
 def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str, pad: float) -> Any:
@@ -78,6 +100,16 @@ def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str,
     bar.set_label(label)
     bar.outline.set_linewidth(0.6)
     return bar
+
+
+def add_shades_bar(figure: Figure, axes: Any, labels: Sequence[str], label: str) -> None:
+    """Add a bar of `shades`, one for each of the labels, next to one or several Axes."""
+    colours = ScalarMappable(Normalize(-0.5, len(labels) - 0.5), ListedColormap(shades(len(labels))))
+    bar = figure.colorbar(colours, ax=axes, pad=0.02, aspect=25)
+    bar.set_ticks(range(len(labels)), labels=labels)
+    bar.ax.tick_params(length=0)
+    bar.set_label(label, labelpad=-6)
+    bar.outline.set_linewidth(0.6)
 
 
 def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:

@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 
 from guided_diffusion.classifier.results import differences_file, logits_file
+from guided_diffusion.classifier.ridgeline import PEAK
 from guided_diffusion.errors import UserError
 
 import numpy as np
 import pytest
 from conftest import REPOSITORY, load_script, run_python
+from figure_texts import check_texts
 from PIL import Image
 
 script = load_script("scripts/plot_figures.py")
@@ -125,23 +127,7 @@ def test_points_are_those_of_the_results(drawn):
     assert names == ["n00000003/image_0003.JPEG"] * 11 + ["n00000001/image_0001.JPEG"] * 11
 
 
-def texts(figure):
-    """The boxes of all that is written in a figure, and of its legends."""
-    from matplotlib.text import Text
-
-    figure.draw_without_rendering()
-    beyond = set()  # the labels of ticks that are not drawn: outside of an axis' limits, or where there is no axis
-    for axes in figure.axes:
-        for axis in (axes.xaxis, axes.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            for tick in axis.get_major_ticks():
-                if not axes.axison or not low - 1e-9 <= tick.get_loc() <= high + 1e-9:
-                    beyond |= {tick.label1, tick.label2}
-    found = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()]
-    return [(text.get_text(), text.get_window_extent()) for text in found if text not in beyond]
-
-
-@pytest.mark.parametrize("times", [(75, 140, 225), range(50, 251, 50), TIMES, range(0, 251, 10)], ids=len)
+@pytest.mark.parametrize("times", [(125,), (75, 140, 225), range(50, 251, 50), TIMES, range(0, 251, 10)], ids=len)
 def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
     flags = write_images(tmp_path, times)
     series = script.find_series(str(write_results(tmp_path, times, num_images=40)), "convnext_base", 250)
@@ -150,29 +136,52 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
         drawn = [
             script.draw_similarity(series, "mean"),
             script.draw_retention(*script.measure_retention(series), series),
-            script.draw_distributions(script.evenly_spaced(series, 10), 40),
+            script.draw_distributions(script.evenly_spaced(series, 25), 40),
             script.draw_gallery(script.evenly_spaced(series, 10), names, flags[1], flags[3]),
         ]
         for figure, _ in drawn:
-            found = texts(figure)
-            assert len(found) > 3
-            for text, box in found:
-                inside = figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 + 0.5
-                assert inside and figure.bbox.y0 <= box.y0 and box.y1 <= figure.bbox.y1 + 0.5, text
-            for (one, a), (other, b) in itertools.combinations(found, 2):
-                assert not a.overlaps(b), (one, other)
+            check_texts(figure)
 
 
-def test_of_many_times_ten_are_shown_side_by_side(tmp_path, capsys):
+def test_distributions_have_a_row_for_each_time(tmp_path):
+    """Early times on top, a histogram of the images in each row, with equal peaks that reach into the row above."""
+    from matplotlib.patches import StepPatch
+
+    series = script.find_series(str(write_results(tmp_path, TIMES, num_images=40)), "convnext_base", 250)
+    with script.style():
+        figure, rows = script.draw_distributions(series, 20)
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    assert layers == ["features.0", "features.20", "classifier"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [f"{k / 250:.3g}" for k in TIMES]
+    for layer, axes in zip(layers, figure.axes, strict=True):
+        filled = [patch.get_data() for patch in axes.findobj(StepPatch) if patch.get_fill()]
+        assert [patch.baseline for patch in filled] == axes.get_yticks().tolist() == [-i for i in range(10)]
+        for k, patch in zip(TIMES, filled, strict=True):
+            counts = np.array([row["images"] for row in rows if (row["layer"], row["k"]) == (layer, k)])
+            assert patch.values - patch.baseline == pytest.approx(PEAK * counts / counts.max())
+    assert 1 < PEAK < 2
+
+
+def test_the_top_five_of_five_classes_are_not_plotted(tmp_path):
+    series = script.find_series(str(write_results(tmp_path, TIMES, num_images=40)), "convnext_base", 250)
+    for classes, measures in ((6, 3), (5, 2)):
+        for result in series:
+            for name in ("logits_start", "logits_sample"):
+                result.logits[name] = result.logits[name][:, :classes]
+        assert len({row["measure"] for row in script.measure_retention(series)[0]}) == measures
+
+
+def test_of_many_times_some_are_shown(tmp_path, capsys):
     times = range(0, 251, 10)
     flags = ["--results", str(write_results(tmp_path, times, num_images=20, num_layers=3))]
     flags += [*write_images(tmp_path, times), "--gallery", "image_0002", "--output", str(tmp_path / "out")]
     assert script.main(flags) == 0
     shown = [str(k) for k in (0, 30, 60, 80, 110, 140, 170, 190, 220, 250)]
     assert [row["k"] for row in read_csv(tmp_path / "out/gallery.csv")] == ["", *shown]
-    assert list(dict.fromkeys(row["k"] for row in read_csv(tmp_path / "out/distributions.csv"))) == shown
+    assert len({row["k"] for row in read_csv(tmp_path / "out/distributions.csv")}) == 25
     assert len({row["k"] for row in read_csv(tmp_path / "out/similarity_against_time.csv")}) == 26
-    assert "show 10 of the 26 times" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "gallery: 10 of the 26 times are shown" in said and "distributions: 25 of the 26 times are shown" in said
 
 
 def test_unknown_labels_a_layer_without_values_and_no_gallery(tmp_path, capsys):

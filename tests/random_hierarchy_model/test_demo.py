@@ -9,8 +9,9 @@ from guided_diffusion.checkpoints import load_model
 from guided_diffusion.classifier.networks import open_classifier
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import noised_image
-from guided_diffusion.script_util import diffusion_from_flags, model_and_diffusion_defaults
+from guided_diffusion.script_util import diffusion_from_flags, model_and_diffusion_defaults, model_from_flags
 from random_hierarchy_model import posterior_mean
+from random_hierarchy_model.classifier import enlarge, small_convnext
 from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
 from random_hierarchy_model.training import images_from_flags
@@ -19,7 +20,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script, run_script
+from figure_texts import check_texts
 from PIL import Image
+from torchvision.models.convnext import CNBlock
 
 FLAGS = {**model_and_diffusion_defaults(), **MODEL_FLAGS, "timestep_respacing": "250"}
 IMAGES = images_from_flags(GRAMMAR_FLAGS)
@@ -27,8 +30,10 @@ IMAGES = images_from_flags(GRAMMAR_FLAGS)
 
 # The demo
 
+CLASSES = GRAMMAR_FLAGS["num_symbols"]
+COUNT = 16 // CLASSES * CLASSES
 TIMES = ["--time_series", "0,4", "10", "20"]
-SMALL = ["--num_images", "16", "--timestep_respacing", "ddim20", "--num_threads", "1", *TIMES]
+SMALL = ["--num_images", str(COUNT), "--timestep_respacing", "ddim20", "--num_threads", "1", *TIMES]
 
 
 @pytest.fixture(scope="module")
@@ -53,29 +58,31 @@ def curves(folder: Path) -> dict[tuple[str, int], list[float]]:
 def test_what_the_demo_finds(demo):
     found = curves(demo)
     loops = "exact posterior", "loop, exact denoiser", "loop, U-Net"
+    levels = IMAGES.grammar.depth + 1
     for curve in loops:
-        assert found[curve, 0] == [1] * 5  # nothing is lost where nothing is noised
-        assert len(found[curve, 10]) == 5
-        assert found[curve, 10][0] > found[curve, 20][0]  # most is lost where all is noise
+        assert found[curve, 0] == [1] * levels  # nothing is lost where nothing is noised
+        assert len(found[curve, 10]) == levels
+        assert found[curve, 4][0] > found[curve, 20][0]  # most is lost where all is noise
+        assert found[curve, 4][-1] > found[curve, 10][-1] > found[curve, 20][-1]
     assert found["U-Net, seen by ConvNeXt", 0] == [1]
     # With half of the noise, the two loops meet the same noise: what they make differs little.
     assert np.abs(np.subtract(found[loops[1], 10], found[loops[2], 10])).max() < 0.3
     with open(demo / "figures/retention.csv", newline="") as file:
         chance = [float(row["chance"]) for row in csv.DictReader(file) if (row["curve"], row["k"]) == (loops[0], "20")]
     assert found[loops[0], 20] == pytest.approx(chance)  # pure noise tells nothing
-    assert chance[0] == pytest.approx(1 / 8)
+    assert chance[0] == pytest.approx(1 / CLASSES)
 
 
 def test_what_the_demo_leaves(demo):
     names = "retention", "similarity_against_time", "class_retention", "distributions", "gallery"
     expected = {f"{name}.{ending}" for name in names for ending in ("png", "pdf", "csv")} | {"transition.json"}
     assert {path.name for path in (demo / "figures").iterdir()} == expected
-    samples = sorted((demo / "samples/t_10_20_images").glob("class_0*/*.png"))
-    assert len(samples) == 16
+    samples = sorted((demo / "samples/t_10_20_images").glob("class_*/*.png"))
+    assert len(samples) == COUNT
     with Image.open(samples[0]) as image:
-        assert image.size == (16, 16)
+        assert image.size == (IMAGES.image_size, IMAGES.image_size)
     with np.load(demo / "classifier/act_stat_small_convnext.npz") as statistics:
-        assert (statistics["num_images"], statistics["top1"]) == (512, 1)
+        assert (statistics["num_images"], statistics["top1"]) == (512 // CLASSES * CLASSES, 1)
 
 
 def test_again_and_in_two_processes(demo, tmp_path):
@@ -86,15 +93,15 @@ def test_again_and_in_two_processes(demo, tmp_path):
         assert done.returncode == 0, done.stderr
         assert "  k/N  exact   loop  U-Net  ConvNeXt  exact" in done.stdout
     assert first.stdout == second.stdout
-    assert "0 samples to make, 64 are there" in first.stderr and "nothing to do" in first.stderr
+    assert f"0 samples to make, {4 * COUNT} are there" in first.stderr and "nothing to do" in first.stderr
     assert "2 process(es) of 1 thread(s)" in second.stderr
     assert (tmp_path / "figures/retention.csv").read_bytes() == (demo / "figures/retention.csv").read_bytes()
 
 
 def test_mistakes_of_the_demo(demo, tmp_path, monkeypatch, capsys):
     script = load_script("scripts/demo.py")
-    with pytest.raises(UserError, match=r"^--num_images 12: expected a multiple of the 8 classes$"):
-        script.main(["--num_images", "12", "--output", str(tmp_path / "none")])
+    with pytest.raises(UserError, match=rf"^--num_images {COUNT + 1}: expected a multiple of the {CLASSES} classes$"):
+        script.main(["--num_images", str(COUNT + 1), "--output", str(tmp_path / "none")])
     with pytest.raises(UserError, match=r"^--time_series 21 is out of range: expected a whole number from 0 to 20"):
         script.main([*SMALL, "--time_series", "21", "--output", str(tmp_path / "none")])
     with pytest.raises(UserError, match="started with other settings"):  # another seed, in a folder with results
@@ -106,6 +113,77 @@ def test_mistakes_of_the_demo(demo, tmp_path, monkeypatch, capsys):
     ):
         script.main(["--processes", "2", "--output", str(tmp_path / "none")])
     assert not (tmp_path / "none").exists()
+
+
+OTHERS = {  # leaves of 2x2 pixels, a number of classes that does not divide 64, other depths
+    "three levels": {"num_symbols": 6, "num_synonyms": 5, "depth": 3, "patch_size": 2},
+    "two levels": {"num_symbols": 4, "num_synonyms": 5, "depth": 2, "patch_size": 1},
+}
+
+
+@pytest.fixture(params=OTHERS)
+def other_images(request, monkeypatch):
+    """Images of another grammar, with which the example's flags are replaced."""
+    for name, value in OTHERS[request.param].items():
+        monkeypatch.setitem(GRAMMAR_FLAGS, name, value)
+    images = images_from_flags(GRAMMAR_FLAGS)
+    for name, value in {"image_size": images.image_size, "channel_mult": "1,1"}.items():
+        monkeypatch.setitem(MODEL_FLAGS, name, value)
+    return images
+
+
+def test_the_classifier_has_a_stage_per_level(other_images):
+    network, size = small_convnext()[0].eval(), other_images.image_size
+    seen = []
+    for stage in network.features:
+        if isinstance(stage[0], CNBlock):
+            stage.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[-1]))
+    assert network(enlarge(torch.zeros(1, 3, size, size))).shape == (1, other_images.grammar.num_symbols)
+    assert seen == [2**level for level in range(other_images.grammar.depth, -1, -1)]  # leaves first
+
+
+def test_another_grammar(other_images, tmp_path, monkeypatch, in_this_process):
+    """The demo needs no change; the networks have random weights."""
+    script = load_script("scripts/demo.py")
+    unet = model_from_flags({**model_and_diffusion_defaults(), **MODEL_FLAGS})
+    for name, network in (("UNET_FILE", unet), ("CLASSIFIER_FILE", small_convnext()[0])):
+        torch.save(network.state_dict(), tmp_path / name)
+        monkeypatch.setattr(script, name, tmp_path / name)
+    monkeypatch.setattr(script, "STATISTICS_IMAGES", 16)
+    levels, classes = other_images.grammar.depth + 1, other_images.grammar.num_symbols
+    flags = ["--num_images", str(classes), "--timestep_respacing", "ddim4", "--num_threads", "1", "--time_series"]
+    assert script.main([*flags, "0", "2", "--output", str(tmp_path)]) == 0
+    found = curves(tmp_path)
+    assert found["exact posterior", 0] == found["loop, U-Net", 0] == found["loop, exact denoiser", 0] == [1] * levels
+    assert len(found["exact posterior", 2]) == levels
+    assert len(list((tmp_path / "images").glob("class_*/*.png"))) == 16 // classes * classes
+    assert script.create_argparser().parse_args([]).num_images == 64 // classes * classes
+
+
+@pytest.mark.parametrize("levels", [3, 4, 5, 6])
+def test_the_figure_of_all_levels(levels):
+    """The exact posterior as a line and the U-Net as markers, a colour per level; and a panel for each level."""
+    script = load_script("scripts/demo.py")
+    names = ["class", *(f"level {level}" for level in range(levels - 2, 0, -1)), "leaves"]
+    rows = [
+        {"k/N": k / 4, "curve": curve, "level": name, "kept": 1 - k / (5 + i), "error": 0.01, "chance": 0.1}
+        for k in range(5)
+        for curve in (script.EXACT, script.LOOP, script.UNET)
+        for i, name in enumerate(names)
+    ]
+    with script.style():
+        figure, _ = script.draw(rows)
+        check_texts(figure)
+    together = figure.axes[0]
+    assert [axes.get_title() for axes in figure.axes] == ["all levels", *names]
+    assert [text.get_text() for text in together.get_legend().get_texts()] == names
+    exact = [line for line in together.lines if len(line.get_xdata()) == 5 and line.get_linestyle() == "-"]
+    samples = [bars.lines[0] for bars in together.containers]
+    for i, (line, markers) in enumerate(zip(exact, samples, strict=True)):
+        expected = [1 - k / (5 + i) for k in range(5)]
+        assert list(line.get_ydata()) == list(markers.get_ydata()) == expected
+        assert line.get_color() == markers.get_color()
+    assert len({str(line.get_color()) for line in exact}) == levels
 
 
 # The weights

@@ -10,7 +10,7 @@ from guided_diffusion.system.files import write_whole
 from random_hierarchy_model import ExactDenoiser, Grammar, TreeImages
 from random_hierarchy_model import training as training_module
 from random_hierarchy_model.belief_propagation import read_posterior
-from random_hierarchy_model.classifier import small_convnext
+from random_hierarchy_model.classifier import enlarge, small_convnext
 from random_hierarchy_model.classifier_training import ReadingLoop
 from random_hierarchy_model.demo import CLASSIFIER, GRAMMAR_FLAGS, MODEL_FLAGS
 from random_hierarchy_model.denoiser import posterior_mean
@@ -143,14 +143,17 @@ def test_a_part_of_the_leaves_is_replaced(tmp_path):
     images = images_from_flags(GRAMMAR_FLAGS)
     loop = a_reading_loop(tmp_path, images)
     leaves = torch.from_numpy(images.grammar.sample(256, 1)[0])
-    noise = torch.randn(256, 3, 16, 16, generator=torch.Generator().manual_seed(2))
+    x, v = images.render(leaves), images.grammar.num_symbols
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(2))
     wrong = torch.linspace(0, 0.5, 256)
-    replaced = images.read_leaves(loop.replace_leaves(images.render(leaves), wrong, noise))
+    replaced = images.read_leaves(loop.replace_leaves(x, wrong, noise))
     assert torch.equal(replaced[0], leaves[0])
-    changed = (replaced != leaves).double().mean(dim=1)  # of 256 leaves each, where 1 in 8 is replaced by itself
-    assert ((changed - wrong * 7 / 8).abs() < 5 * (0.25 / 256) ** 0.5).all()
-    assert changed.mean() == pytest.approx(0.25 * 7 / 8, abs=0.01)
-    assert (replaced[replaced != leaves].bincount(minlength=8) > 0.8 * changed.sum() * 256 / 8).all()
+    changed, other = (replaced != leaves).double().mean(dim=1), 1 - 1 / v  # 1 in v is replaced by itself
+    num_leaves = images.grammar.num_leaves
+    assert ((changed - wrong * other).abs() < 5 * (0.25 / num_leaves) ** 0.5).all()
+    assert changed.mean() == pytest.approx(0.25 * other, abs=0.01)
+    counts = replaced[replaced != leaves].bincount(minlength=v)
+    assert (counts > 0.8 * counts.sum() / v).all()
 
 
 def test_the_classifier_s_target_is_exact_inference(tmp_path):
@@ -162,13 +165,16 @@ def test_the_classifier_s_target_is_exact_inference(tmp_path):
     root = read_posterior(images, x).root
     assert (root.argmax(dim=1).numpy() == symbols[-1][:, 0]).all() and root.max(dim=1).values.min() > 0.999
 
+    factor = enlarge(x).shape[-1] // images.image_size
+
     class Exact(nn.Module):
         def __init__(self):
             super().__init__()
             self.unused = nn.Parameter(torch.zeros(()))
 
         def forward(self, enlarged):
-            return read_posterior(images, enlarged[..., ::4, ::4]).root.log().clamp(min=-1e4) + self.unused
+            x = enlarged[..., ::factor, ::factor]
+            return read_posterior(images, x).root.log().clamp(min=-1e4) + self.unused
 
     t = torch.arange(256) * 3
     terms = a_reading_loop(tmp_path, images, Exact()).compute_losses(x, t, noise, {})
@@ -187,8 +193,9 @@ def test_the_classifier_s_training_goes_on(tmp_path):
         torch.load(tmp_path / kind / "ema_0.999_000004.pt", weights_only=True) for kind in ("whole", "parts")
     )
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
-    own = open_classifier(CLASSIFIER, str(tmp_path / "whole/ema_0.999_000004.pt"), image_size=16)
-    assert own.num_classes == 8 and [layer.name for layer in own.layers][-1] == "classifier"
+    images = images_from_flags(GRAMMAR_FLAGS)
+    own = open_classifier(CLASSIFIER, str(tmp_path / "whole/ema_0.999_000004.pt"), image_size=images.image_size)
+    assert own.num_classes == images.grammar.num_symbols and [layer.name for layer in own.layers][-1] == "classifier"
 
 
 # The script

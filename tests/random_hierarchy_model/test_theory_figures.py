@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from guided_diffusion.classifier.figures import style
 from guided_diffusion.correlations import correlation_function, covariances
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_script, run_script
+from figure_texts import check_texts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,6 +98,22 @@ def test_what_the_figures_cover(made):
     assert float(fixed["32", "8", "2"]["nu"]) == pytest.approx(1.893, abs=5e-4)
     for without in (("32", "17", "2"), ("8", "2", "4")):
         assert {fixed[without][name] for name in ("p_star", "epsilon_star", "slope_at_p_star", "nu")} == {""}
+
+
+def test_no_text_overlaps_or_leaves_the_figure(made):
+    script = load_script(SCRIPT)
+    for name, (_, draw) in script.FIGURES.items():
+        rows = [
+            {column: value if column in ("process", "sampler") else number(value) for column, value in row.items()}
+            for row in rows_of(made / f"{name}.csv")
+        ]
+        with style():
+            check_texts(draw(rows, Grammar(8, 2, 3, 3)))
+
+
+def number(value: str) -> float | int | str:
+    """A number in a CSV; "" if undefined."""
+    return value and (int(value) if value.isdecimal() else float(value))
 
 
 def test_a_grammar_without_a_transition_and_another_seed(tmp_path):
