@@ -32,7 +32,7 @@ from typing import IO, Any
 
 # Variables that no package reads when it is imported: their names begin with these. PYTHONPATH is seen to by `become`.
 FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "PMI", "OMPI_", "OPENAI_", "GUIDED_DIFFUSION_")
-FREE += ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "PYTHONPATH", "no_proxy")
+FREE += ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_", "PYTHONPATH", "no_proxy")
 AVAILABLE = hasattr(os, "pidfd_open") and hasattr(socket, "SOCK_SEQPACKET")  # Linux
 
 

@@ -14,14 +14,16 @@ from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_scrip
 
 # A machine on which --compile auto is in favour, but rank 1 of which has no compiler.
 AS_ON_A_GPU = """
-import os
+import os, sys
 from guided_diffusion.compute import compilation
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.system.other_scripts import load_script
 
 compilation.MANY_STEPS, compilation._on_gpu = 1, lambda: True
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
-    os.environ["PATH"] = "/nowhere"
+    os.environ |= {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": sys.argv.pop()}
+else:
+    sys.argv.pop()
 run(load_script("forward_backward_dataset_sample.py").main)
 """
 
@@ -65,9 +67,8 @@ def test_without_a_compiler_on_one_rank_auto_compiles_on_none(flags, tmp_path):
     assert run_here(*flags, 2, "--output", tmp_path / "plain") == 0
     script = tmp_path / "as_on_a_gpu.py"
     script.write_text(AS_ON_A_GPU)
-    own = environment(TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
-    options = {"script": script, "kind": "mpiexec", "processes": 2, "env": own}
-    done = run_script(*flags, 2, "--output", tmp_path / "auto", **options)
+    options = {"script": script, "kind": "mpiexec", "processes": 2}
+    done = run_script(*flags, 2, "--output", tmp_path / "auto", tmp_path / "cache", **options)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("cannot be compiled on rank 1: ") == 1
     assert "compiling the network" not in done.stderr
