@@ -38,12 +38,12 @@ from guided_diffusion.changes.samples import StartBatch, find_starts, samples_di
 from guided_diffusion.changes.statistics import Spectrum
 from guided_diffusion.changes.tokens import Tokens, open_tokens
 from guided_diffusion.classifier.pairs import SAMPLES, STARTS, check_starts, read_sample
-from guided_diffusion.command_line.flags import REQUIRED, RUN, SAMPLES_DIR, TEXT, Flag, add_flags, flag
+from guided_diffusion.command_line.flags import CONVENTION, REQUIRED, RUN, SAMPLES_DIR, TEXT, Flag, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.compute.transfer import upload
-from guided_diffusion.correlations import CONVENTIONS, Pairs
+from guided_diffusion.correlations import Pairs
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
 from guided_diffusion.images.io import Check, UnreadableImage, read_image
@@ -263,14 +263,8 @@ def create_argparser() -> argparse.ArgumentParser:
     group.add_argument(
         "--spectra", action="store_true", help="also compute radial power spectra of the change and of the start"
     )
-    convention = Flag(
-        TEXT,
-        "pairs of tokens in chi: all i, j; or half, i <= j, as in the authors' notebook, which gives (1 + chi) / 2",
-        "all",
-        choices=CONVENTIONS,
-    )
     output = flag("output", empty="change_correlations/TOKENS")
-    add_flags(parser.add_argument_group("the run"), RUN, output=output, batch_size=128, convention=convention)
+    add_flags(parser.add_argument_group("the run"), RUN, output=output, batch_size=128, convention=CONVENTION)
     return parser
 
 

@@ -46,24 +46,20 @@ def open_clip_visual(weights: str = "", path: str = "") -> tuple[nn.Module, Prep
     Raises UserError if open_clip is not installed, or the weights do not exist or do not fit.
     """
     open_clip = _import()
-    found = None
+    found, model = None, None
     if path not in ("", UNTRAINED):
-        expected = shapes_of(_build(open_clip, NAME).state_dict())
-        found, is_openai = _read(path, expected)
+        model = _build(open_clip, QUICK_NAME)
+        found, is_openai = _read(path, shapes_of(model.state_dict()))
         weights = _name_of(weights, path, is_openai)
     weights = weights or OPENAI
     quick = _needs_quick_gelu(open_clip, weights)
     name = QUICK_NAME if quick else NAME
-    if path:
-        model = _build(open_clip, name)
-    else:
+    if not path:
         model = _download(open_clip, name, weights)
+    elif model is None or not quick:
+        model = _build(open_clip, name)
     if found is not None:
-        expected = shapes_of(model.visual.state_dict())
-        of_images = {entry.removeprefix("visual."): w for entry, w in found.items() if entry.startswith("visual.")}
-        if problem := difference(shapes_of(of_images), expected):
-            raise UserError(f"--classifier_path {path} is not CLIP {NAME} (--tokens clip): {problem}")
-        model.visual.load_state_dict({entry: w.float() for entry, w in of_images.items()})
+        _load(model.visual, found, path)
     visual = model.visual.eval().requires_grad_(False)
     config = open_clip.get_pretrained_cfg(NAME, weights)
     transform = open_clip.image_transform(
@@ -82,10 +78,14 @@ def _import() -> ModuleType:
 
 def _build(open_clip: ModuleType, name: str) -> nn.Module:
     """CLIP with random weights, always the same."""
-    logging.getLogger().setLevel(max(logging.WARNING, logging.getLogger().level))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return open_clip.create_model(name, pretrained=None)
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip warns that there are no weights
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return open_clip.create_model(name, pretrained=None)
+    finally:
+        logging.disable(disabled)
 
 
 def _needs_quick_gelu(open_clip: ModuleType, weights: str) -> bool:
@@ -121,6 +121,14 @@ def _read(path: str, expected: dict[str, tuple[int, ...]]) -> tuple[dict[str, Te
         return state, True
     state = read_checkpoint(path, "--classifier_path", {"map_location": "cpu", "weights_only": True}, expected)
     return state, state.keys() >= OPENAI_ENTRIES
+
+
+def _load(visual: nn.Module, found: dict[str, Tensor], path: str) -> None:
+    """Load the weights of the image network. Raises UserError if they do not fit."""
+    of_images = {entry.removeprefix("visual."): w for entry, w in found.items() if entry.startswith("visual.")}
+    if problem := difference(shapes_of(of_images), shapes_of(visual.state_dict())):
+        raise UserError(f"--classifier_path {path} is not CLIP {NAME} (--tokens clip): {problem}")
+    visual.load_state_dict({entry: w.float() for entry, w in of_images.items()})
 
 
 def _is_torchscript(path: str) -> bool:

@@ -65,7 +65,7 @@ class Tokens:
     def find_shape(self, image_size: int) -> None:
         """Set `shape` for images of this size. Raises UserError if there are fewer than two positions."""
         blank = self.preprocess(np.zeros((image_size, image_size, 3), np.uint8))
-        self.shape = self._of_batch(blank[None]).shape[1:-1]
+        self.shape = tuple(self._of_batch(blank[None]).shape[1:-1])
         if math.prod(self.shape) < 2:
             raise UserError(f"{self._what()} has one position only, expected two or more (--tokens)")
         if self.table is not None and self.table.shape != (*self.shape, *self.shape):
