@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from guided_diffusion.changes.figures import figures_of
 from guided_diffusion.changes.results import changes_file, read_changes
+from guided_diffusion.classifier.figures import style
 from guided_diffusion.correlations import correlation_function, covariances, susceptibility
 from guided_diffusion.errors import UserError
 
@@ -168,7 +170,7 @@ def test_pixels_do_not_depend_on_the_batches(data, measured, tmp_path, batch_siz
 
 def test_a_layer_of_a_classifier(data, resnet18, tmp_path):
     known = {**resnet18, "tokens": "layer1", "image_size": SIZE}
-    assert run(data, tmp_path, **known, batch_size=7) == 0
+    assert run(data, tmp_path, **known, time_series=5, batch_size=7) == 0
     found = arrays(tmp_path, "resnet18-layer1")
     assert found["change_map"].shape == (5, 28, 28) and found["chi_numerator"][3] == 0  # of 56 x 56
     assert (found["change"][[0, 1, 2, 4]] > 0).all() and len(found["distance"]) == 79  # bins one wide
@@ -204,9 +206,8 @@ def test_tokens_of_one_s_own(data, tmp_path, monkeypatch):
 # Resuming
 
 
-@pytest.mark.parametrize("processes", [3])
-def test_equal_results_from_several_processes(data, measured, tmp_path, processes):
-    words = [*launcher("mpiexec", processes), str(REPOSITORY / "scripts" / "change_correlations.py")]
+def test_equal_results_from_three_processes(data, measured, tmp_path):
+    words = [*launcher("mpiexec", 3), str(REPOSITORY / "scripts" / "change_correlations.py")]
     words += [*as_flags(flags(data, output=tmp_path / "pixels")), "--spectra"]
     subprocess.run(words, check=True, env=environment(), capture_output=True)
     assert contents(tmp_path / "pixels") == contents(measured)
@@ -296,19 +297,15 @@ def direct_changes_of_three(data: Path) -> np.ndarray:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": "fc"}, "the layer fc has no positions"),
         ({"image_size": 16}, "has 8x8 pixels, expected 16x16 (--image_size)"),
         ({"time_series": "15"}, "no samples for k = 15 of N = 20"),
         ({"time_series": "25"}, "--time_series"),
         ({"tokens": "clip", "clip_weights": "none"}, "clip"),
     ],
 )
-def test_mistakes(data, resnet18, tmp_path, changes, message):
-    known = {**resnet18, "image_size": SIZE, **changes}
-    if changes.get("tokens") != "fc":
-        known.pop("classifier_path")
+def test_mistakes(data, tmp_path, changes, message):
     with pytest.raises(UserError) as error:
-        run(data, tmp_path / "results", **known)
+        run(data, tmp_path / "results", **changes)
     assert message in str(error.value) and str(error.value).count("\n") <= 1
     assert not (tmp_path / "results").exists()
 
@@ -332,7 +329,7 @@ def test_settings_are_not_mixed(data, measured, tmp_path):
 # Figures
 
 
-def test_figures_and_their_points(data, measured, tmp_path, monkeypatch):
+def test_figures_and_their_points(measured, tmp_path):
     known = ["--timestep_respacing", "20", "--output", str(tmp_path / "figures")]
     assert plot.main(["--changes", str(measured), *known]) == 0
     names = ("change_correlations", "susceptibility", "change_spectra")
@@ -355,7 +352,7 @@ def test_figures_and_their_points(data, measured, tmp_path, monkeypatch):
     assert [float(row["power_of_change"]) for row in powers] == pytest.approx(found["spectrum_change"].mean(0))
 
 
-def test_two_kinds_of_tokens_in_a_figure_and_undefined_numbers(data, measured, tmp_path, capsys):
+def test_two_kinds_of_tokens_in_a_figure_and_undefined_numbers(measured, tmp_path):
     """Starts that never change have neither chi nor a length: their cells are empty."""
     still = tmp_path / "still"
     for k in TIMES:
@@ -365,15 +362,16 @@ def test_two_kinds_of_tokens_in_a_figure_and_undefined_numbers(data, measured, t
         }
         still.mkdir(exist_ok=True)
         np.savez(changes_file(str(still), "still", k, 20), **rows)
-    known = ["--timestep_respacing", "20", "--output", str(tmp_path / "figures"), "--convention", "half"]
-    assert plot.main(["--changes", str(measured), str(still), *known]) == 0
-    rows = rows_of(tmp_path / "figures" / "susceptibility.csv")
+    curves = {name: read_changes(str(folder), name) for name, folder in (("pixels", measured), ("still", still))}
+    with style():
+        (_, points), (figure, rows), (_, powers) = (draw() for draw in figures_of(curves, "half").values())
+        figure.draw_without_rendering()
     assert [row["tokens"] for row in rows] == ["pixels", "pixels", "still", "still"]
     assert {row["convention"] for row in rows} == {"half"}
     for row in rows[2:]:
-        assert row["chi"] == row["chi_low"] == row["correlation_length"] == "" and float(row["change"]) == 0
-    table = rows_of(tmp_path / "figures" / "change_correlations.csv")
-    assert {row["relative"] for row in table if row["tokens"] == "still"} == {""}
+        assert row["chi"] == row["chi_low"] == row["correlation_length"] == "" and row["change"] == 0
+    assert {row["relative"] for row in points if row["tokens"] == "still"} == {""}
+    assert {row["tokens"] for row in powers} == {"pixels"}
 
 
 @pytest.mark.parametrize(
@@ -396,7 +394,7 @@ def test_times_with_different_grids(measured, tmp_path):
     found = arrays(output, k=10)
     found["distance"], found["correlation"] = found["distance"][:9], found["correlation"][:, :9]
     np.savez(changes_file(str(output), "pixels", 10, 20), **found)
-    with pytest.raises(UserError, match=r"k = 5 and k = 10 in .* have different grids of tokens, with 36 and 9"):
+    with pytest.raises(UserError, match=r"k = 5 and k = 10 in .* have different grids of tokens, with 34 and 9"):
         read_changes(str(output), "pixels")
     (output / "changes_pixels-t_10_20.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match=r"is damaged, or not a file of change_correlations\.py"):
