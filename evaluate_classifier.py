@@ -64,9 +64,8 @@ from guided_diffusion.images.classes import read_classes
 from guided_diffusion.images.folder import LabelledImage
 from guided_diffusion.images.io import Check, read_image
 from guided_diffusion.runs.inputs import Inputs
-from guided_diffusion.runs.parts import recorded_settings
 from guided_diffusion.runs.records import Record, report_unreadable, write_result
-from guided_diffusion.runs.resumable import Pictures, Result, ResultRun
+from guided_diffusion.runs.resumable import Pictures, Result, ResultRun, times_to_do
 from guided_diffusion.runs.settings import digest_of
 from guided_diffusion.runs.shards import shard_of
 from guided_diffusion.script_util import number_of_steps
@@ -197,13 +196,6 @@ def decisive_settings(
 def write_part(comparison: ResultRun, batch: PairBatch, pictures: Pictures, compared: Callable[[], Comparison]) -> None:
     """Write similarities (T, B, L) and logits (1 + T, B, classes) of a batch."""
     comparison.write(batch, pictures, **compared()._asdict())
-
-
-def times_to_do(comparison: ResultRun, results: Mapping[int, Result], folder: str) -> list[int]:
-    """The times to compute together: the unfinished ones, or those that an interrupted run was computing."""
-    undone = [k for k, result in results.items() if result in comparison.unfinished]
-    times = recorded_settings(folder).get("times", undone)
-    return times if set(undone) <= set(times) <= results.keys() else undone
 
 
 def write_results(

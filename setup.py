@@ -13,6 +13,7 @@ setup(
         "test": ["pytest", "pytest-xdist", "ruff", "matplotlib", "scipy>=1.15", "safetensors"],
         "figures": ["matplotlib", "scipy>=1.15"],
         "safetensors": ["safetensors"],  # for checkpoints in that format
+        "clip": ["open_clip_torch>=3"],  # for change_correlations.py --tokens clip
         "bench": ["diffusers"],  # what scripts/benchmark.py compares with
         "mpi": ["openmpi"],  # an MPI library and its mpiexec, for machines that have none
     },

@@ -11,10 +11,16 @@ Source: Sclocchi, Favero, Levi and Wyart, J. Stat. Mech. 084005 (2025), arXiv:24
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from .errors import UserError
+
+CONVENTIONS = ("all", "half")  # pairs of tokens that chi sums over: see `susceptibility`
+FINEST = 32  # side of the largest grid whose distances are all kept apart
+AT_ONCE = 2**22  # numbers transformed together
+E_FOLD = 1 / np.e
 
 
 def check_changes(changes: np.ndarray) -> None:
@@ -42,11 +48,8 @@ def correlation_function(covariance: np.ndarray, distance: np.ndarray) -> tuple[
     Returns:
         the distances r that occur, ascending, (R,), and C(r) of each start, (starts, R). C(0) is the mean variance.
     """
-    distances, place = np.unique(distance, return_inverse=True)
-    place = place.reshape(-1)
-    pairs = np.bincount(place)
-    sums = np.stack([np.bincount(place, c.reshape(-1), len(distances)) for c in covariance])
-    return distances, sums / pairs
+    pairs = TablePairs(distance)
+    return pairs.distance, np.stack([pairs.mean(c) for c in covariance])
 
 
 def variances(changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,12 +72,183 @@ def susceptibility(changes: np.ndarray, convention: str = "all") -> float:
 
 def ratio(all_pairs: np.ndarray, own: np.ndarray, convention: str = "all") -> float:
     """chi, from the sums of each start that `variances` gives."""
-    if convention not in ("all", "half"):
-        raise UserError(f"convention {convention!r}: expected 'all' or 'half'")
-    if own.sum() == 0:
+    chi = float(chi_of(all_pairs.sum(), own.sum(), convention))
+    if np.isnan(chi):
         raise UserError("the susceptibility is undefined: nothing varies among the samples of any start")
-    chi = float(all_pairs.sum() / own.sum())
+    return chi
+
+
+def chi_of(numerator: np.ndarray, denominator: np.ndarray, convention: str = "all") -> np.ndarray:
+    """chi = sum_ij C_ij / sum_i C_ii, NaN if nothing varies; see `susceptibility` for the convention."""
+    if convention not in CONVENTIONS:
+        raise UserError(f"convention {convention!r}: expected 'all' or 'half'")
+    chi = numerator / np.where(denominator > 0, denominator, np.nan)
     return chi if convention == "all" else (1 + chi) / 2
+
+
+# Pairs of tokens by distance
+
+
+class Pairs(Protocol):
+    """All ordered pairs of n tokens, each token with itself included, grouped by distance.
+
+    `products` is additive over samples, so C(r) can be accumulated sample by sample.
+
+    Attributes:
+        distance: distances r, ascending, (R,); the first is 0.
+        count: number of pairs at each distance, (R,).
+        tokens: n.
+    """
+
+    distance: np.ndarray
+    count: np.ndarray
+    tokens: int
+
+    def products(self, changes: np.ndarray) -> np.ndarray:
+        """The sum over samples of products of changes (samples, n), in the form that `mean` takes."""
+
+    def mean(self, products: np.ndarray) -> np.ndarray:
+        """The mean product of a pair at each distance, (R,)."""
+
+
+class TablePairs:
+    """Pairs of tokens with any distance; products are a matrix (n, n). See `Pairs`.
+
+    Args:
+        distance: of each pair of tokens, (n, n). Raises UserError for another shape.
+    """
+
+    def __init__(self, distance: np.ndarray):
+        distance = np.asarray(distance)
+        if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or not distance.size:
+            raise UserError(f"distances of shape {distance.shape}: expected (tokens, tokens)")
+        self.tokens = len(distance)
+        self.distance, place = np.unique(distance, return_inverse=True)
+        self._place = place.reshape(-1)
+        self.count = np.bincount(self._place)
+
+    def products(self, changes: np.ndarray) -> np.ndarray:
+        return changes.T @ changes
+
+    def mean(self, products: np.ndarray) -> np.ndarray:
+        return np.bincount(self._place, products.reshape(-1), len(self.count)) / self.count
+
+
+class GridPairs:
+    """Pairs of tokens on a grid of h x w, at Euclidean distances in units of the grid. See `Pairs`.
+
+    Products are summed over displacements by FFT, padded so that nothing wraps around: there is never a matrix of all
+    pairs. They are a power spectrum, (2h, w + 1). On grids of up to 32 x 32 every distance is kept apart; on larger
+    ones, distances are in bins one unit wide, and `distance` is their mean over the pairs of a bin.
+    """
+
+    def __init__(self, height: int, width: int):
+        self.grid, self.tokens = (height, width), height * width
+        self._padded = (2 * height, 2 * width)
+        rows, columns = (np.r_[0:side, 1 - side : 0] for side in self.grid)
+        self._displacements = np.ix_(rows, columns)
+        pairs = np.outer(height - abs(rows), width - abs(columns))
+        self._place, self.distance, self.count = grouped(rows[:, None] ** 2 + columns**2, pairs, self.grid)
+
+    def products(self, changes: np.ndarray) -> np.ndarray:
+        total = np.zeros((self._padded[0], self._padded[1] // 2 + 1))
+        size = max(1, AT_ONCE // (4 * self.tokens))
+        for first in range(0, len(changes), size):
+            of_samples = changes[first : first + size].reshape(-1, *self.grid)
+            spectra = np.fft.rfft2(of_samples, s=self._padded, axes=(1, 2))
+            total += (spectra.real**2 + spectra.imag**2).sum(axis=0)
+        return total
+
+    def mean(self, products: np.ndarray) -> np.ndarray:
+        sums = np.fft.irfft2(products, s=self._padded, axes=(0, 1))[self._displacements]
+        return np.bincount(self._place, sums.reshape(-1)) / self.count
+
+
+def grouped(
+    squared: np.ndarray, weights: np.ndarray, grid: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths on a grid in groups: each its own up to 32 x 32, else in bins one unit wide.
+
+    Args:
+        squared: squared lengths, integers.
+        weights: number of members of each.
+        grid: height and width.
+
+    Returns:
+        the group of each length (flattened), the mean length of each group, and its number of members.
+    """
+    if max(grid) <= FINEST:
+        lengths, place = np.unique(squared, return_inverse=True)
+        return place.reshape(-1), np.sqrt(lengths), np.bincount(place.reshape(-1), weights.reshape(-1)).astype(np.int64)
+    length = np.sqrt(squared)
+    _, place = np.unique(np.rint(length), return_inverse=True)
+    place = place.reshape(-1)
+    members = np.bincount(place, weights.reshape(-1))
+    return place, np.bincount(place, (weights * length).reshape(-1)) / members, members.astype(np.int64)
+
+
+def correlation_length(distance: np.ndarray, correlation: np.ndarray) -> np.ndarray:
+    """The distance at which C(r) first falls to C(0)/e, interpolated linearly between distances.
+
+    Args:
+        distance: r, ascending from 0, (R,).
+        correlation: C(r), (..., R).
+
+    Returns:
+        (...); infinity if C(r) stays above C(0)/e, NaN if nothing varies.
+    """
+    relative = relative_correlation(correlation)
+    below = relative <= E_FOLD
+    after = np.maximum(below.argmax(axis=-1), 1)[..., None]  # C(0)/C(0) = 1 is above
+    high, low = (np.take_along_axis(relative, at, axis=-1)[..., 0] for at in (after - 1, after))
+    start, end = distance[after[..., 0] - 1], distance[after[..., 0]]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        length = start + (end - start) * (high - E_FOLD) / (high - low)
+    return np.where(np.isnan(relative[..., 0]), np.nan, np.where(below.any(axis=-1), length, np.inf))
+
+
+def relative_correlation(correlation: np.ndarray) -> np.ndarray:
+    """C(r)/C(0) of C(r), (..., R); NaN if nothing varies."""
+    own = correlation[..., :1]
+    return correlation / np.where(own > 0, own, np.nan)
+
+
+# Errors
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    per_start: np.ndarray,
+    resamples: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A statistic of means over starts, and its percentile interval over resampled starts (Efron 1979).
+
+    Args:
+        statistic: function of means (..., columns) that returns (...) or (..., values).
+        per_start: quantities of each start, (starts, columns).
+        resamples: number of resamples.
+        confidence: probability that the interval contains the true value.
+        seed: seed of the resamples.
+
+    Returns:
+        the statistic and both ends of its interval. An end is NaN for a single start, or if the statistic is undefined
+        (NaN) in a resample that decides it.
+    """
+    starts = len(per_start)
+    value = np.asarray(statistic(per_start.mean(axis=0)))
+    if starts < 2:
+        return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+    rng, found = np.random.default_rng(seed), []
+    size = max(1, AT_ONCE // starts)
+    for first in range(0, resamples, size):
+        weights = rng.multinomial(starts, np.full(starts, 1 / starts), size=min(size, resamples - first))
+        found.append(statistic(weights @ per_start / starts))
+    drawn = np.sort(np.concatenate(found), axis=0)  # NaN last
+    tail = (1 - confidence) / 2
+    low, high = (drawn[min(resamples - 1, round(q * (resamples - 1)))] for q in (tail, 1 - tail))
+    return value, low, high
 
 
 def jackknife(statistic: Callable[..., np.ndarray | float], *per_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,12 @@ CSV of the plotted points:
 
 transition.json has the time at which class retention falls fastest, and its uncertainty.
 
+With --changes, reads the results of change_correlations.py instead, and plots how parts of an image change together:
+
+  change_correlations       C(r)/C(0), the covariance of the changes of two tokens, against their distance
+  susceptibility            chi, the number of tokens that change together, and the correlation length, against time
+  change_spectra            power spectrum of the change relative to the start's, if it was computed
+
   python scripts/plot_figures.py --classifier_name convnext_base --timestep_respacing 250 \\
       --starting_data_dir datasets/ILSVRC2012/validation --data_dir results/diffused_ILSVRC2012_validation
 """
@@ -21,13 +27,15 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import logger
+from guided_diffusion.changes.figures import MOST_CURVES, figures_of
+from guided_diffusion.changes.results import names_in, read_changes
 from guided_diffusion.classifier.figures import (
     BLUE,
     CHANCE,
@@ -62,7 +70,17 @@ from guided_diffusion.classifier.retention import (
     wilson_interval,
 )
 from guided_diffusion.classifier.ridgeline import draw_ridges, height_of, histograms_of
-from guided_diffusion.command_line.flags import FOLDER, NAME, SAMPLES_DIR, TEXT, Flag, add_flags, flag, whole_number
+from guided_diffusion.command_line.flags import (
+    CONVENTION,
+    FOLDER,
+    NAME,
+    SAMPLES_DIR,
+    TEXT,
+    Flag,
+    add_flags,
+    flag,
+    whole_number,
+)
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.errors import UserError
@@ -85,12 +103,13 @@ def main(argv: list[str] | None = None) -> int:
     """Plot the results. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
     check_packages()
+    if args.changes:
+        return plot_changes(args)
     if bool(args.starting_data_dir) != bool(args.data_dir):
         raise UserError("the gallery needs both --starting_data_dir and --data_dir; without a gallery, give neither")
     name = name_in_files(args.classifier_name)
     folder = args.results or default_folder(name)
-    respacing = args.timestep_respacing  # may be N itself, whatever --diffusion_steps is
-    num_steps = int(respacing) if respacing.isdecimal() else number_of_steps(args.diffusion_steps, respacing)
+    num_steps = steps_of(args)
     series = find_series(folder, name, num_steps)
     count = len(series[0].differences["names"])
     logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {num_steps}")
@@ -112,12 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         if figure in draw and len(of_figure) < len(series):
             logger.info(f"{figure}: {len(of_figure)} of the {len(series)} times are shown")
 
-    files = {}
-    with style():
-        for name, figure_and_rows in draw.items():
-            files |= render(name, *figure_and_rows())
-    for name, data in files.items():  # after all figures are drawn
-        write_whole(f"{args.output}/{name}", data)
+    write_figures(args.output, draw)
     write_json(f"{args.output}/transition.json", transition and {"images": count, **asdict(transition)})
 
     logger.info(describe(transition, len(series)))
@@ -125,6 +139,35 @@ def main(argv: list[str] | None = None) -> int:
         logger.info("no gallery: it needs --starting_data_dir and --data_dir")
     logger.info(f"{', '.join(draw)} (png, pdf, csv) and transition.json are in {args.output}")
     return 0
+
+
+def plot_changes(args: argparse.Namespace) -> int:
+    """Plot the results of change_correlations.py. Returns 0; raises UserError."""
+    labels = [(label, folder) for folder in args.changes for label in names_in(folder)]
+    names = [label for label, _ in labels]
+    if len(set(names)) < len(names) or len(names) > MOST_CURVES:
+        raise UserError(f"--changes has changes of {', '.join(names)}: expected at most {MOST_CURVES} different tokens")
+    curves = {label: read_changes(folder, label, steps_of(args)) for label, folder in labels}
+    figures = figures_of(curves, args.convention)
+    write_figures(args.output, figures)
+    logger.info(f"{', '.join(figures)} (png, pdf, csv) of {', '.join(names)} are in {args.output}")
+    return 0
+
+
+def steps_of(args: argparse.Namespace) -> int:
+    """N. Raises UserError."""
+    respacing = args.timestep_respacing  # may be N itself, whatever --diffusion_steps is
+    return int(respacing) if respacing.isdecimal() else number_of_steps(args.diffusion_steps, respacing)
+
+
+def write_figures(output: str, figures: Mapping[str, Callable[[], tuple[Figure, Rows]]]) -> None:
+    """Draw figures, given by name, and write their files once all are drawn."""
+    files = {}
+    with style():
+        for name, figure_and_rows in figures.items():
+            files |= render(name, *figure_and_rows())
+    for name, data in files.items():
+        write_whole(f"{output}/{name}", data)
 
 
 def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
@@ -387,6 +430,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add_flags(
         parser.add_argument_group("what to read"),
         ["classifier_name", "results", "timestep_respacing", "diffusion_steps", "starting_data_dir", "data_dir"],
+        changes=Flag(FOLDER, "folders of change_correlations.py, to plot instead", [], empty="none", nargs="+"),
         results=Flag(FOLDER, "folder of the act_diff and logits files", empty="classifier_statistics/NAME"),
         timestep_respacing="250",
         starting_data_dir=flag("starting_data_dir", empty="no gallery"),
@@ -394,11 +438,12 @@ def create_argparser() -> argparse.ArgumentParser:
     )
     add_flags(
         parser.add_argument_group("what to plot"),
-        ["output", "statistic", "bins", "gallery", "gallery_count", "seed"],
+        ["output", "statistic", "bins", "gallery", "gallery_count", "seed", "convention"],
         output="figures",
         statistic=Flag(TEXT, "statistic over images, of their similarity", "max", choices=list(STATISTICS)),
         bins=Flag((whole_number(2, 1000), "INT"), "histogram bins", 40),
         gallery=Flag(NAME, "starting images of the gallery: paths or file names", [], "random ones", nargs="+"),
+        convention=CONVENTION,
         gallery_count=Flag((whole_number(1, 20), "INT"), "number of random starting images, without --gallery", 4),
     )
     return parser

@@ -22,6 +22,7 @@ LAYERS = [
     {"runs"},
     {"forward_backward", "sample_folders", "sampling"},
     {"classifier", "torch_classifiers", "correlations"},
+    {"changes"},
     {"training", "train_util", "image_datasets"},
 ]
 

@@ -82,7 +82,9 @@ def _calls_of_modules(model: nn.Module, num_images: int, size: int) -> dict[str,
     return calls
 
 
-def find_layers(model: nn.Module, size: int, patterns: Sequence[str] = ()) -> tuple[tuple[WatchedLayer, ...], int]:
+def find_layers(
+    model: nn.Module, size: int, patterns: Sequence[str] = (), flag: str = "--layers"
+) -> tuple[tuple[WatchedLayer, ...], int]:
     """Find the layers to watch, with two forward passes on random images.
 
     Args:
@@ -90,6 +92,7 @@ def find_layers(model: nn.Module, size: int, patterns: Sequence[str] = ()) -> tu
         size: side of its input images, in pixels.
         patterns: names of layers or patterns, in which * also matches dots; if empty, `default_layers`. Matching layers
             that cannot be watched are skipped with a message.
+        flag: flag that gave the patterns, for messages.
 
     Returns:
         the layers, in the order of the network, and the number of logits.
@@ -103,7 +106,7 @@ def find_layers(model: nn.Module, size: int, patterns: Sequence[str] = ()) -> tu
     except Exception:  # the network takes images of one size only; the exception depends on its layers
         smaller = defaultdict(_Calls)
     logits = [name for name, _ in model.named_modules() if name and calls[name].address == calls[""].address]
-    names = _matching_layers(model, patterns, calls) if patterns else default_layers(model, logits[0], calls)
+    names = _matching_layers(model, patterns, calls, flag) if patterns else default_layers(model, logits[0], calls)
     layers = []
     for name in sorted(names, key=list(calls).index):
         axis = _channel_axis(model.get_submodule(name), calls[name].shape, smaller[name].shape)
@@ -120,7 +123,7 @@ def _problem(calls: _Calls) -> str:
     return ""
 
 
-def _matching_layers(model: nn.Module, patterns: Iterable[str], calls: dict[str, _Calls]) -> list[str]:
+def _matching_layers(model: nn.Module, patterns: Iterable[str], calls: dict[str, _Calls], flag: str) -> list[str]:
     """The modules that match the patterns and can be watched; see `find_layers`."""
     names = [name for name, _ in model.named_modules() if name]
     chosen: dict[str, None] = {}
@@ -130,18 +133,18 @@ def _matching_layers(model: nn.Module, patterns: Iterable[str], calls: dict[str,
         if not matching:
             close = difflib.get_close_matches(pattern, names, n=3)
             hint = f"did you mean {' or '.join(close)}?" if close else f"its modules are {', '.join(model._modules)}"
-            raise UserError(f"--layers: {pattern} matches no layer of the classifier; {hint}")
+            raise UserError(f"{flag}: {pattern} matches no layer of the classifier; {hint}")
         problems = {name: _problem(calls[name]) for name in matching}
         if all(problems.values()):
             name, problem = next(iter(problems.items()))
             which = f"none of the {len(matching)} layers matching {pattern} can be watched: " if name != pattern else ""
-            raise UserError(f"--layers: {which}{name} cannot be watched: {problem}")
+            raise UserError(f"{flag}: {which}{name} cannot be watched: {problem}")
         chosen |= dict.fromkeys(name for name, problem in problems.items() if not problem)
         skipped |= {name: problem for name, problem in problems.items() if problem}
     if skipped:
         examples = "; ".join(f"{name}: {problem}" for name, problem in [*skipped.items()][:2])
         more = "; ..." if len(skipped) > 2 else ""
-        logger.info(f"--layers: skipped {len(skipped)} layers that cannot be watched ({examples}{more})")
+        logger.info(f"{flag}: skipped {len(skipped)} layers that cannot be watched ({examples}{more})")
     return list(chosen)
 
 

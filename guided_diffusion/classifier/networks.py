@@ -74,7 +74,7 @@ def load_classifier(
 
 
 def open_classifier(
-    name: str, classifier_path: str = "", layers: Sequence[str] = (), image_size: int = 256
+    name: str, classifier_path: str = "", layers: Sequence[str] = (), image_size: int = 256, flag: str = "--layers"
 ) -> Classifier:
     """Load a classifier of torchvision, or the user's own.
 
@@ -89,13 +89,14 @@ def open_classifier(
             always the same.
         layers: layers to watch; see `find_layers`.
         image_size: side of the images before preprocessing, in pixels.
+        flag: flag that selected the layers, for messages.
 
     Raises UserError if the classifier, the file or a layer does not exist, or a layer cannot be watched.
     """
     model, preprocess = (_custom if ":" in name else _from_torchvision)(name, classifier_path)
     model.eval().requires_grad_(False)
     size = preprocess(np.zeros((image_size, image_size, 3), np.uint8)).shape[-1]
-    watched, num_classes = find_layers(model, size, layers)
+    watched, num_classes = find_layers(model, size, layers, flag)
     return Classifier(name.rpartition(":")[2], model, watched, preprocess, num_classes, weights_digest(model))
 
 
@@ -116,26 +117,39 @@ def _from_torchvision(name: str, path: str) -> tuple[nn.Module, Preprocess]:
 
 def _custom(name: str, path: str) -> tuple[nn.Module, Preprocess]:
     """The result of the user's function, with the weights of the file if there is one."""
+    pair = call_function(name, "--classifier_name")
+    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module) and callable(pair[1])):
+        raise UserError(f"--classifier_name {name} returned {type(pair).__name__}; expected (network, preprocess)")
+    model, preprocess = pair
+    load_weights(model, path, f"--classifier_name {name}")
+    return model, preprocess
+
+
+def call_function(name: str, flag: str) -> Any:
+    """The result of a function of the user's, package.module:function; random weights are always the same.
+
+    Raises UserError, naming `flag`, if the function does not exist.
+    """
     module, _, function = name.partition(":")
     try:
         create = getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
-            f"--classifier_name {name!r} cannot be found: {first_line(error)}.\n"
+            f"{flag} {name!r} cannot be found: {first_line(error)}.\n"
             "Expected package.module:function, in a module that Python can import"
         ) from error
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pair = create()
-    if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module) and callable(pair[1])):
-        raise UserError(f"--classifier_name {name} returned {type(pair).__name__}; expected (network, preprocess)")
-    model, preprocess = pair
-    if path not in ("", UNTRAINED):
-        _load(model, _read(path, model), path, name)
-    return model, preprocess
+        return create()
 
 
 # Weights
+
+
+def load_weights(model: nn.Module, path: str, what: str) -> None:
+    """Load the weights in a file, if `path` names one. Raises UserError if they do not fit the network `what`."""
+    if path not in ("", UNTRAINED):
+        _load(model, _read(path, model), path, what)
 
 
 def _weights_of(name: str, path: str) -> Any:
@@ -185,7 +199,7 @@ def _with_weights_of(name: str, weights: Any, path: str) -> nn.Module:
     for auxiliary in AUXILIARY_HEADS:  # used only in training
         if hasattr(model, auxiliary) and not any(entry.startswith(f"{auxiliary}.") for entry in found):
             setattr(model, auxiliary, None)
-    _load(model, found, path, name)
+    _load(model, found, path, f"--classifier_name {name}")
     return model
 
 
@@ -198,8 +212,8 @@ def _read(path: str, model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _load(model: nn.Module, found: dict[str, Tensor], path: str, name: str) -> None:
-    """Load the weights `found` in a file into a network. Raises UserError if they do not fit."""
+def _load(model: nn.Module, found: dict[str, Tensor], path: str, what: str) -> None:
+    """Load the weights `found` in a file into the network `what`. Raises UserError if they do not fit."""
     shapes, expected = shapes_of(found), shapes_of(model.state_dict())
     problem = ""
     try:
@@ -209,4 +223,4 @@ def _load(model: nn.Module, found: dict[str, Tensor], path: str, name: str) -> N
     except (RuntimeError, ValueError) as error:  # other shapes, or another version than the network needs
         problem = " ".join(str(error).split())[:300]
     problem = difference(shapes, expected) or problem
-    raise UserError(f"--classifier_path {path} does not fit --classifier_name {name}: {problem}")
+    raise UserError(f"--classifier_path {path} does not fit {what}: {problem}")

@@ -136,17 +136,19 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
     return results
 
 
-def read_arrays(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays with these names in an .npz file. Raises UserError if the file or an array is missing or damaged."""
+def read_arrays(path: str, names: Sequence[str], script: str = "evaluate_classifier.py") -> dict[str, np.ndarray]:
+    """The arrays with these names in an .npz file that `script` wrote.
+
+    Raises UserError if the file or an array is missing or damaged.
+    """
     if not bf.exists(path):
-        raise UserError(f"{path}, a file of evaluate_classifier.py, is missing")
+        raise UserError(f"{path}, a file of {script}, is missing")
     try:
         with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in names}
     except Exception as error:  # depends on the damage
         raise UserError(
-            f"{path} is damaged, or not a file of evaluate_classifier.py: {first_line(error)}.\n"
-            "Remove it and rerun that script"
+            f"{path} is damaged, or not a file of {script}: {first_line(error)}.\nRemove it and rerun that script"
         ) from error
 
 
@@ -170,17 +172,25 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
         open_classifier, args.classifier_name, args.classifier_path, patterns, args.image_size
     )
 
+    return classifier, *prepare(classifier.model, args)
+
+
+def prepare(model: torch.nn.Module, args: argparse.Namespace) -> tuple[AbstractContextManager, dict[str, Any]]:
+    """Move a network to this rank's device. All ranks must call this; returns what `set_up` does, less the classifier.
+
+    `args` has the flags classifier_use_fp16 and num_threads.
+    """
     device = dist_util.dev()
     threads = compute_reproducibly(args.num_threads)
     keep_freed_memory()
-    to_device(classifier.model)
+    to_device(model)
     dtype = shared_half_precision(device) if args.classifier_use_fp16 else torch.float32
     precision = str(dtype).removeprefix("torch.")
     if args.classifier_use_fp16 and dtype != torch.float16:
         logger.info(f"--classifier_use_fp16 True: float16 is slow here, so the classifier computes in {precision}")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     machine = {"precision": precision, "threads": threads, **describe_machine(device)}
-    return classifier, autocast, {**machine, "torchvision": torchvision.__version__}
+    return autocast, {**machine, "torchvision": torchvision.__version__}
 
 
 def classifier_settings(args: argparse.Namespace, classifier: Classifier, precision: str) -> dict[str, Any]:

@@ -258,6 +258,12 @@ TRAINING = (
 TRAINING_DIFFUSION = ("schedule_sampler", "lr_anneal_steps", "ema_rate", "sample_grid", "sample_steps")
 CLASSIFYING = ("classifier_name", "classifier_path", "layers", "classifier_use_fp16")
 SAMPLES_DIR = Flag(FOLDER, "samples: --output of forward_backward_dataset_sample.py")  # as --data_dir
+CONVENTION = Flag(  # of scripts that compute chi
+    TEXT,
+    "pairs of tokens in chi: all; or half, i <= j, as in the authors' notebook, which gives (1 + chi) / 2",
+    "all",
+    choices=("all", "half"),
+)
 RUN = ("output", "batch_size", "num_workers", "num_threads", "shard", "num_shards")
 
 

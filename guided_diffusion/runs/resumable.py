@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,7 +27,7 @@ from ..images.io import Check, UnreadableImage
 from ..system.files import remove_scratch_of
 from .inputs import Entries, Inputs, as_entries, compare_with_list, inputs_of, read_entries, write_list
 from .locks import Locks, locked_by_main
-from .parts import Parts, remove_parts
+from .parts import Parts, recorded_settings, remove_parts
 from .pipeline import read_ahead
 from .records import Record, finished_record, now, record_of, report_unreadable
 from .shards import WHOLE, Shard, cut
@@ -134,7 +134,8 @@ class Run:
         amount: Callable[[U], int],
         described: str = "denoising",
         unit_of_amount: str = "step",
-    ) -> Iterator[tuple[U, Pictures]]:
+        pieces: Callable[[U], Iterable[Any]] | None = None,
+    ) -> Iterator[tuple[Any, Pictures]]:
         """This rank's share of the units, with their files, which threads read ahead.
 
         Args:
@@ -143,16 +144,19 @@ class Run:
             blank: replacement for unreadable files.
             amount: work in a unit, for the progress bar `bar`, which the caller advances.
             described, unit_of_amount: labels of the progress bar.
+            pieces: cuts a unit that is too large to be read at once into pieces with files of their own, which are
+                yielded in place of the unit.
         """
         mine, processes = dist_util.share_of(units), dist_util.get_world_size()
         label = described if processes == 1 else f"{described} (process 1 of {processes})"
         self.bar = logger.progress_bar(sum(map(amount, mine)), label, unit_of_amount)
         self._started, self._clock = now(), time.monotonic()
-        reading = self._read(mine, readers, blank)
+        parts = mine if pieces is None else (piece for unit in mine for piece in pieces(unit))
+        reading = self._read(parts, readers, blank)
         self._stack.callback(reading.close)
         return reading
 
-    def _read(self, mine: Sequence[U], readers: Readers, blank: Any) -> Iterator[tuple[U, Pictures]]:
+    def _read(self, mine: Iterable[U], readers: Readers, blank: Any) -> Iterator[tuple[U, Pictures]]:
         def read(kind: str, path: str) -> Any:
             inputs = self.inputs[kind]
             try:
@@ -337,3 +341,16 @@ class ResultRun(Run):
             if status == 0:
                 remove_parts(self._folder)
             return status
+
+
+def times_to_do(run: ResultRun, results: Mapping[int, Result], folder: str) -> list[int]:
+    """The times to compute together: the unfinished ones, or those that an interrupted run was computing.
+
+    Args:
+        run: run of the results.
+        results: results by time k.
+        folder: folder of the parts, whose settings include the times.
+    """
+    undone = [k for k, result in results.items() if result in run.unfinished]
+    times = recorded_settings(folder).get("times", undone)
+    return times if set(undone) <= set(times) <= results.keys() else undone
