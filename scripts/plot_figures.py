@@ -6,9 +6,14 @@ CSV of the plotted points:
   similarity_against_time   cosine similarity at every layer; the CSV has mode, mean, median and quartiles
   class_retention           fraction of images that keep their class, with 95% (Wilson) intervals
   distributions             distributions of the similarity at an early, a middle and the last layer
+  class_transitions         fraction of samples in each class, given the class of the starting image
+  class_agreement           probability that two samples of an image have the same class
+  class_entropy             entropy of the class of the samples of an image (Miller-Madow)
   gallery                   starting images and their samples (needs --starting_data_dir and --data_dir)
 
-transition.json has the time at which class retention falls fastest, and its uncertainty.
+transition.json has the time at which class retention falls fastest, and its uncertainty. class_agreement and
+class_entropy need several samples of each image (--num_trajectories of forward_backward_dataset_sample.py). Then all
+errors are those from drawing other images, each with its samples. The gallery shows the first sample.
 
   python scripts/plot_figures.py --classifier_name convnext_base --timestep_respacing 250 \\
       --starting_data_dir datasets/ILSVRC2012/validation --data_dir results/diffused_ILSVRC2012_validation
@@ -24,10 +29,11 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import logger
+from guided_diffusion.classifier.class_figures import draw_agreement, draw_class_transitions, draw_entropy
 from guided_diffusion.classifier.figures import (
     BLUE,
     CHANCE,
@@ -59,7 +65,7 @@ from guided_diffusion.classifier.retention import (
     Estimate,
     Transition,
     fit_transition,
-    wilson_interval,
+    fraction_interval,
 )
 from guided_diffusion.command_line.flags import FOLDER, NAME, SAMPLES_DIR, TEXT, Flag, add_flags, flag, whole_number
 from guided_diffusion.command_line.parser import ArgumentParser
@@ -91,22 +97,26 @@ def main(argv: list[str] | None = None) -> int:
     respacing = args.timestep_respacing  # may be N itself, whatever --diffusion_steps is
     num_steps = int(respacing) if respacing.isdecimal() else number_of_steps(args.diffusion_steps, respacing)
     series = find_series(folder, name, num_steps)
-    count = len(series[0].differences["names"])
+    count, several = len(series[0].starts), [result for result in series if result.num_trajectories > 1]
     logger.info(f"{count} images at k = {', '.join(str(t.step_reverse) for t in series)} of N = {num_steps}")
 
     shown = evenly_spaced(series, MOST_SHOWN)
     if len(shown) < len(series):
-        logger.info(f"the gallery and the distributions show {len(shown)} of the {len(series)} times")
+        logger.info(f"gallery, distributions and class_transitions show {len(shown)} of the {len(series)} times")
 
     draw: dict[str, Callable[[], tuple[Figure, Rows]]] = {}
     if args.data_dir:  # first, because most mistakes show here
-        chosen = choose_names(series[0].differences["names"].tolist(), args.gallery, args.gallery_count, args.seed)
+        chosen = choose_names(series[0].starts.tolist(), args.gallery, args.gallery_count, args.seed)
         known = [recorded_files(args, differences_file(folder, name, t.step_reverse, t.num_steps)) for t in shown]
         draw["gallery"] = lambda: draw_gallery(shown, chosen, args.starting_data_dir, args.data_dir, known)
     retention, transition = measure_retention(series)
     draw["similarity_against_time"] = lambda: draw_similarity(series, args.statistic)
     draw["class_retention"] = lambda: draw_retention(retention, transition, series)
     draw["distributions"] = lambda: draw_distributions(shown, args.bins)
+    draw["class_transitions"] = lambda: draw_class_transitions(shown)
+    if several:
+        draw["class_agreement"] = lambda: draw_agreement(several)
+        draw["class_entropy"] = lambda: draw_entropy(several)
 
     files = {}
     with style():
@@ -119,6 +129,8 @@ def main(argv: list[str] | None = None) -> int:
     logger.info(describe(transition, len(series)))
     if not args.data_dir:
         logger.info("no gallery: it needs --starting_data_dir and --data_dir")
+    if not several:
+        logger.info("no class_agreement and class_entropy: they need several samples of each image")
     logger.info(f"{', '.join(draw)} (png, pdf, csv) and transition.json are in {args.output}")
     return 0
 
@@ -132,8 +144,8 @@ def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
         raise UserError(f"{folder} has no results for N = {num_steps}, only for N = {others} (--timestep_respacing)")
     first = series[0]
     for result in series:
-        for array, what in (("names", "images"), ("layers", "layers")):
-            found, expected = result.differences[array], first.differences[array]
+        layers = result.differences["layers"], first.differences["layers"]
+        for found, expected, what in ((result.starts, first.starts, "images"), (*layers, "layers")):
             if not np.array_equal(found, expected):
                 raise UserError(
                     f"k = {first.step_reverse} and k = {result.step_reverse} of N = {num_steps} in {folder} have "
@@ -152,17 +164,26 @@ def times_of(series: Sequence[TimeResult]) -> np.ndarray:
     return np.array([result.step_reverse / result.num_steps for result in series])
 
 
+def counted(series: Sequence[TimeResult]) -> str:
+    """What fractions count: images, or samples if there are several of an image."""
+    return "samples" if any(result.num_trajectories > 1 for result in series) else "images"
+
+
 # Similarity against time
 
 
 def measure_similarity(series: Sequence[TimeResult]) -> Rows:
-    """Statistics of the cosine similarity over the images for which it is defined, at each layer and time."""
-    rows = []
+    """Statistics of the cosine similarity over the images for which it is defined, at each layer and time.
+
+    An image with several samples counts only if it is defined for all of them.
+    """
+    rows, several = [], any(result.num_trajectories > 1 for result in series)
     for result in series:
         for depth, layer in enumerate(result.differences["layers"].tolist()):
-            values = result.differences["cosine"][:, depth]
-            values = values[np.isfinite(values)]  # undefined if all activations of the layer are 0
-            row = {"layer": layer, "depth": depth, **time_columns(result), "images": len(values)}
+            values = result.by_start(result.differences["cosine"][:, depth])
+            values = values[np.isfinite(values).all(axis=1)]  # undefined if all activations of the layer are 0
+            row = {"layer": layer, "depth": depth, **result.time_columns, "images": len(values)}
+            row |= {"samples": values.size} if several else {}
             for statistic in STATISTICS.values():
                 estimate = statistic(values) if len(values) else Estimate(np.nan, np.nan, np.nan)
                 column = statistic.__name__
@@ -170,11 +191,6 @@ def measure_similarity(series: Sequence[TimeResult]) -> Rows:
             quartiles = np.quantile(values, [0.25, 0.75]).tolist() if len(values) else [np.nan, np.nan]
             rows.append({**row, "quartile_1": quartiles[0], "quartile_3": quartiles[1]})
     return rows
-
-
-def time_columns(result: TimeResult) -> dict[str, Any]:
-    """The CSV columns of the time."""
-    return {"k": result.step_reverse, "N": result.num_steps, "k/N": result.step_reverse / result.num_steps}
 
 
 def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figure, Rows]:
@@ -209,23 +225,26 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
 
 def measure_retention(series: Sequence[TimeResult]) -> tuple[Rows, Transition | None]:
     """The fractions of images that keep their class, with 95% intervals and chance levels; and the transition."""
-    labels = series[0].logits["labels"]
     classes = series[0].logits["logits_start"].shape[1]
-    known = (labels >= 0) & (labels < classes)
-    rows, kept = [], []
+    rows, kept, most = [], [], max(result.num_trajectories for result in series)
     for result in series:
-        logits = result.logits["logits_sample"]
-        kept.append(result.logits["logits_start"].argmax(axis=1) == logits.argmax(axis=1))
-        measures = {"predicted class kept": (kept[-1], 1)}
+        logits, labels = result.logits["logits_sample"], result.logits["labels"]
+        known = (labels >= 0) & (labels < classes)
+        same = result.by_start(result.logits["logits_start"].argmax(axis=1) == logits.argmax(axis=1))
+        kept.append(same.mean(axis=1))
+        measures = {"predicted class kept": (same, 1)}
         if known.any():
             for top in (1, 5):
-                measures[f"true class in top {top}"] = (class_ranks(logits[known], labels[known]) < top, top)
-        for measure, (is_kept, top) in measures.items():
-            count, total = int(is_kept.sum()), len(is_kept)
-            low, high = wilson_interval(count, total)
-            row = {"measure": measure, **time_columns(result), "images": total, "count": count}
-            rows.append(row | {"fraction": count / total, "low": low, "high": high, "chance": min(1, top / classes)})
-    return rows, fit_transition(times_of(series), np.stack(kept))
+                is_kept = class_ranks(logits[known], labels[known]) < top
+                measures[f"true class in top {top}"] = (result.by_start(is_kept), top)
+        for measure, (is_kept, top) in measures.items():  # (images, samples of each)
+            count, total = int(is_kept.sum()), is_kept.size
+            low, high = fraction_interval(is_kept.mean(axis=1), result.num_trajectories)
+            row = {"measure": measure, **result.time_columns, "images": len(is_kept)}
+            row |= {"samples": total} if most > 1 else {}
+            row |= {"count": count, "fraction": count / total, "low": low, "high": high}
+            rows.append(row | {"chance": min(1, top / classes)})
+    return rows, fit_transition(times_of(series), np.stack(kept), num_samples=most)
 
 
 def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
@@ -250,7 +269,7 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
         axes.axvspan(transition.low, transition.high, color="0.85", linewidth=0, zorder=0)
         label = f"transition {transition.time:.3f} ± {transition.error:.3f}"
         handles.append(axes.axvline(transition.time, color="0.3", linewidth=0.8, zorder=1, label=label))
-    axes.set(xlabel=TIME_LABEL, ylabel="fraction of images", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
+    axes.set(xlabel=TIME_LABEL, ylabel=f"fraction of {counted(series)}", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure, rows
 
@@ -287,13 +306,13 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
             colour = colours(result.step_reverse / result.num_steps)
             axes.stairs(counts / max(1, len(own)), edges, color=colour, linewidth=0.9)
             ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
-            about = {"layer": layers[depth], "depth": depth, **time_columns(result)}
-            rows += [{**about, "from": low, "to": high, "images": count} for low, high, count in ends]
+            about = {"layer": layers[depth], "depth": depth, **result.time_columns}
+            rows += [{**about, "from": low, "to": high, counted(series): count} for low, high, count in ends]
         axes.set_title(f"{layers[depth]} ({depth + 1} of {len(layers)})", fontsize=7)
         axes.set(xlabel="cosine similarity", xlim=(edges[0], edges[-1]))
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", nbins=5)
-    panels[0].set_ylabel("fraction of images")
+    panels[0].set_ylabel(f"fraction of {counted(series)}")
     add_colorbar(figure, panels, 0, 1, TIME_LABEL, pad=0.01)
     return figure, rows
 
@@ -369,7 +388,7 @@ def draw_gallery(
         start = read_image(f"{starting_data_dir}/{name}", len(samples[0]), known[0][0].digest_check(name))
         rows.append({"row": row, "name": name, "k": "", "N": "", "k/N": "", "path": f"{starting_data_dir}/{name}"})
         of_times = zip(series, paths, strict=True)
-        rows += [{"row": row, "name": name, **time_columns(r), "path": p[row]} for r, p in of_times]
+        rows += [{"row": row, "name": name, **r.time_columns, "path": p[row]} for r, p in of_times]
         for axes, pixels in zip(panels[row], [start, *samples], strict=True):
             axes.imshow(pixels)
             axes.set_axis_off()

@@ -37,6 +37,7 @@ WORDS = {
     "starts_per_batch": "the number of starting images per batch (--batch_size)",
     "statistics_digest": "the statistics (classifier_statistics.py)",
     "times": "the times computed together (--time_series)",
+    "trajectories_per_batch": "the number of samples of an image per batch (--batch_size)",
 }
 # Keys in old records.
 OLD_KEYS = {
