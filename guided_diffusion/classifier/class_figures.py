@@ -53,7 +53,7 @@ def draw_class_transitions(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
     num_classes = series[0].logits["logits_start"].shape[1]
     columns = min(5, len(series))
     lines = -(-len(series) // columns)
-    figure, panels = new_figure(PAGE, PAGE / 5 * lines + 0.5, columns=columns, rows=lines)
+    figure, panels = new_figure(PAGE, 1.33 * lines + 0.45, columns=columns, rows=lines)
     cells, rows = early_to_late().with_extremes(bad="0.9"), []
     for result, axes in zip(series, panels.flat, strict=False):
         starts, samples = predicted_classes(result)
@@ -116,11 +116,13 @@ def draw_agreement(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
     times, (value, low, high) = _columns(rows, "k/N"), (_columns(rows, name) for name in ("same_class", "low", "high"))
     errors = np.maximum([value - low, high - value], 0)
-    axes.errorbar(times, value, errors, color=BLUE, marker="o", label="two samples of one image", **ERROR_BARS)
+    label = "two samples of one image"
+    handles = [axes.errorbar(times, value, errors, color=BLUE, marker="o", label=label, **ERROR_BARS)]
     if rows[0]["same_class_of_two_images"] != "":
-        axes.plot(times, _columns(rows, "same_class_of_two_images"), **{**CHANCE, "label": "samples of two images"})
+        look = CHANCE | {"marker": ".", "label": "samples of two images"}
+        handles += axes.plot(times, _columns(rows, "same_class_of_two_images"), **look)
     axes.set(xlabel=TIME_LABEL, ylabel="probability of the same class", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
-    figure.legend(loc="outside upper center", ncols=2)
+    figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure, rows
 
 
@@ -138,13 +140,16 @@ def draw_entropy(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
         rows.append(row | {"largest": largest})
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
     times, value = _columns(rows, "k/N"), _columns(rows, "entropy")
-    label = "Miller-Madow estimate"
-    axes.errorbar(times, value, _columns(rows, "high") - value, color=BLUE, marker="o", label=label, **ERROR_BARS)
-    axes.plot(times, _columns(rows, "uncorrected"), color=VERMILION, linestyle="--", label="uncorrected")
-    axes.plot(times, _columns(rows, "largest"), **{**CHANCE, "label": "largest for as many samples"})
+    errors, look = _columns(rows, "high") - value, {"color": BLUE, "marker": "o", "label": "Miller-Madow"}
+    handles = [axes.errorbar(times, value, errors, **look, **ERROR_BARS)]
+    handles += axes.plot(
+        times, _columns(rows, "uncorrected"), color=VERMILION, linestyle="--", marker=".", label="uncorrected"
+    )
+    largest = _columns(rows, "largest")
+    handles += axes.plot(times, largest, **(CHANCE | {"marker": ".", "label": "largest possible"}))
     axes.set(xlabel=TIME_LABEL, ylabel="entropy of the class,\ngiven the image (nats)", xlim=(-0.02, 1.02))
-    axes.set_ylim(bottom=0)
-    figure.legend(loc="outside upper center", ncols=2)
+    axes.set_ylim(-0.04 * largest.max(), 1.08 * largest.max())
+    figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure, rows
 
 

@@ -21,12 +21,16 @@ FIGURES = ("similarity_against_time", "class_retention", "distributions", "galle
 SEVERAL = ("class_agreement", "class_entropy")  # of several samples of each image
 
 
-def write_results(folder: Path, times, num_images=400, num_layers=41, labels=True) -> Path:
+def write_results(folder: Path, times, num_images=400, num_layers=41, labels=True, num_samples=1) -> Path:
     """Results of which the class is lost at k/N = 0.55, in the documented format."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = np.array([f"n{i % 10:08d}/image_{i:04d}.JPEG" for i in range(num_images)])
+    names = np.repeat([f"n{i % 10:08d}/image_{i:04d}.JPEG" for i in range(num_images)], num_samples)
+    pairs = {"names": names}
+    if num_samples > 1:
+        pairs["trajectories"] = np.arange(len(names)) % num_samples + 1
     layers = np.array([*(f"features.{i}" for i in range(num_layers - 1)), "classifier"])
-    true = np.arange(num_images) % 20
+    true = np.repeat(np.arange(num_images) % 20, num_samples)
+    num_images *= num_samples
     depth, start = np.linspace(0, 1, num_layers), 8 * np.eye(20, dtype=np.float32)[true]
     for k in times:
         rng, kept_part = np.random.default_rng(k), 1 / (1 + np.exp((k / 250 - 0.55) / 0.05))
@@ -35,25 +39,22 @@ def write_results(folder: Path, times, num_images=400, num_layers=41, labels=Tru
         )
         cosine = np.clip(cosine, -1, 1)
         predicted = np.where(rng.random(num_images) < kept_part, true, (true + 7) % 20)
-        about = {"names": names, "layers": layers, "cosine": cosine, "L2": cosine, "L2_normalized": cosine}
+        about = {**pairs, "layers": layers, "cosine": cosine, "L2": cosine, "L2_normalized": cosine}
         np.savez(differences_file(str(folder), "convnext_base", k, 250), **about)
         logits = 8 * np.eye(20, dtype=np.float32)[predicted]
         known = true if labels else np.full(num_images, -1)
-        arrays = {"names": names, "labels": known, "logits_start": start, "logits_sample": logits}
+        arrays = {**pairs, "labels": known, "logits_start": start, "logits_sample": logits}
         np.savez(logits_file(str(folder), "convnext_base", k, 250), **arrays)
     return folder
 
 
-def write_several(folder: Path, times, num_images=30, num_samples=4, alike=False) -> Path:
-    """Results with several samples of each image, of 20 classes: `alike` repeats the first sample of each."""
-    write_results(folder, times, num_images * num_samples, num_layers=3)
-    for path in folder.glob("*.npz"):
+def write_several(folder: Path, times, alike=False) -> Path:
+    """Results of 30 images with four samples of each; `alike` repeats the first sample of each."""
+    write_results(folder, times, 30, num_layers=3, num_samples=4)
+    for path in folder.glob("*.npz") if alike else ():
         arrays = dict(np.load(path))
-        arrays["names"] = np.repeat(arrays["names"][:num_images], num_samples)
-        arrays["trajectories"] = np.arange(len(arrays["names"])) % num_samples + 1
-        of_start = [name for name in ("labels", "logits_start") if name in arrays]
-        for name in [*of_start, *((set(arrays) - {*of_start, "names", "trajectories", "layers"}) if alike else ())]:
-            arrays[name] = np.repeat(arrays[name][::num_samples], num_samples, axis=0)
+        for name in arrays.keys() - {"trajectories", "layers"}:
+            arrays[name] = np.repeat(arrays[name][::4], 4, axis=0)
         np.savez(path, **arrays)
     return folder
 
