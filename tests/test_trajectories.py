@@ -18,7 +18,7 @@ from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 TIMES = ("2", "3")
-NAMES = ("a_1", "a_10", "a_2", "b_1")  # whose samples sort in another order: a_10_t0500 is before a_1_t0500
+NAMES = ("a_2", "a_3", "b_1", "b_10")  # whose samples sort in another order: b_10_t0500 is before b_1_t0500
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_shards(flags, eight, tmp_path):
 def test_lost_samples_of_any_turn_come_back(flags, eight, tmp_path, capsys):
     more = [*flags, "--num_trajectories", 8, "--num_turns", 2, "--output", tmp_path]
     assert run_here(*more) == 0
-    lost = ["t_3_4_images/a_10_t0750.png", "t_3_4_images/a_10_t0750_s002_u02.png", "t_2_4_images/b_1_t0500_s008.png"]
+    lost = ["t_3_4_images/b_10_t0750.png", "t_3_4_images/b_10_t0750_s002_u02.png", "t_2_4_images/a_3_t0500_s008.png"]
     for name in lost:
         (tmp_path / name).unlink()
     capsys.readouterr()
@@ -149,15 +149,30 @@ def test_lost_samples_of_any_turn_come_back(flags, eight, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg"])
-def test_two_turns_are_two_runs_chained_through_folders(image_format, flags, eight, tmp_path, capsys):
-    """To the byte, although the samples' names sort in another order than those of the images."""
+def test_two_turns_are_two_runs_chained_through_folders(image_format, flags, eight, tmp_path, monkeypatch, capsys):
+    """To the byte, and in the same batches, although the samples' names sort in another order than those of images."""
+    script = load_script(MAIN_SCRIPT)
+    compute, batches = script.forward_backward, []
+
+    def watch(network, diffusion, unit, *more):
+        batches.append((unit.step_reverse, unit.turn, unit.starts))
+        return compute(network, diffusion, unit, *more)
+
+    monkeypatch.setattr(script, "forward_backward", watch)
+
+    def run_here(*words) -> int:
+        batches.clear()
+        return script.main([str(word) for word in words])
+
     mine = [*flags, "--image_format", image_format]
     assert run_here(*mine, "--num_turns", 2, "--output", tmp_path / "both") == 0
+    second_turns = [(k, starts) for k, turn, starts in batches if turn == 2]
     assert ("each turn starts from the JPEG file" in capsys.readouterr().err) == (image_format == "jpeg")
     assert run_here(*mine, "--output", tmp_path / "first") == 0
     for k, time_ in (("2", "t0500"), ("3", "t0750")):
         chained = ["--data_dir", tmp_path / f"first/t_{k}_4_images", "--step_reverse", k]
         assert run_here(*mine, *chained, "--output", tmp_path / f"second_{k}") == 0
+        assert [(int(k), starts) for _, _, starts in batches] == [turn for turn in second_turns if turn[0] == int(k)]
         second = samples(tmp_path / f"second_{k}")
         assert len(second) == len(NAMES)
         for name, data in second.items():
@@ -195,18 +210,18 @@ def test_clones_share_x_k_and_nothing_else(flags, one, tmp_path, monkeypatch):
 
 def test_an_unreadable_image_costs_all_of_its_samples_and_no_others(flags, starts, eight, tmp_path, capsys):
     shutil.copytree(starts, tmp_path / "data")
-    (tmp_path / "data/a_10.png").write_bytes((starts / "a_10.png").read_bytes()[:1000])
+    (tmp_path / "data/b_10.png").write_bytes((starts / "b_10.png").read_bytes()[:1000])
     more = [*flags, "--data_dir", tmp_path / "data", "--num_trajectories", 3, "--num_turns", 2]
     more += ["--output", tmp_path / "out"]
     assert run_here(*more) == 1
     said = capsys.readouterr().err
     assert "1 of 4 images could not be read" in said and "18 of 24 samples are in" in said
-    assert samples(tmp_path / "out") == {name: eight[name] for name in expected_names(3, 2) if "a_10" not in name}
+    assert samples(tmp_path / "out") == {name: eight[name] for name in expected_names(3, 2) if "b_10" not in name}
     record = json.loads((tmp_path / "out/t_3_4_run.json").read_text())
     assert not record["finished"] and record["images"]["with_sample"] == 3
-    assert list(record["images"]["unreadable"]) == ["a_10.png"]
-    assert "a_10.png" in record["images"]["unreadable"]["a_10.png"]
-    shutil.copy(starts / "a_10.png", tmp_path / "data")
+    assert list(record["images"]["unreadable"]) == ["b_10.png"]
+    assert "b_10.png" in record["images"]["unreadable"]["b_10.png"]
+    shutil.copy(starts / "b_10.png", tmp_path / "data")
     assert run_here(*more) == 0
     assert samples(tmp_path / "out") == {name: eight[name] for name in expected_names(3, 2)}
 
@@ -229,7 +244,7 @@ def test_an_unreadable_image_costs_all_of_its_samples_and_no_others(flags, start
 def test_mistakes(more, words, flags, starts, tmp_path, capsys):
     long = tmp_path / "long"
     long.mkdir()
-    shutil.copy(starts / "a_1.png", long / f"{'a' * 244}.png")
+    shutil.copy(starts / "b_1.png", long / f"{'a' * 244}.png")
     output = tmp_path / "out"
     mine = [*flags, "--step_reverse", "2", "--output", output]
     assert run_here(*mine, *(["--data_dir", long] if "LONG" in more else [])) == 0
