@@ -1,7 +1,9 @@
 """Compare samples with their starting images by a classifier's activations, layer by layer, and by its logits.
 
 For every starting image, time and layer: cosine similarity and distance of standardised activations; and the logits of
-both images. A time series takes one pass: a batch consists of starting images and their samples at all times. Rerun
+both images. A time series takes one pass: a batch consists of starting images and their samples at all times. If images
+have several samples (--num_trajectories of forward_backward_dataset_sample.py), every pair of an image and one of its
+samples has a row in the results; samples of later turns are left out. Rerun
 the same command to resume a run that was stopped; finished times are kept. Under mpiexec, torchrun or srun, images are
 split across processes.
 
@@ -21,6 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 from guided_diffusion import dist_util, logger
@@ -30,6 +33,7 @@ from guided_diffusion.classifier.pairs import (
     SAMPLES,
     STARTS,
     PairBatch,
+    batch_shape,
     check_sizes,
     check_starts,
     find_pairs,
@@ -86,7 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     num_steps = dist_util.on_every_rank(number_of_steps, args.diffusion_steps, args.timestep_respacing)
     times = sorted(dist_util.on_every_rank(check_times, args.time_series, num_steps, "--time_series"))
     folders = {k: SampleFolder(data_dir, k, num_steps, args.diffusion_steps) for k in times}
-    # samples[k][i] is the sample of starts[i]
+    # samples[k][i] has the samples of starts[i], one per trajectory
     starts, class_names, samples = dist_util.on_main(find_pairs, args.starting_data_dir, args.labels_file, folders)
     dist_util.on_main(check_sizes, folders, samples, args.image_size)
 
@@ -100,11 +104,11 @@ def main(argv: list[str] | None = None) -> int:
     start_paths = [image.path for image in starts]
     results = {}
     for k in times:
-        sample_paths = [f"{os.path.basename(folders[k].path)}/{path}" for path in samples[k]]
+        samples[k] = [[f"{os.path.basename(folders[k].path)}/{path}" for path in paths] for paths in samples[k]]
         results[k] = Result(
             differences_file(output, name, k, num_steps),
             {**settings, "samples_digest": digests[k]},
-            files={STARTS: start_paths, SAMPLES: sample_paths},
+            files={STARTS: start_paths, SAMPLES: list(chain(*samples[k]))},
             companions=[logits_file(output, name, k, num_steps)],
         )
     inputs = {STARTS: Inputs(args.starting_data_dir, "--starting_data_dir"), SAMPLES: Inputs(data_dir, "--data_dir")}
@@ -116,13 +120,14 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         to_do = dist_util.on_main(times_to_do, comparison, results, folder)
         comparison.unfinished = [results[k] for k in to_do]
-        size = max(1, args.batch_size // (1 + len(to_do)))
-        batches = pair_batches(starts, [results[k].files[SAMPLES] for k in to_do], size)
+        shape = batch_shape([len(samples[k][0]) for k in to_do], args.batch_size)
+        batches = pair_batches(starts, [samples[k] for k in to_do], shape)
         samples_digest = digest_of(digests[k] for k in to_do)
-        left = comparison.remaining_units(batches, times=to_do, starts_per_batch=size, samples_digest=samples_digest)
+        cut_settings = settings_of_batches(shape, batches)
+        left = comparison.remaining_units(batches, times=to_do, samples_digest=samples_digest, **cut_settings)
         logger.info(
             f"{len(starts)} starting images from {args.starting_data_dir}, with samples of "
-            f"k = {', '.join(map(str, to_do))} of N = {num_steps} from {data_dir}: "
+            f"k = {', '.join(map(str, to_do))} of N = {num_steps} from {data_dir}{describe_trajectories(samples)}: "
             f"{len(left)} of {len(shard.units(batches))} batches are to be done"
             + (f" by {shard}" if shard.count > 1 else "")
             + (f"; {len(times) - len(to_do)} times are done already" if len(times) > len(to_do) else "")
@@ -143,26 +148,24 @@ def compare(
 ) -> None:
     """Compare this rank's share of batches and write their parts.
 
-    A batch of B starting images with samples at T times is one forward pass of (1 + T) B images. Raises ResultError if
+    A batch of B starting images with S samples of each is one forward pass of (1 + S) B images. Raises ResultError if
     the classifier gives NaN or infinity.
     """
-    if not batches:
-        return
-    times = len(batches[0].samples)
     blank = classifier.preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8))
 
     def read(function: Callable[..., np.ndarray], path: str, check: Check) -> torch.Tensor:
         return classifier.preprocess(function(path, args.image_size, check))
 
     readers = {STARTS: partial(read, read_image), SAMPLES: partial(read, read_sample)}
-    work = (lambda batch: len(batch.images) * (1 + times)), "comparing", "image"
+    work = (lambda batch: len(batch.images) * (1 + len(batch.samples))), "comparing", "image"
     write: Callable[[], None] = lambda: None  # noqa: E731
-    with torch.inference_mode(), Similarities(classifier, normalization, times) as watch:
+    with torch.inference_mode(), Similarities(classifier, normalization) as watch:
         for batch, pictures in comparison.read(batches, readers, blank, *work):
+            watch.num_samples = len(batch.samples)
             x = torch.stack(pictures.values)
             advice = f",\nand remove {comparison.parts.folder}, which was begun with this one"
             with autocast, enough_memory(len(x), advice):
-                classifier.model(upload(x, dist_util.dev()))  # ((1 + T) B, 3, S, S)
+                classifier.model(upload(x, dist_util.dev()))  # ((1 + S) B, 3, H, W)
             write()  # the previous batch, while a GPU works on this one
             write = partial(write_part, comparison, batch, pictures, watch.latest)
             comparison.bar.update(len(x))
@@ -194,8 +197,22 @@ def decisive_settings(
 
 
 def write_part(comparison: ResultRun, batch: PairBatch, pictures: Pictures, compared: Callable[[], Comparison]) -> None:
-    """Write similarities (T, B, L) and logits (1 + T, B, classes) of a batch."""
+    """Write similarities (S, B, L) and logits (1 + S, B, classes) of a batch."""
     comparison.write(batch, pictures, **compared()._asdict())
+
+
+def settings_of_batches(shape: tuple[int, int], batches: Sequence[PairBatch]) -> dict[str, int]:
+    """The settings that determine what each part has."""
+    size, trajectories = shape
+    starts = {batch.first for batch in batches}
+    cut = {"trajectories_per_batch": trajectories} if len(starts) < len(batches) else {}
+    return {"starts_per_batch": size, **cut}
+
+
+def describe_trajectories(samples: Mapping[int, Sequence[Sequence[str]]]) -> str:
+    """The number of samples of an image at each time, in words; nothing if it is 1."""
+    counts = sorted({len(of_time[0]) for of_time in samples.values()})
+    return "" if counts == [1] else f", {' or '.join(map(str, counts))} of each image"
 
 
 def write_results(
@@ -208,7 +225,7 @@ def write_results(
     """Write the results, time by time. Returns the exit status."""
     for t, (k, result) in enumerate(results.items()):
         count = write_time(comparison, batches, t, k, result, classifier, facts)
-        logger.info(f"k = {k}: {count} of {len(result.files[STARTS])} pairs are in {result.path}")
+        logger.info(f"k = {k}: {count} of {len(result.files[SAMPLES])} pairs are in {result.path}")
     return report_unreadable(comparison.unreadable, "the results are without them")
 
 
@@ -222,7 +239,7 @@ def write_time(
     facts: Record,
 ) -> int:
     """Write the files of the t-th time, k. Returns the number of pairs; raises UserError if none was readable."""
-    images, unreadable, arrays = join_parts(comparison.parts, batches, t, comparison.unreadable)
+    images, trajectories, unreadable, arrays = join_parts(comparison.parts, batches, t, comparison.unreadable)
     if not images:
         raise UserError(f"none of the pairs of k = {k} could be read: there is nothing to write (--data_dir)")
     record = {
@@ -232,13 +249,15 @@ def write_time(
         "images": {"chosen": len(result.files[STARTS]), "unreadable": unreadable},
         "last_run": facts,
     }
-    names = np.array([image.path for image in images])
+    pairs = {"names": np.array([image.path for image in images])}
+    if len(result.files[SAMPLES]) > len(result.files[STARTS]):
+        pairs["trajectories"] = trajectories
     layers = np.array([layer.name for layer in classifier.layers])
     comparison.write_lists(result)
     with named_write_errors(), whole_file(result.companions[0]) as f:
         logits = {name: arrays[name] for name in ("logits_start", "logits_sample")}
-        np.savez(f, names=names, labels=labels_of(images), **logits)
-    write_result(result.path, {"names": names, "layers": layers, **{s: arrays[s] for s in SIMILARITIES}}, record)
+        np.savez(f, **pairs, labels=labels_of(images), **logits)
+    write_result(result.path, {**pairs, "layers": layers, **{s: arrays[s] for s in SIMILARITIES}}, record)
     return len(images)
 
 

@@ -4,6 +4,10 @@ Each image is noised by k = step_reverse of N = timestep_respacing steps, then d
 the image itself, k = N an image made from pure noise. Rerun the same command to resume a run that was stopped. Under
 mpiexec, torchrun or srun, images are split across processes.
 
+--num_trajectories M makes M samples of each image, and --num_turns T repeats the experiment from its own samples, T
+times in all. Both can be increased later: existing samples are kept. Trajectory 3 and turn 2 of NAME_t0500.JPEG are
+NAME_t0500_s003.JPEG and NAME_t0500_u02.JPEG.
+
 With the published model and 10 images of each class:
 
   python forward_backward_dataset_sample.py --data_dir datasets/ILSVRC2012/validation \\
@@ -27,14 +31,15 @@ from guided_diffusion.compute.compilation import compile_network, should_compile
 from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.compute.transfer import upload
+from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
-    NoiseStreams,
     Pixels,
     SampleFolder,
     Unit,
     check_times,
     default_output,
     from_pixels,
+    in_order_of_starts,
     noised_image,
 )
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
@@ -49,6 +54,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+EXTENSIBLE = ("step_reverse", "num_trajectories", "num_turns")  # a later run of the same experiment may have others
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run the experiment. Returns 0 if every chosen image has a sample, else 1; raises UserError."""
@@ -59,32 +66,35 @@ def main(argv: list[str] | None = None) -> int:
     num_steps = diffusion.num_timesteps
     times = dist_util.on_every_rank(check_times, args.step_reverse, num_steps)
     shard = dist_util.on_every_rank(shard_of, args)
-    images = dist_util.on_main(find_images, args)
+    dist_util.on_every_rank(check_trajectories, args)
+    images = in_order_of_starts(dist_util.on_main(find_images, args), args.data_dir)
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
-    dist_util.on_main(check_names, folders, images)
+    dist_util.on_main(check_names, folders, images, args.num_trajectories, args.num_turns)
 
     model = dist_util.on_every_rank(load_model, args.model_path, vars(args), args.seed)
     recorded = dist_util.on_main(recorded_compilation, folders.values())
-    compiled = should_compile(args.compile, len(images), args.batch_size, times, recorded)
-    batch_size = min(args.batch_size, len(images))
-    machine = prepare_network(model, args.use_fp16, args.num_threads, compiled, batch_size)
+    total = len(images) * args.num_trajectories * args.num_turns
+    compiled = should_compile(args.compile, total, args.batch_size, times, recorded)
+    batch_size = min(args.batch_size, len(images))  # of the first trajectory
+    largest = batch_size if args.num_trajectories == 1 else args.batch_size
+    machine = prepare_network(model, args.use_fp16, args.num_threads, compiled, largest)
     settings = decisive_settings(args, images, model, machine["precision"], compiled)
     with SampleRun(folders, images, settings, machine, args, shard) as experiment:
         logger.info(
-            f"{len(images)} images from {args.data_dir}, at k = {', '.join(map(str, times))} of N = {num_steps}: "
-            f"{describe_work(experiment.units, len(images) * len(times), shard)}"
+            f"{len(images)} images from {args.data_dir}, at k = {', '.join(map(str, times))} of N = {num_steps}"
+            f"{describe_samples(args)}: {describe_work(experiment, shard)}"
         )
         experiment.log_machine(f"; results in {output}")
         network = model
-        if compiled and experiment.units:
+        if compiled and experiment.chains:
             network = dist_util.on_every_rank(compile_network, model, diffusion, batch_size, args.image_size)
         sample(network, diffusion, experiment, args)
         return experiment.finish()
 
 
 def sample(network: Model, diffusion: GaussianDiffusion, experiment: SampleRun, args: argparse.Namespace) -> None:
-    """Take this process's units of work forward and back, and write their samples."""
+    """Take this process's units of work forward and back, and write their samples, from which the next turn starts."""
     blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)  # in place of an unreadable image
     for unit, pictures in experiment.read(lambda path, check: read_image(path, args.image_size, check), blank):
         pixels = np.stack(pictures.values)
@@ -105,8 +115,11 @@ def forward_backward(
     """
     device, k = dist_util.dev(), unit.step_reverse
     x_start = upload(from_pixels(pixels), device)  # (B, 3, H, W)
-    noise = NoiseStreams(args.seed, [image.path for image in unit.images], k, device)
-    x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape, device=device))
+    noise = unit.noise(args.seed, device)
+    eps = noise.randn(x_start.shape, device=device)
+    if args.share_noise == "start":
+        eps = unit.forward_noise(args.seed, device).randn(x_start.shape, device=device)
+    x = noised_image(diffusion, x_start, k, eps)
     labels = {}
     if args.class_cond:
         labels["y"] = upload(torch.tensor([image.label for image in unit.images]), device)
@@ -130,7 +143,7 @@ def decisive_settings(
     """The settings that determine the bytes of the samples."""
     return settings_of(
         args,
-        without=("step_reverse", "num_classes", "num_per_class", "num_samples", "compile"),
+        without=("num_classes", "num_per_class", "num_samples", "compile", *EXTENSIBLE),
         num_images=len(images),
         images_digest=digest_of(f"{image.path}\t{image.label if args.class_cond else ''}" for image in images),
         model_digest=dist_util.on_main(weights_digest, model),
@@ -139,12 +152,28 @@ def decisive_settings(
     )
 
 
-def describe_work(units: list[Unit], total: int, shard: Shard) -> str:
-    """The number of samples to make, out of `total`, in words."""
-    to_do = sum(len(unit.todo) for unit in units)
+def check_trajectories(args: argparse.Namespace) -> None:
+    """Raise UserError if all samples of an image would be equal; warn if turns start from compressed samples."""
+    if args.share_noise and args.use_ddim:
+        raise UserError(
+            "--share_noise start with --use_ddim True: DDIM adds no noise, so all samples of an image would be equal.\n"
+            "Give only one of the two"
+        )
+    if args.num_turns > 1 and args.image_format == "jpeg":
+        logger.warn("each turn starts from the JPEG file of the last one: --image_format png loses nothing in between")
+
+
+def describe_samples(args: argparse.Namespace) -> str:
+    """The numbers of trajectories and turns, in words; nothing if both are 1."""
+    trajectories = f", {args.num_trajectories} trajectories" if args.num_trajectories > 1 else ""
+    return trajectories + (f", {args.num_turns} turns" if args.num_turns > 1 else "")
+
+
+def describe_work(experiment: SampleRun, shard: Shard) -> str:
+    """The number of samples to make, in words."""
     if shard.count > 1:
-        return f"{to_do} samples to make for {shard}"
-    return f"{to_do} samples to make, {total - to_do} are there"
+        return f"{experiment.to_do} samples to make for {shard}"
+    return f"{experiment.to_do} samples to make, {experiment.total - experiment.to_do} are there"
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -156,7 +185,10 @@ def create_argparser() -> argparse.ArgumentParser:
     add_flags(parser.add_argument_group("the images"), images, data_dir=REQUIRED, num_samples=None)
     add_flags(
         parser.add_argument_group("the experiment"),
-        ["model_path", "step_reverse", "seed", "clip_denoised", "use_ddim"],
+        [
+            *("model_path", "step_reverse", "num_trajectories", "share_noise", "num_turns"),
+            *("seed", "clip_denoised", "use_ddim"),
+        ],
         model_path=REQUIRED,
         seed=flag("seed", kind=INT),
     )

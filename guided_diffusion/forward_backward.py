@@ -7,9 +7,12 @@ diffusion models reveals the hierarchical nature of data", PNAS 122 (2025), arXi
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
+import re
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +22,11 @@ from .errors import ResultError
 from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
 from .images.folder import LabelledImage
 from .images.io import to_float
+from .runs.resumable import IMAGES
 from .runs.shards import cut
 from .system.files import folder_name
+
+SAMPLES = "samples"  # kind of files that a second turn starts from
 
 
 def noised_image(
@@ -50,17 +56,26 @@ def noised_image(
 class NoiseStreams:
     """One stream of standard normal numbers per image of a batch; the `generator` of a sampling loop.
 
-    A stream depends only on the seed, the image's name and the step, not on the batch or the process.
+    A stream depends only on the seed, the image's name, the step and the trajectory, not on the batch or the process.
 
     Args:
         seed: seed of the run.
         names: names of the images in the batch: paths relative to the data folder, or numbers of samples.
         step: time k to which images are noised, or training step.
         device: device that draws the numbers; CPUs and GPUs draw different ones.
+        trajectories: for each image, the number j = 1, 2, ... of its sample; by default 1.
     """
 
-    def __init__(self, seed: int, names: Sequence[str], step: int, device: torch.device | str):
-        self.generators = [torch.Generator(device).manual_seed(noise_seed(seed, name, step)) for name in names]
+    def __init__(
+        self,
+        seed: int,
+        names: Sequence[str],
+        step: int,
+        device: torch.device | str,
+        trajectories: Sequence[int] | None = None,
+    ):
+        rows = zip(names, trajectories or [1] * len(names), strict=True)
+        self.generators = [torch.Generator(device).manual_seed(noise_seed(seed, name, step, j)) for name, j in rows]
 
     def randn(self, shape: Sequence[int], device=None, dtype=None) -> torch.Tensor:
         """Draw the next numbers of every stream: a tensor of `shape` = (B, ...), row b from stream b."""
@@ -72,10 +87,12 @@ class NoiseStreams:
         return rows.to(device)
 
 
-def noise_seed(seed: int, name: str, step: int) -> int:
+def noise_seed(seed: int, name: str, step: int, trajectory: int = 1) -> int:
     """The 64-bit seed of an image's noise at one step: a hash, so that streams are independent."""
-    words = b"\0".join([str(seed).encode(), os.fsencode(name), str(step).encode()])
-    return int.from_bytes(hashlib.sha256(words).digest()[:8], "little", signed=True)
+    words = [str(seed).encode(), os.fsencode(name), str(step).encode()]
+    if trajectory > 1:  # the first has the seed of a run with a single sample of each image
+        words.append(str(trajectory).encode())
+    return int.from_bytes(hashlib.sha256(b"\0".join(words)).digest()[:8], "little", signed=True)
 
 
 def check_times(steps: Sequence[int], num_steps: int, flag: str = "--step_reverse") -> list[int]:
@@ -124,7 +141,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Unit:
-    """A batch of fixed composition at one time.
+    """A batch of fixed composition at one time and turn.
 
     The last digit of a sum in a network may depend on the batch size and on an image's place in the batch. So the whole
     batch is computed even if some samples exist; only those of `todo` are written.
@@ -132,36 +149,111 @@ class Unit:
     Attributes:
         step_reverse: k.
         index: number of the batch.
-        images: images of the batch.
-        todo: paths of the images without a sample.
+        images: the starting image of each row.
+        trajectories: the number j = 1, 2, ... of each row's sample.
+        starts: the file that each row starts from, which names its noise: the image, or the sample of the turn before.
+        todo: numbers of the rows without a sample.
+        turn: 1, 2, ...
+        samples: the file that each row's sample is written to.
     """
 
     step_reverse: int
     index: int
     images: tuple[LabelledImage, ...]
-    todo: frozenset[str]
+    trajectories: tuple[int, ...]
+    starts: tuple[str, ...]
+    todo: frozenset[int]
+    turn: int = 1
+    samples: tuple[str, ...] = ()
 
-    @property
-    def files(self) -> dict[str, list[str]]:
-        """Paths of the images, for `runs.Run`."""
-        return {"images": [image.path for image in self.images]}
+    def forward_noise(self, seed: int, device: torch.device | str) -> NoiseStreams:
+        """The streams of the first trajectory of each row's start."""
+        return NoiseStreams(seed, self.starts, self.step_reverse, device)
+
+    def noise(self, seed: int, device: torch.device | str) -> NoiseStreams:
+        """The rows' streams. From the second turn on, the names of the starts already contain the trajectories."""
+        trajectories = self.trajectories if self.turn == 1 else None
+        return NoiseStreams(seed, self.starts, self.step_reverse, device, trajectories)
 
 
 def cut_units(
-    images: Sequence[LabelledImage], batch_size: int, step_reverse: int, done: Collection[str] = ()
+    images: Sequence[LabelledImage], batch_size: int, step_reverse: int, num_trajectories: int = 1
 ) -> list[Unit]:
-    """Cut the list of images, in order, every `batch_size` images.
+    """The units of the first turn, all rows to do.
+
+    The list of images is cut, in order, every `batch_size` images. The pairs (2, first image), (2, second image), ...,
+    (3, first image), ... of trajectories and images are cut in the same way. The last batch is completed by the pairs
+    that follow, which are not to be done: then adding trajectories does not change any batch.
 
     Args:
         images: the chosen images.
-        batch_size: images per unit; the last unit may have fewer.
+        batch_size: images per unit; the last unit of the first trajectory may have fewer.
         step_reverse: k.
-        done: paths of the images that have a sample.
+        num_trajectories: M, samples of each image.
     """
-    return [
-        Unit(step_reverse, index, tuple(batch), frozenset(image.path for image in batch if image.path not in done))
-        for index, batch in enumerate(cut(images, batch_size))
-    ]
+    first = [(image, 1) for image in images]
+    more = [(image, j) for j in range(2, num_trajectories + 1) for image in images]
+    following = ((image, j) for j in itertools.count(num_trajectories + 1) for image in images)
+    more += itertools.islice(following, -len(more) % batch_size)
+    units = []
+    for index, batch in enumerate([*cut(first, batch_size), *cut(more, batch_size)]):
+        rows, trajectories = zip(*batch, strict=True)
+        todo = frozenset(row for row, j in enumerate(trajectories) if j <= num_trajectories)
+        units.append(Unit(step_reverse, index, rows, trajectories, tuple(image.path for image in rows), todo))
+    return units
+
+
+class Chain(NamedTuple):
+    """The turns of a unit that lack samples, for `runs.Run`, which reads what the first of them starts from.
+
+    Attributes:
+        turns: the unit at each of these turns, in order.
+        folder: folder of the samples.
+    """
+
+    turns: list[Unit]
+    folder: SampleFolder
+
+    def at(self, unit: Unit) -> Chain:
+        """A single one of the turns."""
+        return Chain([unit], self.folder)
+
+    @property
+    def index(self) -> int:
+        """Number of the unit."""
+        return self.turns[0].index
+
+    @property
+    def steps(self) -> int:
+        """Number of denoising steps."""
+        return len(self.turns) * self.folder.step_reverse
+
+    @property
+    def files(self) -> dict[str, list[str]]:
+        """The starts of the first turn: paths of images, or of samples relative to the output."""
+        first = self.turns[0]
+        if first.turn == 1:
+            return {IMAGES: list(first.starts)}
+        return {SAMPLES: [f"{os.path.basename(self.folder.path)}/{start}" for start in first.starts]}
+
+
+def unfinished_turns(unit: Unit, folder: SampleFolder, num_turns: int, present: Collection[str] = ()) -> Chain:
+    """The turns of a unit that lack samples; there may be none.
+
+    Args:
+        unit: unit of the first turn.
+        folder: folder of the samples.
+        num_turns: T.
+        present: the samples in the folder.
+    """
+    turns, starts = [], unit.starts
+    for turn in range(1, num_turns + 1):
+        rows = zip(unit.images, unit.trajectories, strict=True)
+        samples = tuple(folder.sample(image.path, j, turn) for image, j in rows)
+        if todo := frozenset(row for row in unit.todo if samples[row] not in present):
+            turns.append(replace(unit, starts=starts, todo=todo, turn=turn, samples=samples))
+        starts = samples
+    return Chain(turns, folder)
 
 
 def default_output(data_dir: str) -> str:
@@ -212,8 +304,51 @@ class SampleFolder:
         """The folder of such lists for single units, until they are merged."""
         return f"{self.unit}_inputs_parts"
 
-    def sample(self, image_path: str) -> str:
-        """Path of an image's sample, relative to the folder: [sub/folders/]NAME_t0500.JPEG."""
+    def sample(self, image_path: str, trajectory: int = 1, turn: int = 1) -> str:
+        """Path of an image's sample, relative to the folder: [sub/folders/]NAME_t0500[_s002][_u02].JPEG.
+
+        `trajectory` and `turn` are 1, 2, ...; the name has only those above 1.
+        """
         time = self.step_reverse * self.diffusion_steps // self.num_steps
+        which = (f"_s{trajectory:03d}" if trajectory > 1 else "") + (f"_u{turn:02d}" if turn > 1 else "")
         ending = {"jpeg": "JPEG", "png": "png"}[self.image_format]
-        return f"{os.path.splitext(image_path)[0]}_t{time:04d}.{ending}"
+        return f"{os.path.splitext(image_path)[0]}_t{time:04d}{which}.{ending}"
+
+
+class SampleName(NamedTuple):
+    """What the name of a sample says.
+
+    Attributes:
+        start: the starting image, without its extension.
+        time: t0500, the time as in the name.
+        trajectory, turn: 1, 2, ...
+    """
+
+    start: str
+    time: str
+    trajectory: int
+    turn: int
+
+
+def parse_sample(stem: str) -> SampleName | None:
+    """The meaning of a sample's name without its extension; None if it is not the name of a sample."""
+    match = re.fullmatch(r"(.*)_(t\d{4,})(?:_s(\d{3,}))?(?:_u(\d{2,}))?", stem, re.DOTALL)
+    return match and SampleName(match[1], match[2], int(match[3] or 1), int(match[4] or 1))
+
+
+def in_order_of_starts(images: Sequence[LabelledImage], data_dir: str) -> list[LabelledImage]:
+    """If a run starts from a folder of samples, put them into the order of the images that these started from.
+
+    The names alone have another order: image_1.png is before image_10.png, image_1_t0500.png after image_10_t0500.png.
+    With this order, a run that starts from the samples of another has the batches of a run of two turns.
+    """
+    if not re.fullmatch(r"t_\d+_\d+_images", os.path.basename(data_dir.rstrip("/"))):
+        return list(images)
+
+    def place(image: LabelledImage) -> tuple[int, str, str]:
+        stem, extension = os.path.splitext(image.path)
+        name = parse_sample(stem)
+        label = -1 if image.label is None else image.label
+        return label, (name.start if name else stem) + extension, image.path
+
+    return sorted(images, key=place)

@@ -165,8 +165,8 @@ def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> lis
 
     Args:
         starting_data_dir: folder of the starting images.
-        samples: paths of the samples, [folders/]NAME_t0500.JPEG. Their folders may differ from those of the starting
-            images if file names are unique.
+        samples: paths of the samples, [folders/]NAME_t0500.JPEG, with _s002 or _u02 after the time for other
+            trajectories and turns. Their folders may differ from those of the starting images if file names are unique.
 
     Raises UserError if a sample has no starting image, or several candidates.
     """
@@ -177,7 +177,7 @@ def _list_starting_images(starting_data_dir: str, samples: Sequence[str]) -> lis
             starts[name].add(os.path.join(starting_data_dir, path))
     starting_images: list[str] = []
     for path in samples:
-        candidates = find_entry(starts, re.sub(r"_t\d+$", "", without_extension(path))) or set()
+        candidates = find_entry(starts, re.sub(r"_t\d+(_s\d+)?(_u\d+)?$", "", without_extension(path))) or set()
         if len(candidates) != 1:
             raise UserError(
                 f"{path!r} has {len(candidates) or 'no'} starting images in {starting_data_dir!r}; expected one, of "

@@ -3,7 +3,7 @@
 Next to the folder t_K_N_images, t_K_N_run.json records the settings, so that a run with other settings stops instead of
 mixing two experiments, and what each run did, on which hardware and how fast. t_K_N_inputs.json lists the starting
 images with their sizes and digests. During a run, t_K_N_inputs_parts has one such list per unit, written before the
-unit's samples.
+unit's samples. The numbers of trajectories and of turns are not settings: a later run may ask for more.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 
 from . import dist_util, logger
 from .errors import ResultError, UserError, named_write_errors
-from .forward_backward import Pixels, SampleFolder, Unit, cut_units
+from .forward_backward import SAMPLES, Chain, Pixels, SampleFolder, Unit, cut_units, unfinished_turns
 from .images.folder import LabelledImage
-from .images.io import Check
+from .images.io import Check, UnreadableImage
 from .runs.inputs import Entries, Inputs, read_entries, write_entries
 from .runs.locks import Locks
 from .runs.pipeline import ImageWriter
@@ -38,6 +38,7 @@ LONGEST_NAME = 255  # bytes of a file name, on nearly every file system
 UPDATE = 600.0  # seconds to wait for other shards to update a record
 
 Unreadable = dict[str, str]  # path of an image -> why it cannot be read
+ReadImage = Callable[[str, Check | None], np.ndarray]  # see `images.io.read_image`
 
 
 class _Contents(NamedTuple):
@@ -61,6 +62,11 @@ class SampleRun(Run):
         folders: folders by k.
         images: the chosen images.
         settings, machine, args, shard: see `Run`.
+
+    Attributes:
+        chains: this shard's unfinished units.
+        to_do: number of samples that they lack.
+        total: number of samples of all shards.
     """
 
     def __init__(
@@ -75,44 +81,65 @@ class SampleRun(Run):
         locks = {shard.lock(folder.unit): folder.path for folder in folders.values()}
         super().__init__(locks, settings, machine, {}, args, shard)
         self.folders, self.images = folders, images
-        self.units: list[Unit] = []  # this shard's unfinished units
+        self.total = len(folders) * len(images) * args.num_trajectories * args.num_turns
+        self.to_do, self.chains = 0, list[Chain]()
         self.written: Counter[int] = Counter()  # number of samples by k
         self.unreadable: dict[int, Unreadable] = {k: {} for k in folders}
 
     def _open(self) -> None:
         """Raises UserError if a folder contains another experiment, or the starting images have changed."""
-        self.units, inputs = dist_util.on_main(self._open_folders)
-        self.inputs = {IMAGES: inputs}
+        self.chains, inputs = dist_util.on_main(self._open_folders)
+        self.to_do = _samples_of(self.chains)
+        self.inputs = {IMAGES: inputs, SAMPLES: Inputs(next(iter(self.folders.values())).output, "--output")}
 
-    def read(self, read: Callable[[str, Check], np.ndarray], blank: np.ndarray) -> Iterator[tuple[Unit, Pictures]]:
-        """Yield this rank's units and their starting images, except units without a readable image."""
-        units = super().read(self.units, {IMAGES: read}, blank, lambda unit: unit.step_reverse)
-        writing = self._write_while(units)
+    def read(self, read: ReadImage, blank: np.ndarray) -> Iterator[tuple[Unit, Pictures]]:
+        """Yield this rank's units, turn by turn, and their starting images.
+
+        Units without a readable image are left out. The next turn of a unit is read from the samples of the last one,
+        which the caller must `write` first.
+        """
+        chains = super().read(self.chains, {IMAGES: read, SAMPLES: read}, blank, lambda chain: chain.steps)
+        writing = self._write_while(chains, read, blank)
         self._stack.callback(writing.close)
         return writing
 
-    def _write_while(self, units: Iterator[tuple[Unit, Pictures]]) -> Iterator[tuple[Unit, Pictures]]:
-        to_do = sum(len(unit.todo) for unit in dist_util.share_of(self.units))
+    def _write_while(
+        self, chains: Iterator[tuple[Chain, Pictures]], read: ReadImage, blank: np.ndarray
+    ) -> Iterator[tuple[Unit, Pictures]]:
+        to_do = _samples_of(dist_util.share_of(self.chains))
         with ImageWriter(self.args.image_format, self.args.jpeg_quality) as self._writer:
-            for unit, pictures in units:
-                unreadable = pictures.unreadable[IMAGES]
-                self.unreadable[unit.step_reverse] |= {p: why for p, why in unreadable.items() if p in unit.todo}
-                if unit.todo <= unreadable.keys():
-                    self.bar.total -= unit.step_reverse
-                    continue
-                yield unit, pictures
-                self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
+            for chain, pictures in chains:
+                for unit in chain.turns:
+                    if unit is not chain.turns[0]:
+                        self._writer.wait()
+                        pictures = _read_samples(chain.at(unit), read, blank)
+                    if self._note_unreadable(chain.at(unit), pictures):
+                        yield unit, pictures
+                        self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
+                    else:
+                        self.bar.total -= unit.step_reverse
         self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
+
+    def _note_unreadable(self, chain: Chain, pictures: Pictures) -> bool:
+        """Note the images whose samples cannot be made. Returns whether other samples are to be made."""
+        unit = chain.turns[0]
+        ((kind, paths),) = chain.files.items()
+        unreadable = [row for row in sorted(unit.todo) if not pictures.readable[row]]
+        for row in unreadable:
+            why = pictures.unreadable[kind][paths[row]]
+            self.unreadable[unit.step_reverse].setdefault(unit.images[row].path, why)
+        return len(unreadable) < len(unit.todo)
 
     def write(self, unit: Unit, pictures: Pictures, samples: Pixels) -> None:
         """Write a unit's missing samples in a thread."""
         folder = self.folders[unit.step_reverse]
-        part = f"{folder.inputs_parts}/{unit.index:06d}.json"
-        self._writer.call(partial(write_entries, part, self.entries(unit, pictures)))
-        for i, image in enumerate(unit.images):
-            if image.path in unit.todo - pictures.unreadable[IMAGES].keys():
-                path = f"{folder.path}/{folder.sample(image.path)}"
-                self._writer.submit(path, partial(samples.image, i), partial(self.written.update, [unit.step_reverse]))
+        if unit.turn == 1:
+            part = f"{folder.inputs_parts}/{unit.index:06d}.json"
+            self._writer.call(partial(write_entries, part, self.entries(Chain([unit], folder), pictures)))
+        for row in sorted(unit.todo):
+            if pictures.readable[row]:
+                path, count = f"{folder.path}/{unit.samples[row]}", partial(self.written.update, [unit.step_reverse])
+                self._writer.submit(path, partial(samples.image, row), count)
 
     def finish(self) -> int:
         """Record the work of all ranks. Returns the exit status; raises ResultError if samples have disappeared."""
@@ -121,7 +148,7 @@ class SampleRun(Run):
 
     # On rank 0
 
-    def _open_folders(self) -> tuple[list[Unit], Inputs]:
+    def _open_folders(self) -> tuple[list[Chain], Inputs]:
         """Start or resume the folders. Returns this shard's unfinished units and the starting images on record.
 
         Raises:
@@ -132,8 +159,9 @@ class SampleRun(Run):
         inputs = Inputs(self.args.data_dir, "--data_dir")
         with self._locked_records():
             contents = {k: self._contents_of(folder) for k, folder in self.folders.items()}
+            present = {k: found.files for k, found in contents.items()}
             done = {
-                k: {path for path in paths if self.folders[k].sample(path) in found.files}
+                k: {path for path in paths if any(name in found.files for name in self._samples_of_image(k, path))}
                 for k, found in contents.items()
             }
             for k, found in contents.items():
@@ -147,11 +175,12 @@ class SampleRun(Run):
                 )
                 inputs.read_all(unlisted)
             for k, folder in self.folders.items():
-                if contents[k].record is None:
-                    record = {"finished": False, "num_shards": self.shard.count}
-                    record |= {"settings": dict(self.settings), "begun_with": dict(self.machine), "runs": []}
+                begun = {"settings": dict(self.settings), "begun_with": dict(self.machine)}
+                record = contents[k].record or {"num_shards": self.shard.count, **begun, "runs": []}
+                lacking = any(name not in present[k] for path in paths for name in self._samples_of_image(k, path))
+                if lacking and record.get("finished", True):
                     with named_write_errors(folder.record):
-                        write_json(folder.record, record)
+                        write_json(folder.record, {**record, "finished": False})
                 used = done[k] if contents[k].entries is None else contents[k].entries.keys()
                 entries = {p: e if p in used else e._replace(sha256=None) for p, e in inputs.entries(paths).items()}
                 with named_write_errors(folder.inputs):
@@ -159,13 +188,13 @@ class SampleRun(Run):
                 for path in _parts_of_inputs(folder).values():
                     bf.remove(path)
 
-        units = [unit for unit in self._units_of_shard(done) if unit.todo]
+        chains = [chain for chain in self._chains_of_shard(present) if chain.turns]
         for k, found in contents.items():
             changes = machine_changes(found.record["begun_with"], self.machine) if found.record else []
-            if changes and any(unit.step_reverse == k for unit in units):
+            if changes and any(chain.folder.step_reverse == k for chain in chains):
                 path = self.folders[k].path
                 logger.warn(f"{path}: {'; '.join(changes)}. Samples will agree to rounding, not to the byte")
-        return units, inputs
+        return chains, inputs
 
     def _contents_of(self, folder: SampleFolder) -> _Contents:
         """The contents of a folder. Raises UserError unless they are samples with these settings."""
@@ -197,7 +226,7 @@ class SampleRun(Run):
         if listed is None:
             return _Contents(record, files, None)
         entries = dict(listed.get("images", {}))
-        units = cut_units(self.images, self.args.batch_size, folder.step_reverse)
+        units = cut_units(self.images, self.args.batch_size, folder.step_reverse, self.args.num_trajectories)
         for index, path in _parts_of_inputs(folder).items():
             read = (read_entries(path) or {}).get("images", {})
             entries |= read
@@ -220,7 +249,12 @@ class SampleRun(Run):
             UserError: a record cannot be written.
         """
         self.locks.check()
-        mine = {(unit.step_reverse, image.path) for unit in self._units_of_shard() for image in unit.images}
+        mine = {
+            (chain.folder.step_reverse, unit.samples[row])
+            for chain in self._chains_of_shard({})
+            for unit in chain.turns
+            for row in unit.todo
+        }
         all_unreadable: Unreadable = {}
         disappeared: list[str] = []
         with self._locked_records():
@@ -229,32 +263,37 @@ class SampleRun(Run):
                 if record is None:
                     raise ResultError(f"{folder.record} has disappeared: was the output removed during the run?")
                 files = set(walk(folder.path))
-                missing = [image.path for image in self.images if folder.sample(image.path) not in files]
+                lacking = {
+                    image.path: names
+                    for image in self.images
+                    if (names := [name for name in self._samples_of_image(k, image.path) if name not in files])
+                }
                 now_unreadable = {path: why for _, unreadable in reports for path, why in unreadable[k].items()}
                 all_unreadable |= now_unreadable
                 known = {**_recorded_unreadable(record), **now_unreadable}
-                unreadable = {path: known[path] for path in missing if path in known}
-                lost = [path for path in missing if (k, path) in mine and path not in unreadable]
-                disappeared += [f"{folder.path}/{folder.sample(path)}" for path in lost]
+                unreadable = {path: known[path] for path in lacking if path in known}
+                missing = [name for path, names in lacking.items() if path not in unreadable for name in names]
+                lost = [name for name in missing if (k, name) in mine]
+                disappeared += [f"{folder.path}/{name}" for name in lost]
                 if parts := _parts_of_inputs(folder):
                     with named_write_errors(folder.inputs):
                         write_entries(folder.inputs, {"images": recorded_inputs(folder) or {}})
                     for path in parts.values():
                         bf.remove(path)
-                if not missing and bf.isdir(folder.inputs_parts):
+                if not lacking and bf.isdir(folder.inputs_parts):
                     bf.rmtree(folder.inputs_parts)
 
-                with_sample = len(self.images) - len(missing)
-                record["finished"] = not missing
+                with_sample = len(self.images) - len(lacking)
+                record["finished"] = not lacking
                 record["images"] = {"chosen": len(self.images), "with_sample": with_sample, "unreadable": unreadable}
                 samples_written = sum(written[k] for written, _ in reports)
                 if samples_written or not record["runs"]:  # a run with nothing to do leaves no trace
                     record["runs"] = [*record["runs"], {"samples_written": samples_written, **facts}]
                 with named_write_errors(folder.record):
                     write_json(folder.record, record)
-                others = len(missing) - len(unreadable) - len(lost)
+                total, others = self.total // len(self.folders), len(missing) - len(lost)
                 logger.info(
-                    f"k = {k}: {with_sample} of {len(self.images)} samples are in {folder.path}"
+                    f"k = {k}: {total - sum(map(len, lacking.values()))} of {total} samples are in {folder.path}"
                     + (f"; {others} are for the other shards" if others else "")
                 )
         if disappeared:
@@ -264,22 +303,50 @@ class SampleRun(Run):
             )
         return report_unreadable(all_unreadable, "they have no sample", len(self.images))
 
-    def _units_of_shard(self, done: Mapping[int, set[str]] | None = None) -> Sequence[Unit]:
-        """This shard's units of all times; `done` has the images by k that already have a sample."""
-        size, done = self.args.batch_size, done or {}
-        units = [unit for k in self.folders for unit in cut_units(self.images, size, k, done.get(k, ()))]
-        return self.shard.units(units)
+    def _chains_of_shard(self, present: Mapping[int, set[str]]) -> Sequence[Chain]:
+        """This shard's units of all times; `present` has the samples in their folders, by k. Some may have no turns."""
+        args = self.args
+        chains = [
+            unfinished_turns(unit, folder, args.num_turns, present.get(k, ()))
+            for k, folder in self.folders.items()
+            for unit in cut_units(self.images, args.batch_size, k, args.num_trajectories)
+        ]
+        return self.shard.units(chains)
+
+    def _samples_of_image(self, k: int, path: str) -> list[str]:
+        """The samples of an image at time k that this run asks for."""
+        turns, trajectories = range(1, self.args.num_turns + 1), range(1, self.args.num_trajectories + 1)
+        return [self.folders[k].sample(path, j, turn) for turn in turns for j in trajectories]
 
     def _locked_records(self) -> Locks:
         """Locks for updating the records of the folders, which several shards share."""
         return Locks({f"{folder.record}.lock": folder.record for folder in self.folders.values()}, wait=UPDATE)
 
 
-def check_names(folders: Mapping[int, SampleFolder], images: Iterable[LabelledImage]) -> None:
+def _samples_of(chains: Iterable[Chain]) -> int:
+    """The number of samples that these units lack."""
+    return sum(len(unit.todo) for chain in chains for unit in chain.turns)
+
+
+def _read_samples(chain: Chain, read: ReadImage, blank: np.ndarray) -> Pictures:
+    """The samples that a turn starts from. Those that do not exist are replaced by a blank, like unreadable images."""
+    values, reasons, paths = [], {}, chain.files[SAMPLES]
+    for path in paths:
+        try:
+            values.append(read(f"{chain.folder.output}/{path}", None))
+        except UnreadableImage as error:
+            values.append(blank)
+            reasons[path] = str(error)
+    return Pictures(values, np.array([path not in reasons for path in paths], bool), {SAMPLES: reasons})
+
+
+def check_names(
+    folders: Mapping[int, SampleFolder], images: Iterable[LabelledImage], num_trajectories: int = 1, num_turns: int = 1
+) -> None:
     """Raise UserError if the name of a sample would be too long for a file."""
     for folder in folders.values():
         for image in images:
-            for part in folder.sample(image.path).split("/"):
+            for part in folder.sample(image.path, num_trajectories, num_turns).split("/"):
                 if (length := len(os.fsencode(part))) > LONGEST_NAME:
                     raise UserError(
                         f"the sample of {image.path} would have a name of {length} bytes, {part}: expected at most "

@@ -108,7 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.write(table(rows))
     logger.info(
         f"figures are in {folders['figures']}: retention (symbols that survive at each level, with the exact answer),\n"
-        "similarity_against_time (of the classifier's activations), class_retention, distributions, gallery"
+        "similarity_against_time (of the classifier's activations), class_retention, distributions,\n"
+        "class_transitions, gallery"
     )
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from guided_diffusion.dist_util import share_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
@@ -11,9 +13,12 @@ from guided_diffusion.forward_backward import (
     cut_units,
     default_output,
     from_pixels,
+    in_order_of_starts,
     noise_seed,
     noised_image,
+    parse_sample,
     to_pixels,
+    unfinished_turns,
 )
 from guided_diffusion.images.folder import LabelledImage
 from guided_diffusion.script_util import create_gaussian_diffusion
@@ -69,15 +74,61 @@ def test_seeds_take_any_file_name():
 
 def test_units_keep_their_composition():
     images = [LabelledImage(f"{i}.png", None, "") for i in range(7)]
+    folder = SampleFolder("out", 5, 10, 1000, "png")
     everything = cut_units(images, 3, 5)
     assert [len(unit.images) for unit in everything] == [3, 3, 1]
     assert [image for unit in everything for image in unit.images] == images
-    some = cut_units(images, 3, 5, done={"0.png", "1.png", "2.png", "3.png", "6.png"})
-    assert [unit.images for unit in some] == [unit.images for unit in everything]
-    assert [unit.todo for unit in some] == [set(), {"4.png", "5.png"}, set()]
+    present = {f"{i}_t0500.png" for i in (0, 1, 2, 3, 6)}
+    some = [unfinished_turns(unit, folder, 1, present).turns for unit in everything]
+    assert [len(turns) for turns in some] == [0, 1, 0]
+    assert (some[1][0].images, some[1][0].todo) == (everything[1].images, {1, 2})
     shares = [share_of(everything, rank, 2) for rank in range(2)]
     assert [len(share) for share in shares] == [2, 1]
     assert sorted(unit.images[0].path for share in shares for unit in share) == ["0.png", "3.png", "6.png"]
+
+
+@pytest.mark.parametrize("size", [1, 3, 4, 7, 16])
+def test_more_trajectories_leave_the_units_as_they_are(size):
+    """Rows of trajectories 2, 3, ... in this order, in full batches; what is beyond the last one is not to do."""
+    images = [LabelledImage(f"{i}.png", None, "") for i in range(7)]
+    one, three, eight = (cut_units(images, size, 5, m) for m in (1, 3, 8))
+    assert three[: len(one)] == one and eight[: len(one)] == one
+    for fewer, more in zip(three, eight, strict=False):
+        assert replace(fewer, todo=more.todo) == more
+        assert fewer.todo <= more.todo
+    for units, m in ((three, 3), (eight, 8)):
+        rows = [(u.trajectories[row], u.images[row].path) for u in units for row in range(len(u.images))]
+        to_do = [(u.trajectories[row], u.images[row].path) for u in units for row in sorted(u.todo)]
+        assert to_do == [(j, image.path) for j in range(1, m + 1) for image in images]
+        assert rows[: len(to_do)] == to_do
+        assert {len(unit.images) for unit in units[len(one) :]} == {size}
+
+
+def test_turns_start_from_the_samples_of_the_last_one():
+    images = [LabelledImage(f"{i}.png", None, "") for i in range(3)]
+    folder = SampleFolder("out", 5, 10, 1000, "png")
+    unit = cut_units(images, 2, 5, 2)[2]
+    assert [(image.path, j) for image, j in zip(unit.images, unit.trajectories, strict=True)] == [
+        ("0.png", 2),
+        ("1.png", 2),
+    ]
+    chain = unfinished_turns(unit, folder, 3, {"0_t0500_s002.png", "1_t0500_s002_u02.png"})
+    first, second, third = chain.turns
+    assert [sorted(turn.todo) for turn in chain.turns] == [[1], [0], [0, 1]]
+    assert first.starts == ("0.png", "1.png") and second.starts == first.samples and third.starts == second.samples
+    assert third.samples == ("0_t0500_s002_u03.png", "1_t0500_s002_u03.png")
+    assert chain.files == {"images": ["0.png", "1.png"]} and chain.steps == 15
+    later = ["t_5_10_images/0_t0500_s002.png", "t_5_10_images/1_t0500_s002.png"]
+    assert chain.at(second).files == {"samples": later}
+
+
+def test_each_trajectory_has_its_own_noise_and_may_share_that_of_the_way_forward():
+    images = [LabelledImage(f"{i}.png", None, "") for i in range(2)]
+    first, *_, last = cut_units(images, 2, 5, 3)
+    today = NoiseStreams(0, ["0.png", "1.png"], 5, "cpu").randn((2, 50))
+    assert torch.equal(first.noise(0, "cpu").randn((2, 50)), today)
+    assert last.trajectories == (3, 3) and not torch.isin(last.noise(0, "cpu").randn((2, 50)), today).any()
+    assert torch.equal(last.forward_noise(0, "cpu").randn((2, 50)), today)
 
 
 def test_pixels_survive_the_way_there_and_back():
@@ -104,6 +155,29 @@ def test_names():
     assert folder.path == "results/x/t_125_250_images"
     assert folder.record == "results/x/t_125_250_run.json"
     assert folder.sample("n01/a.b.JPEG") == "n01/a.b_t0500.JPEG"
+    assert folder.sample("n01/a.JPEG", trajectory=2) == "n01/a_t0500_s002.JPEG"
+    assert folder.sample("a.JPEG", turn=2) == "a_t0500_u02.JPEG"
+    assert folder.sample("a.JPEG", trajectory=1234, turn=100) == "a_t0500_s1234_u100.JPEG"
     assert SampleFolder("x", 1, 3, 1000, "png").sample("a.jpg") == "a_t0333.png"
     assert default_output("datasets/ILSVRC2012/validation/") == "results/diffused_ILSVRC2012_validation"
     assert default_output("gs://bucket/images") == "results/diffused_bucket_images"
+
+
+@pytest.mark.parametrize("start", ["a", "n01/a_t0500", "a_s002", "a_u02_t0500_s002", "a\nb"])
+@pytest.mark.parametrize(("trajectory", "turn"), [(1, 1), (2, 1), (1, 2), (1234, 100)])
+def test_names_can_be_read_back(start, trajectory, turn):
+    name = SampleFolder("x", 125, 250, 1000, "png").sample(f"{start}.JPEG", trajectory, turn)
+    assert parse_sample(name.removesuffix(".png")) == (start, "t0500", trajectory, turn)
+    assert parse_sample(start.replace("_t0500", "")) is None
+
+
+def test_samples_as_starts_are_in_the_order_of_their_own_starts():
+    def images(*paths):
+        return [LabelledImage(path, int(path.partition("/")[0]), "") for path in paths]
+
+    starts = images("0/1.png", "0/10.png", "0/2.png", "1/0.png")
+    samples = images(*(SampleFolder("x", 1, 2, 1000, "png").sample(image.path) for image in starts))
+    by_name = sorted(samples, key=lambda image: (image.label, image.path))
+    assert by_name != samples
+    assert in_order_of_starts(by_name, "out/t_1_2_images/") == samples
+    assert in_order_of_starts(by_name, "out/mine") == by_name

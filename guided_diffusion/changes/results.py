@@ -161,10 +161,10 @@ def read_time(folder: str, name: str, step_reverse: int, num_steps: int) -> Time
     """The changes at one time. Raises UserError if the file is missing or damaged."""
     path = changes_file(folder, name, step_reverse, num_steps)
     script = "change_correlations.py"
-    arrays = read_arrays(path, ARRAYS, script)
+    arrays = read_arrays(path, ARRAYS, script=script)
     with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as file:
         has_spectra = "wavenumber" in file.files
-    spectra = read_arrays(path, SPECTRA_ARRAYS, script) if has_spectra else {}
+    spectra = read_arrays(path, SPECTRA_ARRAYS, script=script) if has_spectra else {}
     spectra.pop("modes", None)
     per_start = {array: arrays[array] for array in PER_START}
     return TimeChanges(step_reverse, num_steps, arrays["distance"], **per_start, **spectra)

@@ -216,27 +216,30 @@ class Comparison(NamedTuple):
 class Similarities(_Watch):
     """Compares the activations of starting images and their samples, layer by layer, in a `with` block.
 
-    A batch has (1 + times) B rows: B starting images, then their B samples at each time. After a forward pass,
-    `latest()` waits for the results and returns them; it can be called after the next pass has started. With a and b
-    the standardised activations of a layer for a start and a sample, flattened, the results are float64 arrays of shape
-    (times, B, layers):
+    A batch has (1 + S) B rows: B starting images, then S times a sample of each, of several times and trajectories.
+    After a forward pass, `latest()` waits for the results and returns them; it can be called after the next pass has
+    started. With a and b the standardised activations of a layer for a start and a sample, flattened, the results are
+    float64 arrays of shape (S, B, layers):
 
         cosine = a.b / (|a| |b|),    L2 = |a - b|,    L2_normalized = |a - b| / sqrt(|a| |b|)
 
     cosine and L2_normalized are NaN if a or b is 0. For any other NaN or infinity, `latest()` raises ResultError.
-    `logits` is float32, of shape (1 + times, B, classes).
+    `logits` is float32, of shape (1 + S, B, classes).
 
     Products and sums are float32, with PyTorch's pairwise summation: errors are below 1e-6 (for the cosine, relative to
     |a| |b|).
+
+    Attributes:
+        num_samples: S; may be changed before a pass.
     """
 
     latest: Callable[[], Comparison]
 
-    def __init__(self, classifier: Classifier, normalization: Normalization, times: int):
+    def __init__(self, classifier: Classifier, normalization: Normalization, num_samples: int = 1):
         super().__init__(classifier)
         self.normalization = normalization
-        self.times = times
-        self._sums: dict[str, Tensor] = {}  # layer -> a.a, b.b, a.b, (a - b).(a - b): (4, times, B)
+        self.num_samples = num_samples
+        self._sums: dict[str, Tensor] = {}  # layer -> a.a, b.b, a.b, (a - b).(a - b): (4, S, B)
         self._constants: dict[Any, tuple[Tensor, ...]] = {}
 
     def __enter__(self) -> Similarities:
@@ -247,9 +250,9 @@ class Similarities(_Watch):
     def _measure(self, layer: WatchedLayer, output: Tensor) -> None:
         rows = self._standardised(layer, output)
         memory_order = sorted(range(1, rows.ndim), key=rows.stride, reverse=True)  # flattening then copies nothing
-        rows = rows.permute(0, *memory_order).reshape(1 + self.times, -1, output[0].numel())  # (1 + T, B, D)
+        rows = rows.permute(0, *memory_order).reshape(1 + self.num_samples, -1, output[0].numel())  # (1 + S, B, D)
         a, b = rows[:1], rows[1:]
-        aa = (a * a).sum(-1).expand(self.times, -1)  # (T, B)
+        aa = (a * a).sum(-1).expand(self.num_samples, -1)  # (S, B)
         bb, ab = ((b * other).sum(-1) for other in (b, a))
         dd = (b - a).square_().sum(-1)  # not aa + bb - 2 ab, which would cancel
         self._sums[layer.name] = torch.stack([aa, bb, ab, dd]).double()
@@ -272,8 +275,8 @@ class Similarities(_Watch):
         return (output.float() - mean).sub_(rest).div_(scale)
 
     def _finish(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
-        sums = torch.stack([self._sums.pop(layer.name) for layer in self.classifier.layers], -1)  # (4, T, B, L)
-        logits = output.detach().float().unflatten(0, (1 + self.times, -1))
+        sums = torch.stack([self._sums.pop(layer.name) for layer in self.classifier.layers], -1)  # (4, S, B, L)
+        logits = output.detach().float().unflatten(0, (1 + self.num_samples, -1))
         self.latest = partial(_comparison, download(sums, logits))
 
 
@@ -284,6 +287,6 @@ def _comparison(wait: Callable[[], list[np.ndarray]]) -> Comparison:
             "the classifier gave NaN or infinity: nothing is recorded.\n"
             "Its weights may be damaged (--classifier_path), or too large for --classifier_use_fp16"
         )
-    norms = np.sqrt(aa) * np.sqrt(bb)  # (T, B, L)
+    norms = np.sqrt(aa) * np.sqrt(bb)  # (S, B, L)
     norms[norms == 0] = np.nan
     return Comparison(ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms), logits)

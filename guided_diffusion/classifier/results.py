@@ -29,6 +29,7 @@ from .networks import Classifier, open_classifier
 SIMILARITIES = ("cosine", "L2", "L2_normalized")
 DIFFERENCES_ARRAYS = ("names", "layers", *SIMILARITIES)
 LOGITS_ARRAYS = ("names", "labels", "logits_start", "logits_sample")
+TRAJECTORIES = ("trajectories",)  # in both, if images have several samples
 
 
 # File names
@@ -91,13 +92,15 @@ def statistics_digest(path: str, weights: str) -> str:
 
 
 class TimeResult(NamedTuple):
-    """The results of one time k of N; n images, L layers.
+    """The results of one time k of N; n pairs of a starting image and a sample, L layers.
+
+    Pairs are in the order of their images, then of the trajectories 1..M. `trajectories` is in both files if M > 1.
 
     Attributes:
         step_reverse: k.
         num_steps: N.
-        differences: names (n,), layers (L,), and cosine, L2, L2_normalized, each float64 (n, L).
-        logits: names (n,), labels int64 (n,), logits_start and logits_sample float32 (n, classes).
+        differences: names (n,), trajectories (n,), layers (L,), and cosine, L2, L2_normalized, each float64 (n, L).
+        logits: names (n,), trajectories (n,), labels int64 (n,), logits_start and logits_sample float32 (n, classes).
     """
 
     step_reverse: int
@@ -105,11 +108,31 @@ class TimeResult(NamedTuple):
     differences: dict[str, np.ndarray]
     logits: dict[str, np.ndarray]
 
+    @property
+    def time_columns(self) -> dict[str, float]:
+        """The columns of the time in a CSV file."""
+        return {"k": self.step_reverse, "N": self.num_steps, "k/N": self.step_reverse / self.num_steps}
+
+    @property
+    def num_trajectories(self) -> int:
+        """M, samples of each starting image."""
+        return int(self.differences.get("trajectories", np.ones(1)).max(initial=1))
+
+    def by_start(self, values: np.ndarray) -> np.ndarray:
+        """Values of the pairs (n, ...) as (n / M, M, ...): by starting image and trajectory."""
+        return values.reshape(-1, self.num_trajectories, *values.shape[1:])
+
+    @property
+    def starts(self) -> np.ndarray:
+        """Names of the starting images (n / M,)."""
+        return self.by_start(self.differences["names"])[:, 0]
+
 
 def read_series(folder: str, name: str) -> list[TimeResult]:
     """The results of all times in a folder, in the order of k/N.
 
-    Raises UserError if there are none, or a file is damaged or missing; ResultError if logits contain NaN or infinity.
+    Raises UserError if there are none, a file is damaged or missing, or images lack samples; ResultError if logits
+    contain NaN or infinity.
     """
     pattern = re.compile(rf"(act_diff|logits)_{re.escape(name)}-t_(\d+)_(\d+)\.npz")
     matches = [pattern.fullmatch(entry) for entry in (bf.listdir(folder) if bf.isdir(folder) else ())]
@@ -120,8 +143,8 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
     results = []
     for k, n in sorted(times, key=lambda time: (time[0] / time[1], time)):
         differences_path, logits_path = differences_file(folder, name, k, n), logits_file(folder, name, k, n)
-        differences = read_arrays(differences_path, DIFFERENCES_ARRAYS)
-        logits = read_arrays(logits_path, LOGITS_ARRAYS)
+        differences = read_arrays(differences_path, DIFFERENCES_ARRAYS, TRAJECTORIES)
+        logits = read_arrays(logits_path, LOGITS_ARRAYS, TRAJECTORIES)
         if not all(np.isfinite(logits[array]).all() for array in ("logits_start", "logits_sample")):
             raise ResultError(
                 f"{logits_path} contains NaN or infinity: the classifier's weights were damaged,\n"
@@ -133,11 +156,27 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
                 "Remove both and rerun evaluate_classifier.py"
             )
         results.append(TimeResult(k, n, differences, logits))
+        check_trajectories(results[-1], differences_path)
     return results
 
 
-def read_arrays(path: str, names: Sequence[str], script: str = "evaluate_classifier.py") -> dict[str, np.ndarray]:
-    """The arrays with these names in an .npz file that `script` wrote.
+def check_trajectories(result: TimeResult, path: str) -> None:
+    """Raise UserError, which names the file, unless every starting image has all trajectories 1..M, in order."""
+    names, count = result.differences["names"], result.num_trajectories
+    if count > 1:
+        numbers = np.arange(len(names)) % count + 1
+        whole = len(names) % count == 0 and np.array_equal(result.differences["trajectories"], numbers)
+        if not whole or not (result.by_start(names) == result.starts[:, None]).all():
+            raise UserError(
+                f"{path} lacks samples of some images, which could not be read: expected {count} of each.\n"
+                "Repair them (forward_backward_dataset_sample.py) and rerun evaluate_classifier.py"
+            )
+
+
+def read_arrays(
+    path: str, names: Sequence[str], optional: Sequence[str] = (), script: str = "evaluate_classifier.py"
+) -> dict[str, np.ndarray]:
+    """The arrays with these names in an .npz file that `script` wrote, and those with `optional` names that it has.
 
     Raises UserError if the file or an array is missing or damaged.
     """
@@ -145,7 +184,7 @@ def read_arrays(path: str, names: Sequence[str], script: str = "evaluate_classif
         raise UserError(f"{path}, a file of {script}, is missing")
     try:
         with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in names}
+            return {name: arrays[name] for name in (*names, *(name for name in optional if name in arrays))}
     except Exception as error:  # depends on the damage
         raise UserError(
             f"{path} is damaged, or not a file of {script}: {first_line(error)}.\nRemove it and rerun that script"

@@ -1,6 +1,7 @@
 """Statistics for the figures: how much of an image, and of its class, survives noising and denoising.
 
-Errors of modes and transitions are from the bootstrap over images: Efron, Annals of Statistics 7, 1 (1979).
+Errors of modes and transitions are from the bootstrap over images: Efron, Annals of Statistics 7, 1 (1979). Several
+samples of an image are not independent: all errors here are those from drawing other images, each with its samples.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def mode(values: np.ndarray, seed: int = 0) -> Estimate:
     middle half of the values are equal, that value is the mode.
 
     Args:
-        values: (n,) finite values, n >= 1.
+        values: (n,) or, with M samples of each image, (n, M) finite values, n >= 1.
         seed: seed of the bootstrap.
     """
     first, median, third = np.quantile(values, [0.25, 0.5, 0.75])
@@ -50,17 +51,19 @@ def mode(values: np.ndarray, seed: int = 0) -> Estimate:
     if scale == 0:
         return Estimate(float(median), float(median), float(median))
     extent = np.ptp(values)
-    width = (4 / 5) ** (1 / 7) * scale * len(values) ** (-1 / 7)
+    width = (4 / 5) ** (1 / 7) * scale * values.size ** (-1 / 7)
     spacing = max(width / 8, extent / 4096)
     margin = 4 * max(width, spacing)  # empty bins at both ends, as the Fourier transform is periodic
     start, num_bins = values.min() - margin, int(np.ceil((extent + 2 * margin) / spacing)) + 1
     bins = np.rint((values - start) / spacing).astype(np.int64)
 
-    def peak(bins: np.ndarray, axis: int = -1) -> np.ndarray:
-        return start + spacing * _peaks(_histograms(bins, num_bins), width / spacing)
+    def peaks(images: np.ndarray, axis: int = -1) -> np.ndarray:
+        resampled = bins[images].reshape(len(images), -1)
+        return start + spacing * _peaks(_histograms(resampled, num_bins), width / spacing)
 
-    value = float(peak(bins[None])[0])
-    interval = _bootstrap(bins, peak, RESAMPLES // 2, 0.68, seed).confidence_interval
+    value = float(peaks(np.arange(len(bins))[None])[0])
+    batch = max(1, BATCH // values.size)
+    interval = _bootstrap(np.arange(len(bins)), peaks, RESAMPLES // 2, 0.68, seed, batch).confidence_interval
     return Estimate(value, float(min(interval.low, value)), float(max(interval.high, value)))
 
 
@@ -80,13 +83,13 @@ def _peaks(counts: np.ndarray, width: float) -> np.ndarray:
     return top + 0.5 * (before - after) / (before - 2 * at + after)  # vertex of the parabola through three points
 
 
-def _bootstrap(values: np.ndarray, statistic: Any, resamples: int, confidence: float, seed: int) -> Any:
-    """The percentile bootstrap of `statistic(values, axis)` over values (n,)."""
+def _bootstrap(values: np.ndarray, statistic: Any, resamples: int, confidence: float, seed: int, batch: int = 0) -> Any:
+    """The percentile bootstrap of `statistic(values, axis)` over values (n,), in batches of resamples."""
     return stats.bootstrap(
         (values,),
         statistic,
         n_resamples=resamples,
-        batch=max(1, BATCH // len(values)),
+        batch=batch or max(1, BATCH // len(values)),
         vectorized=True,
         confidence_level=confidence,
         method="percentile",
@@ -95,15 +98,22 @@ def _bootstrap(values: np.ndarray, statistic: Any, resamples: int, confidence: f
 
 
 def mean(values: np.ndarray) -> Estimate:
-    """The mean of values (n,) and its standard error."""
-    value = float(np.mean(values))
-    error = float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
+    """The mean of values (n,) or (n, M), see `mode`, and its standard error."""
+    of_images = values.reshape(len(values), -1).mean(axis=1)
+    value = float(np.mean(of_images))
+    error = float(np.std(of_images, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
     return Estimate(value, value - error, value + error)
 
 
 def median(values: np.ndarray) -> Estimate:
-    """The median of values (n,); its interval is between the quantiles (1 ± 1/sqrt(n)) / 2, for any distribution."""
-    step = min(0.5, 0.5 / np.sqrt(len(values)))
+    """The median of values (n,) or (n, M), see `mode`; its interval is for any distribution.
+
+    It is between the quantiles 1/2 ± s, where s is the standard error of the fraction of values below the median:
+    1 / (2 sqrt(n)) for one value of each image. Woodruff, J. Am. Stat. Assoc. 47, 635 (1952).
+    """
+    n, middle = len(values), np.median(values)
+    spread = 0.5 if values.size == n else np.std((values < middle).mean(axis=1))
+    step = min(0.5, spread / np.sqrt(n))
     low, value, high = np.quantile(values, [0.5 - step, 0.5, 0.5 + step])
     return Estimate(float(value), float(low), float(high))
 
@@ -111,10 +121,33 @@ def median(values: np.ndarray) -> Estimate:
 STATISTICS = {"max": mode, "mean": mean, "median": median}  # keys: values of plot_figures.py --statistic
 
 
-def wilson_interval(count: int, total: int) -> tuple[float, float]:
-    """The 95% confidence interval of a probability, given `count` successes in `total` trials: Wilson (1927)."""
-    low, high = stats.binomtest(int(count), int(total)).proportion_ci(method="wilson")
-    return float(low), float(high)
+def wilson_interval(count: float, total: float) -> tuple[float, float]:
+    """The 95% confidence interval of a probability, given `count` successes in `total` trials: Wilson (1927).
+
+    The numbers need not be whole, see `fraction_interval`.
+    """
+    p, z = count / total, stats.norm.ppf(0.975)
+    scale = 2 * (total + z**2)
+    centre, width = (2 * total * p + z**2) / scale, z / scale * np.sqrt(4 * total * p * (1 - p) + z**2)
+    return 0.0 if count == 0 else float(centre - width), 1.0 if count == total else float(centre + width)
+
+
+def fraction_interval(fractions: np.ndarray, num_samples: int = 1) -> tuple[float, float]:
+    """The 95% confidence interval of the mean of fractions.
+
+    Wilson's interval for the number of independent trials whose mean would have the same variance: Korn and Graubard,
+    Survey Methodology 24, 193 (1998). It is between the number of images and that of samples.
+
+    Args:
+        fractions: (n,), for each image, the fraction of its samples that have some property.
+        num_samples: samples of each image. For 1, this is `wilson_interval`.
+    """
+    n, p = len(fractions), float(np.mean(fractions))
+    trials = float(n)
+    if num_samples > 1 and n > 1:
+        variance = np.var(fractions, ddof=1) / n
+        trials = np.clip(p * (1 - p) / variance, n, n * num_samples) if variance > 0 else trials
+    return wilson_interval(p * trials if num_samples > 1 else fractions.sum(), trials)
 
 
 @dataclass(frozen=True)
@@ -140,7 +173,7 @@ class Transition:
     resolved: bool
 
 
-def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0) -> Transition | None:
+def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0, num_samples: int = 1) -> Transition | None:
     """Fit a logistic curve to the fraction of images that keep their class.
 
     The fit is by least squares, weighted by the binomial errors of the fractions. Both ends of the curve are within
@@ -150,8 +183,9 @@ def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0) -> Transi
 
     Args:
         times: (T,) k/N, increasing.
-        kept: (T, n) whether each image kept its class.
+        kept: (T, n) whether each image kept its class, or the fraction of its samples that did.
         seed: seed of the bootstrap.
+        num_samples: samples of each image.
 
     Returns:
         the transition, or None if there are fewer than 3 times, or if the 95% confidence intervals of the first and
@@ -159,7 +193,8 @@ def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0) -> Transi
     """
     num_times, n = kept.shape
     counts = kept.sum(axis=1)
-    if num_times < FEWEST_TIMES or wilson_interval(counts[-1], n)[1] >= wilson_interval(counts[0], n)[0]:
+    first, last = (fraction_interval(kept[t], num_samples) for t in (0, -1))
+    if num_times < FEWEST_TIMES or last[1] >= first[0]:
         return None
     guess = (counts + 1) / (n + 2)  # not 0 or 1, so that errors are positive
     errors = np.sqrt(guess * (1 - guess) / n)

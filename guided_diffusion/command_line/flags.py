@@ -209,6 +209,21 @@ FLAGS = {
         nargs="+",
         action=Flattened,
     ),
+    "num_trajectories": Flag(
+        POSITIVE, "samples of each image at each time, with independent noise; a later run may ask for more", 1
+    ),
+    "share_noise": Flag(
+        TEXT,
+        "start: all samples of an image at a time share the noise added to it, and so x_k; they differ only in the "
+        "noise of the way back",
+        empty="independent noise",
+        choices=("start",),
+    ),
+    "num_turns": Flag(
+        POSITIVE,
+        "consecutive U-turns, each from the saved sample of the last one; a later run may ask for more",
+        1,
+    ),
     "clip_denoised": Flag(BOOL, "clip the predicted image to the pixel range at every step", True),
     "use_ddim": Flag(BOOL, "denoise with DDIM, which adds no noise", False),
     "image_format": Flag(TEXT, "file format of the samples", "jpeg", choices=("jpeg", "png")),

@@ -91,6 +91,11 @@ class ImageWriter:
         self._room.acquire()
         self._pool.submit(self._run, work)
 
+    def wait(self) -> None:
+        """Wait until everything submitted so far is on disk. Raises as `submit` does."""
+        self._pool.submit(lambda: None).result()
+        self._raise_failure()
+
     def _run(self, work: Callable[[], None]) -> None:
         try:
             if self._failure is None:

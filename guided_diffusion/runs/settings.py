@@ -38,6 +38,7 @@ WORDS = {
     "statistics_digest": "the statistics (classifier_statistics.py)",
     "times": "the times computed together (--time_series)",
     "tokens_digest": "the weights of the tokens (--tokens, --classifier_path, --clip_weights)",
+    "trajectories_per_batch": "the number of samples of an image per batch (--batch_size)",
 }
 # Keys in old records.
 OLD_KEYS = {

@@ -19,15 +19,20 @@ from figure_texts import check_texts
 from PIL import Image
 
 script = load_script("scripts/plot_figures.py")
-FIGURES = ("similarity_against_time", "class_retention", "distributions", "gallery")
+FIGURES = ("similarity_against_time", "class_retention", "distributions", "gallery", "class_transitions")
+SEVERAL = ("class_agreement", "class_entropy")  # of several samples of each image
 
 
-def write_results(folder: Path, times, num_images=400, num_layers=41, labels=True) -> Path:
+def write_results(folder: Path, times, num_images=400, num_layers=41, labels=True, num_samples=1) -> Path:
     """Results of which the class is lost at k/N = 0.55, in the documented format."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = np.array([f"n{i % 10:08d}/image_{i:04d}.JPEG" for i in range(num_images)])
+    names = np.repeat([f"n{i % 10:08d}/image_{i:04d}.JPEG" for i in range(num_images)], num_samples)
+    pairs = {"names": names}
+    if num_samples > 1:
+        pairs["trajectories"] = np.arange(len(names)) % num_samples + 1
     layers = np.array([*(f"features.{i}" for i in range(num_layers - 1)), "classifier"])
-    true = np.arange(num_images) % 20
+    true = np.repeat(np.arange(num_images) % 20, num_samples)
+    num_images *= num_samples
     depth, start = np.linspace(0, 1, num_layers), 8 * np.eye(20, dtype=np.float32)[true]
     for k in times:
         rng, kept_part = np.random.default_rng(k), 1 / (1 + np.exp((k / 250 - 0.55) / 0.05))
@@ -36,12 +41,23 @@ def write_results(folder: Path, times, num_images=400, num_layers=41, labels=Tru
         )
         cosine = np.clip(cosine, -1, 1)
         predicted = np.where(rng.random(num_images) < kept_part, true, (true + 7) % 20)
-        about = {"names": names, "layers": layers, "cosine": cosine, "L2": cosine, "L2_normalized": cosine}
+        about = {**pairs, "layers": layers, "cosine": cosine, "L2": cosine, "L2_normalized": cosine}
         np.savez(differences_file(str(folder), "convnext_base", k, 250), **about)
         logits = 8 * np.eye(20, dtype=np.float32)[predicted]
         known = true if labels else np.full(num_images, -1)
-        arrays = {"names": names, "labels": known, "logits_start": start, "logits_sample": logits}
+        arrays = {**pairs, "labels": known, "logits_start": start, "logits_sample": logits}
         np.savez(logits_file(str(folder), "convnext_base", k, 250), **arrays)
+    return folder
+
+
+def write_several(folder: Path, times, alike=False) -> Path:
+    """Results of 30 images with four samples of each; `alike` repeats the first sample of each."""
+    write_results(folder, times, 30, num_layers=3, num_samples=4)
+    for path in folder.glob("*.npz") if alike else ():
+        arrays = dict(np.load(path))
+        for name in arrays.keys() - {"trajectories", "layers"}:
+            arrays[name] = np.repeat(arrays[name][::4], 4, axis=0)
+        np.savez(path, **arrays)
     return folder
 
 
@@ -78,7 +94,7 @@ def test_files_and_sizes(drawn):
     figures = drawn[2]
     expected = {f"{name}.{ending}" for name in FIGURES for ending in ("png", "pdf", "csv")} | {"transition.json"}
     assert {path.name for path in figures.iterdir()} == expected
-    for name, width in zip(FIGURES, (3.4, 3.4, 7.0, 7.0), strict=True):
+    for name, width in zip(FIGURES, (3.4, 3.4, 7.0, 7.0, 7.0), strict=True):
         with Image.open(figures / f"{name}.png") as image:
             assert image.width == round(300 * width) and image.info["dpi"] == pytest.approx((300, 300), abs=0.1)
         assert (figures / f"{name}.pdf").read_bytes().startswith(b"%PDF")
@@ -132,12 +148,15 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
     flags = write_images(tmp_path, times)
     series = script.find_series(str(write_results(tmp_path, times, num_images=40)), "convnext_base", 250)
     names = series[0].differences["names"].tolist()[:3]
+    several = script.find_series(str(write_several(tmp_path / "several", times)), "convnext_base", 250)
     with script.style():
         drawn = [
             script.draw_similarity(series, "mean"),
             script.draw_retention(*script.measure_retention(series), series),
             script.draw_distributions(script.evenly_spaced(series, 25), 40),
             script.draw_gallery(script.evenly_spaced(series, 10), names, flags[1], flags[3]),
+            script.draw_class_transitions(script.evenly_spaced(series, 10)),
+            *(draw(several) for draw in (script.draw_agreement, script.draw_entropy)),
         ]
         for figure, _ in drawn:
             check_texts(figure)
@@ -268,3 +287,104 @@ def test_the_help_needs_neither_package():
     code += "runpy.run_path('scripts/plot_figures.py', run_name='__main__')"
     done = run_python("-c", code, cwd=REPOSITORY)
     assert (done.returncode, done.stderr) == (0, "") and "--gallery_count" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """(results, figures): of 4 samples of each of 30 images, and of the same sample four times."""
+    folder = tmp_path_factory.mktemp("several")
+    for name in ("apart", "alike"):
+        results = write_several(folder / name / "results", TIMES, alike=name == "alike")
+        assert script.main(["--results", str(results), "--output", str(folder / name / "figures")]) == 0
+    first = folder / "once/results"
+    first.mkdir(parents=True)
+    for path in (folder / "alike/results").glob("*.npz"):
+        arrays = dict(np.load(path))
+        del arrays["trajectories"]
+        np.savez(first / path.name, **{n: a if n == "layers" else a[::4] for n, a in arrays.items()})
+    assert script.main(["--results", str(first), "--output", str(folder / "once/figures")]) == 0
+    return folder
+
+
+def test_figures_of_several_samples(several):
+    expected = {f"{n}.{e}" for n in (*FIGURES[:3], FIGURES[4], *SEVERAL) for e in ("png", "pdf", "csv")}
+    assert {path.name for path in (several / "apart/figures").iterdir()} == expected | {"transition.json"}
+    assert {path.name for path in (several / "once/figures").iterdir()} == {
+        name for name in expected if not name.startswith(SEVERAL)
+    } | {"transition.json"}
+
+
+def test_copies_of_a_sample_make_nothing_more_certain(several):
+    """With four equal samples of each image, all values and errors are those of one."""
+    for name in ("similarity_against_time", "class_retention"):
+        alike, once = (read_csv(several / run / f"figures/{name}.csv") for run in ("alike", "once"))
+        for row, expected in zip(alike, once, strict=True):
+            assert row["images"] == expected["images"] and int(row.pop("samples")) == 4 * int(row["images"])
+            if name == "class_retention":
+                assert int(row.pop("count")) == 4 * int(expected.pop("count"))
+            for column in expected.keys() & {"mean", "mean_low", "mean_high", "median", "fraction", "low", "high"}:
+                assert float(row[column]) == pytest.approx(float(expected[column]), abs=1e-12), column
+            for column in expected.keys() & {"mode_low", "mode_high", "median_low", "median_high"}:
+                assert float(row[column]) == pytest.approx(float(expected[column]), abs=0.05), column
+    alike, once = (json.loads((several / run / "figures/transition.json").read_text()) for run in ("alike", "once"))
+    assert alike == pytest.approx(once) and alike["images"] == 30
+
+
+def test_the_classes_of_samples(several):
+    results = several / "apart/results"
+    agreements, entropies = (read_csv(several / f"apart/figures/{name}.csv") for name in SEVERAL)
+    transitions = read_csv(several / "apart/figures/class_transitions.csv")
+    for k, agreement, entropy in zip(TIMES, agreements, entropies, strict=True):
+        arrays = np.load(logits_file(str(results), "convnext_base", k, 250))
+        starts, samples = arrays["logits_start"][::4].argmax(1), arrays["logits_sample"].argmax(1).reshape(30, 4)
+        same = [np.mean([a == b for a, b in itertools.combinations(own, 2)]) for own in samples.tolist()]
+        assert float(agreement["same_class"]) == pytest.approx(np.mean(same))
+        others = [a == b for one, two in itertools.combinations(samples.tolist(), 2) for a in one for b in two]
+        assert float(agreement["same_class_of_two_images"]) == pytest.approx(np.mean(others))
+        assert float(agreement["low"]) <= np.mean(same) <= float(agreement["high"])
+        plain, corrected = [], []
+        for own in samples.tolist():
+            f = np.array([own.count(c) / 4 for c in set(own)])
+            plain.append(-(f * np.log(f)).sum())
+            corrected.append(plain[-1] + (len(f) - 1) / 8)
+        assert float(entropy["uncorrected"]) == pytest.approx(np.mean(plain))
+        assert float(entropy["entropy"]) == pytest.approx(np.mean(corrected))
+        assert float(entropy["largest"]) == pytest.approx(np.log(4) + 3 / 8)
+        matrix = np.zeros((20, 20))
+        np.add.at(matrix, (np.repeat(starts, 4), samples.ravel()), 1)
+        found = np.zeros((20, 20))
+        for row in transitions:
+            if int(row["k"]) == k:
+                found[int(row["class_start"]), int(row["class_sample"])] = float(row["samples"])
+                assert float(row["fraction"]) == found[int(row["class_start"]), int(row["class_sample"])] / (
+                    matrix[int(row["class_start"])].sum()
+                )
+        assert (found == matrix).all()
+
+
+def test_times_may_differ_in_their_number_of_samples(tmp_path, capsys):
+    """Some times extended: class_agreement has these only."""
+    results = write_several(tmp_path / "results", (100, 150))
+    write_results(results, (50, 200), num_images=30, num_layers=3)
+    assert script.main(["--results", str(results), "--output", str(tmp_path / "figures")]) == 0
+    assert "30 images at k = 50, 100, 150, 200" in capsys.readouterr().err
+    kept = read_csv(tmp_path / "figures/class_retention.csv")
+    assert [row["samples"] for row in kept if row["measure"] == "predicted class kept"] == ["30", "120", "120", "30"]
+    assert [row["k"] for row in read_csv(tmp_path / "figures/class_agreement.csv")] == ["100", "150"]
+    path = logits_file(str(results), "convnext_base", 100, 250)
+    for file in (path, differences_file(str(results), "convnext_base", 100, 250)):
+        arrays = dict(np.load(file))
+        np.savez(file, **{name: array if name == "layers" else array[1:] for name, array in arrays.items()})
+    with pytest.raises(UserError, match=r"lacks samples of some images, which could not be read: expected 4 of each"):
+        script.main(["--results", str(results), "--output", str(tmp_path / "figures")])
+
+
+def test_a_thousand_classes_are_shown_in_blocks():
+    from guided_diffusion.classifier.class_figures import block_matrix
+
+    starts, samples = np.array([0, 9, 999]), np.array([[3, 999], [9, 500], [999, 999]])
+    matrix = block_matrix(starts, samples, 1000)
+    assert matrix.shape == (100, 100)
+    assert (matrix[0, 0], matrix[0, 99], matrix[0, 50], matrix[99, 99]) == (0.5, 0.25, 0.25, 1)
+    assert np.isnan(matrix[1:99]).all() and matrix[0].sum() == 1
+    assert block_matrix(np.array([2]), np.array([[0]]), 3).tolist()[2] == [1, 0, 0]

@@ -7,6 +7,7 @@ from statistics import NormalDist
 from guided_diffusion.classifier.results import class_ranks
 from guided_diffusion.classifier.retention import (
     fit_transition,
+    fraction_interval,
     mean,
     median,
     mode,
@@ -118,3 +119,39 @@ def test_class_ranks_need_no_scipy():
     code = "import sys; sys.modules['scipy'] = None; from guided_diffusion.classifier.retention import mean"
     done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_interval_of_dependent_samples_contains_the_truth():
+    """300 data sets of 60 images, whose own probabilities differ widely, with 8 samples each: nominally 95%."""
+    rng = np.random.default_rng(0)
+    own = rng.beta(0.3, 0.3, size=(300, 60))
+    kept = rng.random((300, 60, 8)) < own[..., None]
+    fractions = kept.mean(axis=2)
+    covered, naive = (
+        np.mean([low <= 0.5 <= high for low, high in intervals])
+        for intervals in (
+            [fraction_interval(f, 8) for f in fractions],
+            [wilson_interval(f.sum() * 8, 480) for f in fractions],
+        )
+    )
+    assert 0.92 <= covered <= 0.98 and naive < 0.8
+
+
+@pytest.mark.parametrize("count", [0, 3, 10])
+def test_an_interval_of_one_sample_each_or_of_copies_is_that_of_independent_trials(count):
+    kept = np.arange(10) < count
+    assert fraction_interval(kept) == wilson_interval(count, 10) == fraction_interval(kept.astype(float), 1)
+    low, high = fraction_interval(kept.astype(float), 8)  # all samples of an image agree
+    assert (low, high) == pytest.approx(wilson_interval(count, 10), abs=1e-12)
+
+
+def test_errors_of_dependent_samples_are_those_of_images():
+    """200 data sets of 50 images, whose values differ by more than their 6 samples do."""
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(200, 50, 1)) + 0.3 * rng.normal(size=(200, 50, 6))
+    for statistic in (mean, median):
+        found = [statistic(v) for v in values]
+        inside = np.mean([e.low <= 0 <= e.high for e in found])
+        assert 0.58 <= inside <= 0.78
+    widths = [(mode(v).high - mode(v).low) / (mode(v.ravel()).high - mode(v.ravel()).low) for v in values[:10]]
+    assert np.mean(widths) > 1.3

@@ -74,7 +74,7 @@ def test_what_the_demo_finds(demo):
 
 
 def test_what_the_demo_leaves(demo):
-    names = "retention", "similarity_against_time", "class_retention", "distributions", "gallery"
+    names = "retention", "similarity_against_time", "class_retention", "distributions", "class_transitions", "gallery"
     expected = {f"{name}.{ending}" for name in names for ending in ("png", "pdf", "csv")} | {"transition.json"}
     assert {path.name for path in (demo / "figures").iterdir()} == expected
     samples = sorted((demo / "samples/t_10_20_images").glob("class_*/*.png"))
