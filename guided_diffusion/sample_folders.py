@@ -12,7 +12,7 @@ import argparse
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,11 +48,13 @@ class _Contents(NamedTuple):
         record: the record, None if there is nothing to resume.
         files: paths of the files.
         entries: starting images on record; None for a folder written by a version that did not list them.
+        parts: paths of the lists of single units that are merged into `entries`; other shards may write more of them.
     """
 
     record: Record | None
     files: set[str]
     entries: Entries | None
+    parts: Collection[str]
 
 
 class SampleRun(Run):
@@ -185,7 +187,7 @@ class SampleRun(Run):
                 entries = {p: e if p in used else e._replace(sha256=None) for p, e in inputs.entries(paths).items()}
                 with named_write_errors(folder.inputs):
                     write_entries(folder.inputs, {"images": entries})
-                for path in _parts_of_inputs(folder).values():
+                for path in contents[k].parts:
                     bf.remove(path)
 
         chains = [chain for chain in self._chains_of_shard(present) if chain.turns]
@@ -205,8 +207,9 @@ class SampleRun(Run):
             for path in (folder.record, folder.inputs):
                 remove_scratch_of(path)
         files = {path for path in walk(folder.path) if not path.endswith(SCRATCH)}
+        parts = _parts_of_inputs(folder)
         if not files and not others:  # nothing was computed, or the folder was moved away: no experiment to mix with
-            return _Contents(None, files, {})
+            return _Contents(None, files, {}, parts.values())
         record = _read_record(folder)
         if record is None and files:
             raise UserError(
@@ -215,7 +218,7 @@ class SampleRun(Run):
             )
         changes = differences(record["settings"], self.settings) if record else []
         if record is None or (not files and changes and not self.locks.conflicting_shards()):
-            return _Contents(None, files, {})
+            return _Contents(None, files, {}, parts.values())
         if changes:
             raise UserError(
                 f"{folder.path} was started with other settings: {'; '.join(changes)}.\n"
@@ -224,10 +227,10 @@ class SampleRun(Run):
         check_num_shards(record.get("num_shards"), self.shard, folder.path)
         listed = read_entries(folder.inputs)
         if listed is None:
-            return _Contents(record, files, None)
+            return _Contents(record, files, None, parts.values())
         entries = dict(listed.get("images", {}))
         units = cut_units(self.images, self.args.batch_size, folder.step_reverse, self.args.num_trajectories)
-        for index, path in _parts_of_inputs(folder).items():
+        for index, path in parts.items():
             read = (read_entries(path) or {}).get("images", {})
             entries |= read
             for image in units[index].images if index < len(units) else ():
@@ -235,7 +238,7 @@ class SampleRun(Run):
                     entries.pop(image.path, None)  # it was unreadable, and may have been repaired since
         for path in _recorded_unreadable(record):
             entries.pop(path, None)
-        return _Contents(record, files, entries)
+        return _Contents(record, files, entries, parts.values())
 
     def _close_folders(self, reports: Sequence[tuple[Counter[int], dict[int, Unreadable]]], facts: Record) -> int:
         """Check the folders and record the run. Returns the exit status.

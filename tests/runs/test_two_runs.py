@@ -13,6 +13,8 @@ from pathlib import Path
 
 from guided_diffusion.errors import ResultError, UserError
 from guided_diffusion.runs import locks
+from guided_diffusion.runs.inputs import Inputs, write_entries
+from guided_diffusion.sample_folders import SampleRun
 
 import numpy as np
 import pytest
@@ -144,6 +146,27 @@ def test_shards_write_what_one_run_writes(flags, whole, tmp_path):
         assert sum(run["samples_written"] for run in record["runs"]) == 7
         inputs = [(folder / f"t_{k}_4_inputs.json").read_text() for folder in (tmp_path, whole)]
         assert inputs[0] == inputs[1]
+
+
+def test_a_shard_that_starts_keeps_what_another_writes_meanwhile(flags, whole, tmp_path, monkeypatch):
+    """The list of a unit's starting images may appear after the lists have been read."""
+    common = {**flags, "output": tmp_path, "num_shards": 2, "step_reverse": 2}
+    assert call(MAIN, **common, shard=0) == 0
+    theirs = {"images": {"c9/9.png": [1, "f" * 64]}}
+    part = tmp_path / "t_2_4_inputs_parts/000001.json"
+    compare = Inputs.compare
+
+    def and_another_shard_writes(self, *args, **options):
+        compare(self, *args, **options)
+        write_entries(str(part), theirs)
+
+    monkeypatch.setattr(Inputs, "compare", and_another_shard_writes)
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleRun, "read", lambda *_: part.exists() and iter(()))  # only starts
+        with pytest.raises(ResultError, match="are missing"):
+            call(MAIN, **common, shard=1)
+    listed = json.loads((tmp_path / "t_2_4_inputs.json").read_text())["images"]
+    assert listed["c9/9.png"] == theirs["images"]["c9/9.png"]
 
 
 def test_the_number_of_shards_is_on_record(flags, whole, tmp_path):
