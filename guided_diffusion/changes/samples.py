@@ -2,62 +2,23 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import blobfile as bf
 
-from .. import logger
-from ..classifier.pairs import SAMPLES, STARTS, check_complete, find_samples, is_sample
+from ..classifier.pairs import SAMPLES, STARTS, check_complete, find_samples, samples_of_starts, starts_with_samples
 from ..errors import UserError
 from ..forward_backward import SampleFolder
-from ..images.folder import check_stems, list_images, list_some, without_extension
+from ..images.folder import list_images, without_extension
 from ..runs.settings import digest_of
 from ..runs.shards import cut
-from ..system.files import walk
-
-FIRST_TURN = r"(?:_s(\d{3,}))?"  # after the time, in names of samples; later turns end in _u02
-LATER_TURN = r"(?:_s\d{3,})?_u\d{2,}"
-
-
-def trajectories_of(folder: SampleFolder) -> dict[str, dict[int, str]]:
-    """The samples in a folder: path of the start without extension -> trajectory, from 1 -> path, relative to it.
-
-    Samples of later turns (_u02, ...) are left out. Raises UserError if there are no samples, or other images.
-    """
-    time = re.escape(without_extension(folder.sample("")))  # _t0500
-    pattern = re.compile(rf"(.*){time}{FIRST_TURN}")
-    later = re.compile(rf".*{time}{LATER_TURN}")
-    paths = sorted(path for path in walk(folder.path) if is_sample(path))
-    if not paths:
-        find_samples(folder)  # raises an error that lists the times with samples
-    found: dict[str, dict[int, str]] = defaultdict(dict)
-    odd = []
-    for path in paths:
-        name = without_extension(path)
-        if match := pattern.fullmatch(name):
-            others = found[match[1]]
-            if (other := others.setdefault(int(match[2] or 1), path)) != path:
-                raise UserError(
-                    f"{folder.path} has two files of a sample, {other} and {path}: move one away (--data_dir)"
-                )
-        elif not later.fullmatch(name):
-            odd.append(path)
-    if odd:
-        raise UserError(
-            f"{len(odd)} image(s) in {folder.path} are not named like samples of that time: {list_some(odd)};\n"
-            f"expected names ending in {without_extension(folder.sample(''))}, or _s002, _s003, ... after it "
-            "(--diffusion_steps, --timestep_respacing)"
-        )
-    return dict(found)
 
 
 def find_starts(
     starting_data_dir: str, folders: Mapping[int, SampleFolder]
 ) -> tuple[list[str], dict[int, list[list[str]]]]:
-    """The starting images and their samples.
+    """The starting images and their samples of the first turn.
 
     Args:
         starting_data_dir: folder of the starting images; those without any sample are skipped.
@@ -70,46 +31,20 @@ def find_starts(
 
     Raises UserError if a sample has no starting image, a start has fewer than two samples, or samples are missing.
     """
-    flag = "--starting_data_dir"
-    images = list_images(starting_data_dir, flag)
-    found = {k: trajectories_of(folder) for k, folder in folders.items()}
-    firsts = {k: {stem: next(iter(paths.values())) for stem, paths in of_time.items()} for k, of_time in found.items()}
-    check_complete(firsts, {without_extension(path) for path in images}, folders, starting_data_dir)
-    stems = set().union(*found.values())
-    starts = [path for path in images if without_extension(path) in stems]
-    check_stems(starts, flag)
-    if without := len(images) - len(starts):
-        logger.info(f"{without} of {len(images)} images in {starting_data_dir} have no sample: they are left out")
-    for k, of_time in found.items():
-        check_trajectories(of_time, folders[k])
-    samples: dict[int, list[list[str]]] = {}
-    for k, of_time in found.items():
+    images = list_images(starting_data_dir, "--starting_data_dir")
+    found = {k: find_samples(folder) for k, folder in folders.items()}
+    check_complete(found, {without_extension(path) for path in images}, folders, starting_data_dir)
+    starts = starts_with_samples(images, found, starting_data_dir)
+    samples = {}
+    for k, of_starts in samples_of_starts(starts, found).items():
+        if len(of_starts[0]) < 2:
+            raise UserError(
+                f"{folders[k].path} has one sample of each start: fluctuations need two or more.\nCompute them with "
+                "forward_backward_dataset_sample.py --num_trajectories, or leave the time out (--time_series)"
+            )
         name = folders[k].path.rpartition("/")[2]
-        of_starts = (of_time[without_extension(path)] for path in starts)
-        samples[k] = [[f"{name}/{path}" for _, path in sorted(paths.items())] for paths in of_starts]
+        samples[k] = [[f"{name}/{path}" for path in paths] for paths in of_starts]
     return starts, samples
-
-
-def check_trajectories(found: Mapping[str, Mapping[int, str]], folder: SampleFolder) -> None:
-    """Raise UserError unless all starts have the same trajectories, two or more.
-
-    `found` has the results of `trajectories_of` for the folder of a time.
-    """
-    expected = set().union(*found.values())
-    remedy = "Compute them with forward_backward_dataset_sample.py --num_trajectories, or leave the time out"
-    if len(expected) < 2:
-        raise UserError(
-            f"{folder.path} has one sample of each start: fluctuations need two or more.\n{remedy} (--time_series)"
-        )
-    missing = {stem: expected - paths.keys() for stem, paths in found.items() if len(paths) < len(expected)}
-    if missing:
-        stem, lacking = min(missing.items())
-        count = sum(map(len, missing.values()))
-        raise UserError(
-            f"{folder.path} lacks {count} of {len(found) * len(expected)} samples: some starts have {len(expected)}, "
-            f"but {stem!r} lacks {', '.join(map(str, sorted(lacking)[:3]))}{', ...' if len(lacking) > 3 else ''}.\n"
-            f"{remedy} (--time_series)"
-        )
 
 
 def samples_digest(data_dir: str, samples: Sequence[Sequence[str]]) -> str:

@@ -47,7 +47,7 @@ def find_pairs(
             k.
 
     Raises:
-        UserError: a sample has no starting image, a time lacks samples, or an image has fewer samples than others at
+        UserError: a sample has no starting image, a time lacks samples, or an image lacks samples that others have at
             the same time.
     """
     flag = "--starting_data_dir"
@@ -57,19 +57,31 @@ def find_pairs(
         logger.warn(f"{why_unknown}: their classes are unknown (--labels_file)")
     found = {k: find_samples(folder) for k, folder in folders.items()}
     check_complete(found, {without_extension(image.path) for image in images}, folders, starting_data_dir)
-    stems = set().union(*found.values())
-    starts = [image for image in images if without_extension(image.path) in stems]
-    check_stems([image.path for image in starts], flag)
-    if without := len(images) - len(starts):
-        logger.info(f"{without} of {len(images)} images in {starting_data_dir} have no sample: they are left out")
-    in_order = {
-        k: [[path for _, path in sorted(samples[without_extension(image.path)].items())] for image in starts]
-        for k, samples in found.items()
-    }
-    return starts, class_names_of(images), in_order
+    with_samples = set(starts_with_samples(paths, found, starting_data_dir))
+    starts = [image for image in images if image.path in with_samples]
+    return starts, class_names_of(images), samples_of_starts([image.path for image in starts], found)
 
 
 Found = dict[str, dict[int, str]]  # path of a starting image without its extension -> paths of samples, by trajectory
+
+
+def starts_with_samples(paths: Sequence[str], found: Mapping[int, Found], starting_data_dir: str) -> list[str]:
+    """The starting images, out of `paths`, that have samples. `found` has the results of `find_samples` by k.
+
+    Raises UserError if two of them differ in their extensions alone.
+    """
+    stems = set().union(*found.values())
+    starts = [path for path in paths if without_extension(path) in stems]
+    check_stems(starts, "--starting_data_dir")
+    if without := len(paths) - len(starts):
+        logger.info(f"{without} of {len(paths)} images in {starting_data_dir} have no sample: they are left out")
+    return starts
+
+
+def samples_of_starts(starts: Sequence[str], found: Mapping[int, Found]) -> dict[int, list[list[str]]]:
+    """By k, the paths of each start's samples in the order of trajectories, relative to their folder."""
+    stems = [without_extension(path) for path in starts]
+    return {k: [[path for _, path in sorted(samples[stem].items())] for stem in stems] for k, samples in found.items()}
 
 
 def find_samples(folder: SampleFolder) -> Found:
@@ -101,10 +113,8 @@ def find_samples(folder: SampleFolder) -> Found:
     samples: Found = defaultdict(dict)
     for path in paths:
         name = names[path]
-        if path not in later and samples[name.start].setdefault(name.trajectory, path) != path:
-            raise UserError(
-                f"{folder.path} has two samples of an image, {path} and another: move one away (--data_dir)"
-            )
+        if path not in later and (other := samples[name.start].setdefault(name.trajectory, path)) != path:
+            raise UserError(f"{folder.path} has two files of a sample, {other} and {path}: move one away (--data_dir)")
     if later:
         logger.info(f"k = {folder.step_reverse}: {len(later)} samples of later turns are left out")
     return dict(samples)
@@ -146,7 +156,7 @@ def check_complete(
         count = max(max(own) for own in samples.values())
         if lacks := sorted(stem for stem, own in samples.items() if len(own) < count):
             raise UserError(
-                f"{len(lacks)} of {len(samples)} images have fewer samples than others in {folders[k].path}: "
+                f"{len(lacks)} of {len(samples)} images lack some of their {count} samples in {folders[k].path}: "
                 f"{list_some(lacks)}.\nComplete them with forward_backward_dataset_sample.py --num_trajectories {count}"
             )
 

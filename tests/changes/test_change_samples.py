@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from guided_diffusion.changes.samples import find_starts, start_batches, trajectories_of
+from guided_diffusion.changes.samples import find_starts, start_batches
+from guided_diffusion.classifier.pairs import find_samples
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import SampleFolder
 
@@ -28,7 +29,7 @@ def test_trajectories_and_turns_by_name(tmp_path):
     names = ["a/x_t0250.JPEG", "a/x_t0250_s002.JPEG", "a/x_t0250_s1000.png", "y_t0250.png", "y_t0250_s002.png"]
     put(tmp_path / FOLDER, *names, "y_t0250_u02.png", "y_t0250_s002_u11.png", "t_t0250_s003_t0250.png")
     (tmp_path / FOLDER / "notes.txt").write_text("")
-    assert trajectories_of(folder_of(tmp_path)) == {
+    assert find_samples(folder_of(tmp_path)) == {
         "a/x": {1: "a/x_t0250.JPEG", 2: "a/x_t0250_s002.JPEG", 1000: "a/x_t0250_s1000.png"},
         "y": {1: "y_t0250.png", 2: "y_t0250_s002.png"},
         "t_t0250_s003": {1: "t_t0250_s003_t0250.png"},
@@ -50,7 +51,7 @@ def test_trajectories_and_turns_by_name(tmp_path):
 def test_other_names(tmp_path, name, message):
     folder = put(tmp_path / FOLDER, "x_t0250.JPEG", "x_t0250_s002.JPEG", name)
     with pytest.raises(UserError) as error:
-        trajectories_of(folder_of(tmp_path))
+        find_samples(folder_of(tmp_path))
     assert message.format(folder) in str(error.value) and str(error.value).count("\n") <= 1
 
 
@@ -79,8 +80,8 @@ def test_starts_and_their_samples_in_order(tmp_path):
 @pytest.mark.parametrize(
     ("removed", "message"),
     [
-        (["b_t0250_s002.png"], "lacks 1 of 4 samples: some starts have 2, but 'b' lacks 2."),
-        (["a_t0250.png"], "lacks 1 of 4 samples: some starts have 2, but 'a' lacks 1."),
+        (["b_t0250_s002.png"], "1 of 2 images lack some of their 2 samples in {}: 'b'"),
+        (["a_t0250.png"], "1 of 2 images lack some of their 2 samples in {}: 'a'"),
         (["a_t0250_s002.png", "b_t0250_s002.png"], "has one sample of each start: fluctuations need two or more."),
         (["b_t0250.png", "b_t0250_s002.png"], "lack samples: k = 5 lacks 1 of 2 ('b')"),
     ],
@@ -92,7 +93,7 @@ def test_missing_samples(tmp_path, removed, message):
         put(tmp_path / f"t_{k}_20_images", *(name for name in names if name not in removed))
     with pytest.raises(UserError) as error:
         find_starts(str(starts), {k: folder_of(tmp_path, k) for k in (5, 10)})
-    assert message in str(error.value) and str(error.value).count("\n") == 1
+    assert message.format(tmp_path / FOLDER) in str(error.value) and str(error.value).count("\n") == 1
 
 
 def test_samples_of_other_starts_and_no_samples(tmp_path):
@@ -100,5 +101,5 @@ def test_samples_of_other_starts_and_no_samples(tmp_path):
     with pytest.raises(UserError, match="no samples for k = 5 of N = 20"):
         find_starts(str(starts), {5: folder_of(tmp_path)})
     put(tmp_path / FOLDER, "a_t0250.png", "a_t0250_s002.png", "b_t0250.png", "b_t0250_s002.png")
-    with pytest.raises(UserError, match=r"1 of 2 samples in .* have no starting image"):
+    with pytest.raises(UserError, match=r"2 of 4 samples in .* have no starting image"):
         find_starts(str(starts), {5: folder_of(tmp_path)})

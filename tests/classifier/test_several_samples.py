@@ -170,12 +170,12 @@ def one_is_there_twice(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (one_is_missing, "1 of 3 images have fewer samples than others .* --num_trajectories 3"),
-        (the_first_are_missing, "3 of 3 images have fewer samples"),
+        (one_is_missing, "1 of 3 images lack some of their 3 samples .* --num_trajectories 3"),
+        (the_first_are_missing, "3 of 3 images lack some of their 3 samples"),
         (only_turns_are_left, "has no samples"),
         (one_has_no_start, "1 of 10 samples .* no starting image"),
         (one_is_of_another_time, r"1 image\(s\) .* not named like"),
-        (one_is_there_twice, "two samples of an image"),
+        (one_is_there_twice, "two files of a sample"),
     ],
 )
 def test_mistakes(change, words, flags, tmp_path):
