@@ -10,7 +10,7 @@ setup(
     package_data={"random_hierarchy_model": ["*.pt"]},
     install_requires=["torch>=2.6", "torchvision", "numpy", "blobfile", "mpi4py>=4", "pillow>=10.1", "tqdm"],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "matplotlib", "scipy>=1.15", "safetensors"],
+        "test": ["pytest", "pytest-xdist", "ruff", "matplotlib", "scipy>=1.15", "safetensors", "setuptools>=70.1"],
         "figures": ["matplotlib", "scipy>=1.15"],
         "safetensors": ["safetensors"],  # for checkpoints in that format
         "clip": ["open_clip_torch>=3"],  # for change_correlations.py --tokens clip

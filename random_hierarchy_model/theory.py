@@ -228,7 +228,7 @@ def variances_by_level(part: Part, process: str, noises: Sequence[float], sample
         changes = torch.where(drawn == leaves[:, None], -1.0, 1.0).double()
         for level in range(g.depth + 1):
             groups = changes.unflatten(2, (g.num_nodes(level), -1)).sum(3)  # (D, M, nodes)
-            found[:, number, level] = groups.var(dim=1, correction=1).sum(1)
+            found[:, number, level] = groups.var(dim=1, correction=1).sum(1).numpy()
     return found
 
 
