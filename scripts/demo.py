@@ -8,6 +8,10 @@ The optimal denoiser of these images is known, and with it the exact probability
 class down to the leaves. It is plotted with the networks' results. See random_hierarchy_model/README.md.
 
   python scripts/demo.py
+
+With --num_trajectories, it also plots which leaves change together in the samples of an image: the U-Net's, and exact ones.
+
+  python scripts/demo.py --num_trajectories 6
 """
 
 from __future__ import annotations
@@ -16,38 +20,28 @@ import argparse
 import os
 import subprocess
 import sys
+from collections import ChainMap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's package, before any other
 from guided_diffusion import dist_util, logger
-from guided_diffusion.classifier.figures import (
-    BLUE,
-    CHANCE,
-    ERROR_BARS,
-    GREEN,
-    PAGE,
-    TIME_LABEL,
-    VERMILION,
-    Rows,
-    check_packages,
-    new_mosaic,
-    render,
-    shades,
-    style,
-)
+from guided_diffusion.changes.figures import Curves, figures_of
+from guided_diffusion.changes.statistics import TimeChanges, changes_at, measure_chi
+from guided_diffusion.classifier.figures import Rows, check_packages, render, style
 from guided_diffusion.classifier.pairs import read_sample
 from guided_diffusion.classifier.results import logits_file, name_in_files, read_arrays
-from guided_diffusion.command_line.flags import POSITIVE, Flag, add_flags, whole_number
+from guided_diffusion.command_line.flags import POSITIVE, Flag, add_flags, flag, whole_number
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
+from guided_diffusion.correlations import TablePairs
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
     NoiseStreams,
     SampleFolder,
     check_times,
     from_pixels,
+    noise_seed,
     noised_image,
     to_pixels,
 )
@@ -58,24 +52,17 @@ from guided_diffusion.script_util import create_gaussian_diffusion
 from guided_diffusion.system.files import write_whole
 from guided_diffusion.system.other_scripts import REPOSITORY, as_flags, find_mpiexec, load_script
 from random_hierarchy_model import ExactDenoiser, TreeImages
+from random_hierarchy_model.changes import changes, sample_leaves, tree_distance
 from random_hierarchy_model.curves import fraction_kept, probability_kept
 from random_hierarchy_model.demo import CLASSIFIER, CLASSIFIER_FILE, GRAMMAR_FLAGS, MODEL_FLAGS, UNET_FILE
+from random_hierarchy_model.demo_figures import CONVNEXT, EXACT, LOOP, UNET, draw
 from random_hierarchy_model.training import images_from_flags
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-EXACT, LOOP, UNET, CONVNEXT = "exact posterior", "loop, exact denoiser", "loop, U-Net", "U-Net, seen by ConvNeXt"
-LOOKS: dict[str, dict[str, Any]] = {
-    EXACT: {"color": "black", "linewidth": 1.2, "zorder": 2},
-    LOOP: {"color": BLUE, "linestyle": "none", "marker": "o", "markersize": 5, "zorder": 3},
-    UNET: {"color": VERMILION, "linestyle": "none", "marker": "s", "markersize": 3, "zorder": 4},
-    CONVNEXT: {"color": GREEN, "linestyle": "none", "marker": "^", "markersize": 7, "zorder": 1},
-}
+TIMES = [50, 75, 100, 113, 125, 138, 150, 175, 200]
+TIMES_OF_CHANGES = [100, 113, 125, 138, 150]  # around the largest susceptibility
 STATISTICS_IMAGES = 512  # images for the classifier's statistics, including those that are noised
 
 
@@ -89,7 +76,8 @@ def main(argv: list[str] | None = None) -> int:
 
     dist_util.use_device(args.device)  # stops if it does not exist, before images are written
     diffusion = create_gaussian_diffusion(timestep_respacing=args.timestep_respacing)
-    args.time_series = check_times(args.time_series, diffusion.num_timesteps, "--time_series")
+    times = args.time_series or (TIMES if args.num_trajectories == 1 else TIMES_OF_CHANGES)
+    args.time_series = check_times(times, diffusion.num_timesteps, "--time_series")
     logger.make_dir()
     images = images_from_flags(GRAMMAR_FLAGS)
     folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
@@ -101,15 +89,22 @@ def main(argv: list[str] | None = None) -> int:
     run_scripts(args, folders, len(paths), launch)
 
     rows = measure(images, diffusion, chosen, folders, args)
+    figures = {"retention": lambda: draw(rows)}
+    if args.num_trajectories > 1:
+        curves = measure_changes(images, diffusion, chosen, folders["samples"], args)
+        figures |= figures_of(curves)
     with style():
-        files = render("retention", *draw(rows))
-    for name, data in files.items():
+        files = [render(name, *figure_and_rows()) for name, figure_and_rows in figures.items()]
+    for name, data in ChainMap(*files).items():
         write_whole(f"{folders['figures']}/{name}", data)
     sys.stdout.write(table(rows))
+    if args.num_trajectories > 1:
+        sys.stdout.write(table_of_changes(curves))
     logger.info(
         f"figures are in {folders['figures']}: retention (symbols that survive at each level, with the exact answer),\n"
         "similarity_against_time (of the classifier's activations), class_retention, distributions,\n"
         "class_transitions, gallery"
+        + ("; class_agreement, class_entropy, change_correlations, susceptibility" if args.num_trajectories > 1 else "")
     )
     return 0
 
@@ -143,6 +138,13 @@ def derivations(images: TreeImages, count: int, seed: int) -> tuple[np.ndarray, 
     return classes, images.grammar.sample(count, seed, classes=classes)
 
 
+def symbols_of(images: TreeImages, paths: Sequence[str], seed: int) -> list[torch.Tensor]:
+    """The symbols of the images that `write_images` wrote to these paths, at every level, starting with level 0."""
+    numbers = [int(path.rpartition("_")[2].removesuffix(".png")) for path in paths]
+    symbols = derivations(images, max(numbers) + 1, seed)[1]
+    return [torch.from_numpy(level[numbers]) for level in symbols]
+
+
 # The scripts
 
 
@@ -155,6 +157,7 @@ def run_scripts(args: argparse.Namespace, folders: dict[str, str], total: int, l
     classes = GRAMMAR_FLAGS["num_symbols"]
     sampling = {"model_path": UNET_FILE, "data_dir": folders["images"], "output": folders["samples"], **MODEL_FLAGS}
     choice = {"num_classes": classes, "num_per_class": args.num_images // classes, "seed": args.seed}
+    choice["num_trajectories"] = args.num_trajectories
     choice |= {"batch_size": 64, "image_format": "png", "use_fp16": True}
     results = {"output": folders["classifier"], **classifier, **size, **threads}
     both = {"starting_data_dir": folders["images"], "data_dir": folders["samples"]}
@@ -201,9 +204,7 @@ def measure(
     """The fraction of symbols that survive at each level and time: the exact probability, and measured in samples."""
     depth = images.grammar.depth
     levels = ["class", *(f"level {level}" for level in range(depth - 1, 0, -1)), "leaves"]
-    numbers = [int(path.rpartition("_")[2].removesuffix(".png")) for path in paths]
-    symbols = derivations(images, max(numbers) + 1, args.seed)[1]
-    true = [torch.from_numpy(level[numbers]) for level in symbols]
+    true = symbols_of(images, paths, args.seed)
     x_start = images.render(true[0])
     exact = ExactDenoiser(images, create_gaussian_diffusion().alphas_cumprod)
     chance = probability_kept(images, x_start, 0.0, true).mean(0)
@@ -215,13 +216,16 @@ def measure(
         for k in args.time_series:
             noise = NoiseStreams(args.seed, paths, k, "cpu")  # as for the U-Net's samples
             x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape))
-            signal = 1.0 if k == 0 else 0.0 if k == n else float(diffusion.alphas_cumprod[k - 1])
+            signal = signal_at(diffusion, k)
             back = diffusion.p_sample_loop_forw_back(exact, x.shape, k, noise=x, generator=noise)
             folder = SampleFolder(folders["samples"], k, n, diffusion.original_num_steps, "png")
             samples = np.stack([read_sample(f"{folder.path}/{folder.sample(path)}", size) for path in paths])
             name = name_in_files(CLASSIFIER)
-            results = read_arrays(logits_file(folders["classifier"], name, k, n), ("labels", "logits_sample"))
+            results = read_arrays(
+                logits_file(folders["classifier"], name, k, n), ("labels", "logits_sample"), ("trajectories",)
+            )
             kept = results["logits_sample"].argmax(axis=1) == results["labels"]
+            kept = kept[results.get("trajectories", np.ones(len(kept))) == 1]
             curves = {
                 EXACT: probability_kept(images, x, signal, true),
                 LOOP: fraction_kept(images, back, true),
@@ -237,54 +241,46 @@ def measure(
     return rows
 
 
-def draw(rows: Rows) -> tuple[Figure, Rows]:
-    """The fraction that survives as a function of time: of all levels together, and in a panel for each level."""
-    levels = list(dict.fromkeys(row["level"] for row in rows))  # the class first
-    beside = -(-len(levels) // 2)  # panels in each of two rows, to the right of the one of all levels
-    places = [*levels, *"." * (2 * beside - len(levels))]
-    layout = [["all levels", *places[:beside]], ["all levels", *places[beside:]]]
-    figure, panels = new_mosaic(PAGE, 3.4, layout, width_ratios=[1.7, *[1] * beside])
-    draw_together(panels["all levels"], rows, levels)
-    handles: dict[str, Any] = {}
-    for place, level in enumerate(levels):
-        handles |= draw_level(panels[level], [row for row in rows if row["level"] == level])
-        below = place + beside < len(levels)  # whether there is a panel below
-        panels[level].tick_params(labelleft=place % beside == 0, labelbottom=not below)
-    for name, axes in panels.items():
-        axes.set_title(name, fontsize=8)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.04, 1.04), xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
-    fifths = [i / 5 for i in range(6)]
-    panels["all levels"].set(ylabel="fraction that survives", xticks=fifths, yticks=fifths)
-    figure.supxlabel(TIME_LABEL, fontsize=8)
-    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=len(handles))
-    return figure, rows
+def measure_changes(
+    images: TreeImages,
+    diffusion: SpacedDiffusion,
+    paths: Sequence[str],
+    samples_dir: str,
+    args: argparse.Namespace,
+) -> Curves:
+    """The changes of leaves in the U-Net's samples, and in exact samples from the same noised images."""
+    true = symbols_of(images, paths, args.seed)[0]
+    x_start, n = images.render(true), diffusion.num_timesteps
+    pairs = TablePairs(tree_distance(images.grammar))
+    found: dict[str, list[TimeChanges]] = {UNET: [], EXACT: []}
+    for k in args.time_series:
+        signal = signal_at(diffusion, k)
+        folder = SampleFolder(samples_dir, k, n, diffusion.original_num_steps, "png")
+        leaves: dict[str, list[torch.Tensor]] = {UNET: [], EXACT: []}
+        for j in range(1, args.num_trajectories + 1):
+            pixels = [read_sample(f"{folder.path}/{folder.sample(path, j)}", images.image_size) for path in paths]
+            leaves[UNET].append(images.read_leaves(from_pixels(np.stack(pixels))))
+            noise = NoiseStreams(args.seed, paths, k, "cpu", [j] * len(paths))
+            x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape))
+            generator = torch.Generator().manual_seed(noise_seed(args.seed, "exact samples", k, j))
+            leaves[EXACT].append(sample_leaves(images, x, signal, true, generator))
+        for curve, of_curve in leaves.items():
+            found[curve].append(changes_at(k, n, changes(torch.stack(of_curve, dim=1), true), pairs))
+    return found
 
 
-def draw_together(axes: Axes, rows: Rows, levels: Sequence[str]) -> None:
-    """All levels in one panel, a colour each: the exact posterior as lines, the U-Net's samples as markers."""
-    for level, colour in zip(levels, reversed(shades(len(levels))), strict=True):
-        curves = {curve: [r for r in rows if (r["level"], r["curve"]) == (level, curve)] for curve in (EXACT, UNET)}
-        times, exact = columns(curves[EXACT], "k/N", "kept")
-        axes.plot(times, exact, color=colour, linewidth=1.2)
-        axes.errorbar(*columns(curves[UNET], "k/N", "kept", "error"), **ERROR_BARS, **LOOKS[UNET] | {"color": colour})
-        axes.plot([], [], color=colour, marker="s", markerfacecolor="none", linewidth=1.2, label=level)
-    axes.legend(loc="upper right")  # free, because all curves fall
+def signal_at(diffusion: SpacedDiffusion, k: int) -> float:
+    """abar of x_k: 1 at k = 0, and 0 at k = N, which is pure noise."""
+    return 1.0 if k == 0 else 0.0 if k == diffusion.num_timesteps else float(diffusion.alphas_cumprod[k - 1])
 
 
-def draw_level(axes: Axes, rows: Rows) -> dict[str, Any]:
-    """All curves of one level, and its chance level. Returns their handles for the legend, by label."""
-    handles: dict[str, Any] = {}
-    for curve, look in LOOKS.items():
-        if own := [row for row in rows if row["curve"] == curve]:
-            times, kept, errors = columns(own, "k/N", "kept", "error")
-            bars = axes.errorbar(times, kept, None if curve == EXACT else errors, label=curve, **ERROR_BARS, **look)
-            handles[curve] = bars
-    return {**handles, "chance": axes.axhline(rows[0]["chance"], **CHANCE)}
-
-
-def columns(rows: Rows, *names: str) -> list[list[float]]:
-    """Some columns of the rows."""
-    return [[row[name] for row in rows] for name in names]
+def table_of_changes(curves: Curves) -> str:
+    """chi at each time, with 95% intervals."""
+    lines = ["  k/N  " + "".join(f"{f'chi, {curve}':>32}" for curve in curves)]
+    for of_time in zip(*curves.values(), strict=True):
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*map(float, measure_chi(time))) for time in of_time]
+        lines.append(f"{of_time[0].time:5.3f}  " + "".join(f"{cell:>32}" for cell in cells))
+    return "\n" + "\n".join(lines) + "\n"
 
 
 def table(rows: Rows) -> str:
@@ -312,12 +308,25 @@ def create_argparser() -> argparse.ArgumentParser:
     classes = GRAMMAR_FLAGS["num_symbols"]
     add_flags(
         parser,
-        ["output", "num_images", "time_series", "timestep_respacing", "seed", "processes", "num_threads"],
+        [
+            "output",
+            "num_images",
+            "num_trajectories",
+            "time_series",
+            "timestep_respacing",
+            "seed",
+            "processes",
+            "num_threads",
+        ],
         output="results/demo",
         num_images=Flag(
             (whole_number(classes), "INT"), f"number of images, a multiple of the {classes} classes", equal_classes(64)
         ),
-        time_series=[50, 75, 100, 113, 125, 138, 150, 175, 200],
+        time_series=flag(
+            "time_series",
+            default=[],
+            empty=f"{' '.join(map(str, TIMES))}; {' '.join(map(str, TIMES_OF_CHANGES))} with several trajectories",
+        ),
         timestep_respacing="250",
         processes=Flag(POSITIVE, "number of processes, started with mpiexec", 1),
     )

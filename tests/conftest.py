@@ -82,6 +82,16 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.fixture(autouse=True)
+def _same_environment():
+    """What a test or PyTorch's compiler adds to the environment must not reach the processes of other tests."""
+    before = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    yield
+    for name in [name for name in os.environ if name not in before and not name.startswith("PYTEST_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """The tensors are small: threads would wait for each other longer than they compute."""
