@@ -9,7 +9,7 @@ class down to the leaves. It is plotted with the networks' results. See random_h
 
   python scripts/demo.py
 
-With --num_trajectories, it also plots which leaves change together in the samples of an image: the U-Net's, and exact ones.
+With several samples of each image, it also plots which leaves change together, in the U-Net's and in exact samples:
 
   python scripts/demo.py --num_trajectories 6
 """

@@ -85,6 +85,25 @@ def test_what_the_demo_leaves(demo):
         assert (statistics["num_images"], statistics["top1"]) == (512 // CLASSES * CLASSES, 1)
 
 
+def test_which_leaves_change_together(tmp_path, capsys):
+    """In several samples of each image: the U-Net's, and exact ones from the same noised images."""
+    flags = [*SMALL, "--time_series", "8", "12", "--num_trajectories", "3", "--output", str(tmp_path)]
+    assert load_script("scripts/demo.py").main(flags) == 0
+    assert "chi, exact posterior" in capsys.readouterr().out
+    with open(tmp_path / "figures/susceptibility.csv", newline="") as file:
+        chi = {
+            (row["tokens"], row["k"]): [float(row[f"chi{end}"]) for end in ("", "_low", "_high")]
+            for row in csv.DictReader(file)
+        }
+    assert chi.keys() == {(curve, k) for curve in ("loop, U-Net", "exact posterior") for k in ("8", "12")}
+    for k in ("8", "12"):
+        ours, exact = chi["loop, U-Net", k], chi["exact posterior", k]
+        assert ours[1] < exact[2] and exact[1] < ours[2]
+    assert chi["exact posterior", "12"][0] > chi["exact posterior", "8"][0] > 1
+    with open(tmp_path / "figures/change_correlations.csv", newline="") as file:
+        assert {row["r"] for row in csv.DictReader(file)} == {"0.0", "3.0", "15.0", "63.0", "255.0"}
+
+
 def test_again_and_in_two_processes(demo, tmp_path):
     """The same table and the same curves; what is there is not made again."""
     first = run_script(*SMALL, "--output", demo, script="scripts/demo.py")
