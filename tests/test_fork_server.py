@@ -16,7 +16,8 @@ SCRIPT = """
 import json, os, random, signal, sys
 import numpy
 print(json.dumps({
-    "argv": sys.argv, "path": sys.path, "folder": os.getcwd(), "environment": dict(sorted(os.environ.items())), "name": __name__,
+    "argv": sys.argv, "path": sys.path, "folder": os.getcwd(), "name": __name__,
+    "environment": sorted(os.environ.items()),
     "main": sorted(vars(sys.modules["__main__"]).keys() & {"json", "__name__"}), "leader": os.getsid(0) == os.getpid(),
     "open": sorted(os.listdir("/proc/self/fd")), "flags": str(sys.flags), "line_buffering": sys.stdout.line_buffering,
     "handlers": [str(signal.getsignal(signum)).split(" at ")[0] for signum in sorted(signal.valid_signals())],
