@@ -110,8 +110,7 @@ def forward_backward(
     labels = {}
     if args.class_cond:
         labels["y"] = upload(torch.tensor([image.label for image in unit.images]), device)
-    ddpm, ddim = diffusion.p_sample_loop_forw_back_progressive, diffusion.ddim_sample_loop_forw_back_progressive
-    loop = ddim if args.use_ddim else ddpm
+    loop = diffusion.loop_of(args.sampler)
     options = {"noise": x, "clip_denoised": args.clip_denoised, "model_kwargs": labels}
     with enough_memory(len(x)):
         for step in loop(network, tuple(x.shape), k, device=device, generator=noise, **options):
@@ -156,7 +155,7 @@ def create_argparser() -> argparse.ArgumentParser:
     add_flags(parser.add_argument_group("the images"), images, data_dir=REQUIRED, num_samples=None)
     add_flags(
         parser.add_argument_group("the experiment"),
-        ["model_path", "step_reverse", "seed", "clip_denoised", "use_ddim"],
+        ["model_path", "step_reverse", "seed", "clip_denoised", "sampler", "use_ddim"],
         model_path=REQUIRED,
         seed=flag("seed", kind=INT),
     )
