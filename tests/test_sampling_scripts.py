@@ -330,7 +330,7 @@ def test_guidance_moves_samples_by_the_known_amount(sampler):
         np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("sampler", "scale"), [("ddpm", 12), ("ddim", 2), ("sde-dpmsolver++", 2)])
+@pytest.mark.parametrize(("sampler", "scale"), [("ddpm", 12), ("ddim", 2), ("sde-dpmsolver++", 3)])
 def test_the_script_guides_by_the_known_amount(sampler, scale, monkeypatch, tmp_path):
     """Against image_sample.py with the same seed, to the rounding of two pixels."""
     use(monkeypatch, "load_model", best_model)
