@@ -721,7 +721,9 @@ class GaussianDiffusion:
         return _last(self.sde_dpmsolver_sample_loop_progressive(model, shape, **options))
 
     def loop_of(self, sampler: str) -> Callable[..., Iterator[Output]]:
-        """The forward-backward loop of a sampler of `SAMPLERS` that yields every step."""
+        """The forward-backward loop of a sampler that yields every step. Raises UserError unless `SAMPLERS` has it."""
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler {sampler}: expected {', '.join(SAMPLERS)}")
         return getattr(self, f"{SAMPLERS[sampler]}_loop_forw_back_progressive")
 
     def _denoise(

@@ -801,6 +801,8 @@ def test_bad_arguments_of_loops_and_steps():
             diffusion.ddim_sample(sine_model(False), x, t, eta=eta)
     with pytest.raises(UserError, match="eta"):
         diffusion.ddim_reverse_sample(sine_model(False), x, t, eta=0.5)
+    with pytest.raises(UserError, match="sampler dpm: expected ddpm, ddim, sde-dpmsolver"):
+        diffusion.loop_of("dpm")
 
 
 @pytest.mark.parametrize(

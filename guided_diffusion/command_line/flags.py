@@ -214,7 +214,7 @@ FLAGS = {
     "clip_denoised": Flag(BOOL, "clip the predicted image to the pixel range at every step", True),
     "sampler": Flag(
         TEXT,
-        "ddpm; ddim, which adds no noise; or sde-dpmsolver++, as accurate as ddpm with a fifth of the steps",
+        "ddpm; ddim, which adds no noise; or sde-dpmsolver++, of second order, for 40 to 60 steps",
         empty="ddpm",
         choices=tuple(SAMPLERS),
     ),
