@@ -203,8 +203,8 @@ def exact_loop(sampler, abar, k, mutation=NONE):
 def exact_extrapolation(abar, i, mutation):
     """Factor of x_0(i) - x_0(i + 1) in x_{i-1}.
 
-    SDE-DPM-Solver++(2M) integrates 2 exp(-2 (l' - l)) x_0 over l = log(signal / noise) up to its next value l', with x_0
-    read in the middle of the step from a line in l.
+    SDE-DPM-Solver++(2M) integrates 2 exp(-2 (l' - l)) x_0 over l = log(signal / noise) up to its next value l'. It
+    reads x_0 in the middle of the step, from a line in l.
     """
     here, there, earlier = (np.log(np.sqrt(abar[j] / (1 - abar[j]))) for j in (i, i - 1, i + 1))
     weight = np.sqrt(abar[i - 1]) * (1 - np.exp(-2 * (there - here)))
