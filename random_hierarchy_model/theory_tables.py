@@ -29,8 +29,7 @@ LATE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)
 NEAR_ONE = (0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
 DRIFT = (8, 2, 4, (2, 3, 4, 5, 6), NEAR_ONE, LATE)
 IMAGES = ((8, 2, 4, 1), (8, 6, 3, 2))  # figure steps: v, m, L and the side of a patch; s = 4
-FEW_STEPS = (100, 50, 25, 12)
-STEPS = {"ddpm": (250, *FEW_STEPS), "ddim": FEW_STEPS, "sde-dpmsolver++": FEW_STEPS}  # N by sampler
+STEPS = {"ddpm": (250, 100, 50, 25, 12), "ddim": (50, 25, 12), "sde-dpmsolver++": (100, 50, 25, 12)}  # N by sampler
 CHAIN, REVERSALS = 250, (100, 125, 138, 150)  # times k of a chain
 IMAGES_AT_ONCE = 50
 
