@@ -123,8 +123,7 @@ def forward_backward(
     labels = {}
     if args.class_cond:
         labels["y"] = upload(torch.tensor([image.label for image in unit.images]), device)
-    ddpm, ddim = diffusion.p_sample_loop_forw_back_progressive, diffusion.ddim_sample_loop_forw_back_progressive
-    loop = ddim if args.use_ddim else ddpm
+    loop = diffusion.loop_of(args.sampler)
     options = {"noise": x, "clip_denoised": args.clip_denoised, "model_kwargs": labels}
     with enough_memory(len(x)):
         for step in loop(network, tuple(x.shape), k, device=device, generator=noise, **options):
@@ -154,9 +153,9 @@ def decisive_settings(
 
 def check_trajectories(args: argparse.Namespace) -> None:
     """Raise UserError if all samples of an image would be equal; warn if turns start from compressed samples."""
-    if args.share_noise and args.use_ddim:
+    if args.share_noise and args.sampler == "ddim":
         raise UserError(
-            "--share_noise start with --use_ddim True: DDIM adds no noise, so all samples of an image would be equal.\n"
+            "--share_noise start with --sampler ddim: DDIM adds no noise, so all samples of an image would be equal.\n"
             "Give only one of the two"
         )
     if args.num_turns > 1 and args.image_format == "jpeg":
@@ -187,7 +186,7 @@ def create_argparser() -> argparse.ArgumentParser:
         parser.add_argument_group("the experiment"),
         [
             *("model_path", "step_reverse", "num_trajectories", "share_noise", "num_turns"),
-            *("seed", "clip_denoised", "use_ddim"),
+            *("seed", "clip_denoised", "sampler", "use_ddim"),
         ],
         model_path=REQUIRED,
         seed=flag("seed", kind=INT),

@@ -1,7 +1,8 @@
 """Gaussian diffusion: noise schedules, the noising process q, the denoising process p, samplers and losses.
 
 Sources: DDPM is Ho, Jain and Abbeel 2020 (arXiv:2006.11239); IDDPM is Nichol and Dhariwal 2021 (arXiv:2102.09672); DDIM
-is Song, Meng and Ermon 2021 (arXiv:2010.02502); ADM is Dhariwal and Nichol 2021 (arXiv:2105.05233).
+is Song, Meng and Ermon 2021 (arXiv:2010.02502); ADM is Dhariwal and Nichol 2021 (arXiv:2105.05233); DPM-Solver++ is Lu
+et al. 2022 (arXiv:2211.01095).
 
 Notation: x is a batch of images (B, C, ...), in [-1, 1] if clean; t is a tensor (B,) of indices 0..N - 1; and
 x_t = sqrt(abar[t]) x_0 + sqrt(1 - abar[t]) noise, where abar is `alphas_cumprod`. So x_{t-1} at t = 0 is the clean
@@ -31,6 +32,9 @@ Guide = Callable[..., torch.Tensor]  # cond_fn(x, timesteps, **model_kwargs) = g
 ImageFn = Callable[[torch.Tensor], torch.Tensor]
 Noise = torch.Generator | NormalStream | None  # source of noise; None is PyTorch's global generator
 Output = dict[str, torch.Tensor]
+
+# Samplers by name (--sampler), and the start of the names of their methods.
+SAMPLERS = {"ddpm": "p_sample", "ddim": "ddim_sample", "sde-dpmsolver++": "sde_dpmsolver_sample"}
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
@@ -220,10 +224,19 @@ class GaussianDiffusion:
         first = self.posterior_variance[1] if len(self.betas) > 1 else self.betas[0]
         return np.log(np.append(first, self.betas[1:]))
 
+    @property
+    def extrapolation(self) -> np.ndarray:
+        """h[t] / (2 h[t+1]), if step t raises log(sqrt(abar) / sqrt(1 - abar)) by h[t]; 0 at both ends.
+
+        See `sde_dpmsolver_sample`.
+        """
+        steps = -np.diff(np.log(self.alphas_cumprod) - np.log(1 - self.alphas_cumprod)) / 2  # h[1], ..., h[N-1]
+        return np.concatenate([[0.0], steps[:-1] / steps[1:] / 2, [0.0]])[: self.num_timesteps]
+
     def _schedule(self) -> dict[str, np.ndarray]:
         """All arrays (N,) that are indexed by t."""
         derived = ("one_minus_alphas_cumprod_prev", "one_minus_alphas_cumprod_next")
-        derived += ("log_betas", "fixed_large_log_variance")
+        derived += ("log_betas", "fixed_large_log_variance", "extrapolation")
         stored = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
         return stored | {name: getattr(self, name) for name in derived}
 
@@ -484,6 +497,49 @@ class GaussianDiffusion:
             torch.randn_like(x)  # advances the global generator as guided-diffusion does, for seeded scripts
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
+    def sde_dpmsolver_sample(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: ImageFn | None = None,
+        cond_fn: Guide | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        previous_xstart: torch.Tensor | None = None,
+        generator: Noise = None,
+    ) -> Output:
+        """Draw x_{t-1} by a step of SDE-DPM-Solver++(2M), the multistep solver of the reverse SDE (DPM-Solver++).
+
+        For a constant prediction x_0, the SDE has the solution
+
+            x_{t-1} = sigma'/sigma e^(-h) x_t + alpha' (1 - e^(-2h)) x_0 + sigma' sqrt(1 - e^(-2h)) z,
+
+        with alpha = sqrt(abar), sigma = sqrt(1 - abar), primes for t - 1, and h the increase of log(alpha / sigma). It
+        is a draw from q(x_{t-1} | x_t, x_0), the step of DDPM. At second order, x_0 is the line through the last two
+        predictions, half a step ahead: x_0(t) + h[t] / (2 h[t+1]) (x_0(t) - x_0(t+1)). At t = 0, the sample is the
+        prediction. Learned variances have no effect.
+
+        Args:
+            model, x, t, clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.
+            cond_fn: guidance, see `condition_score`.
+            previous_xstart: "pred_xstart" of the previous step, at t + 1; None for a first-order step.
+            generator: source of the noise.
+
+        Returns:
+            "sample" and "pred_xstart", each shaped as x.
+        """
+        out = self.p_mean_variance(
+            model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
+        )
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
+        x_start = pred_xstart = out["pred_xstart"]
+        if previous_xstart is not None:
+            x_start = pred_xstart + self._at("extrapolation", t, x) * (pred_xstart - previous_xstart)
+        mean, variance, _ = self.q_posterior_mean_variance(x_start, x, t)  # the variance is 0 at t = 0
+        return {"sample": mean + torch.sqrt(variance) * randn_like(x, generator), "pred_xstart": pred_xstart}
+
     def ddim_reverse_sample(
         self,
         model: Model,
@@ -509,7 +565,7 @@ class GaussianDiffusion:
         noise_scale = torch.sqrt(self._at("one_minus_alphas_cumprod_next", t, x))
         return {"sample": signal * out["pred_xstart"] + noise_scale * eps, "pred_xstart": out["pred_xstart"]}
 
-    # Denoising loops. They differ in the kind of step (DDPM or DDIM), the number of steps (k or all N), and the result
+    # Denoising loops. They differ in the kind of step (`SAMPLERS`), the number of steps (k or all N), and the result
     # (every step or the last sample).
 
     def p_sample_loop_forw_back_progressive(
@@ -615,21 +671,80 @@ class GaussianDiffusion:
         """Draw samples by all N DDIM steps: the last sample of `ddim_sample_loop_progressive`."""
         return _last(self.ddim_sample_loop_progressive(model, shape, **options))
 
+    def sde_dpmsolver_sample_loop_forw_back_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        step_reverse: int,
+        noise: torch.Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: ImageFn | None = None,
+        cond_fn: Guide | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        generator: Noise = None,
+    ) -> Iterator[Output]:
+        """Denoise x_k by k steps of SDE-DPM-Solver++(2M), the first of which is of first order.
+
+        See `p_sample_loop_forw_back_progressive`, and `sde_dpmsolver_sample` for a step.
+        """
+        step = partial(
+            self.sde_dpmsolver_sample,
+            model,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            cond_fn=cond_fn,
+            model_kwargs=model_kwargs,
+            **_if_given(generator),
+        )
+        k = check_step_reverse(step_reverse, self.num_timesteps)
+        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
+        return self._denoise(step, x, k, progress=progress, multistep=True)
+
+    @_with_parameters_of(sde_dpmsolver_sample_loop_forw_back_progressive)
+    def sde_dpmsolver_sample_loop_forw_back(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
+        r"""Denoise x_k = `noise` by k = `step_reverse` steps to the sample \hat x_0(k), or return it if k = 0."""
+        options["noise"] = x = _starting_point(model, shape, **options)
+        return _last(self.sde_dpmsolver_sample_loop_forw_back_progressive(model, shape, **options), start=x)
+
+    @_with_parameters_of(sde_dpmsolver_sample_loop_forw_back_progressive, leave_out="step_reverse")
+    def sde_dpmsolver_sample_loop_progressive(
+        self, model: Model, shape: Sequence[int], **options: Any
+    ) -> Iterator[Output]:
+        """Denoise by all N steps: `sde_dpmsolver_sample_loop_forw_back_progressive` with k = N."""
+        return self.sde_dpmsolver_sample_loop_forw_back_progressive(model, shape, self.num_timesteps, **options)
+
+    @_with_parameters_of(sde_dpmsolver_sample_loop_forw_back_progressive, leave_out="step_reverse")
+    def sde_dpmsolver_sample_loop(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
+        """Draw samples by all N steps: the last sample of `sde_dpmsolver_sample_loop_progressive`."""
+        return _last(self.sde_dpmsolver_sample_loop_progressive(model, shape, **options))
+
+    def loop_of(self, sampler: str) -> Callable[..., Iterator[Output]]:
+        """The forward-backward loop of a sampler that yields every step. Raises UserError unless `SAMPLERS` has it."""
+        if sampler not in SAMPLERS:
+            raise UserError(f"sampler {sampler}: expected {', '.join(SAMPLERS)}")
+        return getattr(self, f"{SAMPLERS[sampler]}_loop_forw_back_progressive")
+
     def _denoise(
-        self, step: Callable[[torch.Tensor, torch.Tensor], Output], x: torch.Tensor, k: int, progress: bool
+        self, step: Callable[..., Output], x: torch.Tensor, k: int, progress: bool, multistep: bool = False
     ) -> Iterator[Output]:
         """Apply `step` at indices k - 1 .. 0, each to the sample of the previous one.
 
-        The schedule is copied to the device in advance, so that the loop never waits for the device.
+        A `multistep` sampler also receives the clean image that the previous step predicted. The schedule is copied to
+        the device in advance, so that the loop never waits for the device.
         """
         for name, array in self._schedule().items():
             self._tables.on(x.device, name, array)
         indices = torch.arange(k - 1, -1, -1, device=x.device)[:, None].repeat(1, len(x))
+        previous: Output = {}
         for t in tqdm(indices.unbind(), disable=not progress):
             with torch.no_grad():
-                out = step(x, t)
+                out = step(x, t, **previous)
             yield out
             x = out["sample"]
+            if multistep:
+                previous = {"previous_xstart": out["pred_xstart"]}
 
     # Name in the released code of the experiment
     p_sample_loop_progressive_forw_back = p_sample_loop_forw_back_progressive

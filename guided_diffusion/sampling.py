@@ -58,7 +58,7 @@ def denoise(
         diffusion: diffusion to sample from.
         indices: numbers of the B samples.
         image_size: height and width, in pixels.
-        args: flags seed, use_ddim and clip_denoised.
+        args: flags seed, sampler and clip_denoised.
         bar: progress bar, advanced at every step.
         conditions: keyword arguments of the model, each (B, ...).
         cond_fn: guidance, called like the model.
@@ -66,10 +66,10 @@ def denoise(
     Raises UserError if the GPU runs out of memory.
     """
     device = dist_util.dev()
-    sample_loop = diffusion.ddim_sample_loop_progressive if args.use_ddim else diffusion.p_sample_loop_progressive
-    steps = sample_loop(
+    steps = diffusion.loop_of(args.sampler)(
         model,
         (len(indices), 3, image_size, image_size),
+        diffusion.num_timesteps,
         clip_denoised=args.clip_denoised,
         cond_fn=cond_fn,
         model_kwargs={name: values.to(device) for name, values in conditions.items()},

@@ -143,9 +143,9 @@ def noised_one_hot(part: Part, leaves: Tensor, times: Sequence[float]) -> Iterat
 
 
 def chain(last: int, steps: int, predicts: ModelMeanType) -> SpacedDiffusion:
-    """DDPM that leads from the original timestep `last` to clean data in `steps` steps, uniform in t.
+    """A diffusion that leads from the original timestep `last` to clean data in `steps` steps, uniform in t.
 
-    With the posterior variance (fixed small).
+    DDPM has the posterior variance (fixed small).
     """
     return SpacedDiffusion(
         use_timesteps=space_timesteps(last + 1, [min(steps, last + 1)]),
@@ -176,7 +176,7 @@ def gaussian_loop(part: Part, times: Sequence[float], steps: int) -> np.ndarray:
     return torch.stack(found, dim=1).numpy()
 
 
-def image_loop(part: Part, patch_size: int, k: int, of: int, steps: int) -> np.ndarray:
+def image_loop(part: Part, patch_size: int, k: int, of: int, steps: int, sampler: str = "ddpm") -> np.ndarray:
     """What the loop with the exact denoiser keeps of images, then the exact probability: (D, 2, L + 1), level 0 first.
 
     Args:
@@ -184,6 +184,7 @@ def image_loop(part: Part, patch_size: int, k: int, of: int, steps: int) -> np.n
         patch_size: side of the patch of a leaf, in pixels.
         k, of: time of reversal, k steps of a chain of `of`; determines x_k.
         steps: N, of the whole chain that denoises; from x_k there are round(N k / of) steps.
+        sampler: key of `gaussian_diffusion.SAMPLERS`.
     """
     images = TreeImages(part.grammar, patch_size)
     last = sorted(space_timesteps(DIFFUSION_STEPS, [of]))[k - 1]
@@ -192,17 +193,23 @@ def image_loop(part: Part, patch_size: int, k: int, of: int, steps: int) -> np.n
     x = images.render(true[0])
     x = abar**0.5 * x + (1 - abar) ** 0.5 * torch.randn(x.shape, generator=part.generator("image", k))
     diffusion = chain(last, round(steps * k / of), ModelMeanType.EPSILON)
-    back = denoise(diffusion, ExactDenoiser(images, SIGNAL), x, part.generator(f"loop of {steps} steps", k))
+    back = denoise(diffusion, ExactDenoiser(images, SIGNAL), x, part.generator(f"loop of {steps} steps", k), sampler)
     both = fraction_kept(images, back, true), probability_kept(images, x, abar, true)
     return torch.stack(both, dim=1).flip(2).numpy()
 
 
-def denoise(diffusion: SpacedDiffusion, model: Callable[..., Tensor], x: Tensor, generator: torch.Generator) -> Tensor:
+def denoise(
+    diffusion: SpacedDiffusion,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    generator: torch.Generator,
+    sampler: str = "ddpm",
+) -> Tensor:
     """x after all steps of a chain."""
-    steps = diffusion.num_timesteps
-    return diffusion.p_sample_loop_forw_back(
-        model, tuple(x.shape), steps, noise=x, clip_denoised=False, generator=generator
-    )
+    options = {"noise": x, "clip_denoised": False, "generator": generator}
+    for step in diffusion.loop_of(sampler)(model, tuple(x.shape), diffusion.num_timesteps, **options):
+        x = step["sample"]
+    return x
 
 
 # Correlations of changes

@@ -331,23 +331,30 @@ def susceptibility(rows: Rows, grammar: Grammar) -> Figure:
 
 
 def steps(rows: Rows, grammar: Grammar) -> Figure:
-    """What a chain of N steps keeps, minus exact: a panel for each grammar, for the class and for the leaves."""
+    """What N steps keep, minus exact: a panel for each sampler, and for the class and the leaves of each grammar."""
     grammars = list(dict.fromkeys((row["v"], row["m"], row["s"], row["depth"]) for row in rows))
-    figure, panels = new_figure(PAGE * 0.85, 4.0, columns=len(grammars), rows=2)
-    times = values(rows, "time")
-    for (v, m, s, top), column in zip(grammars, panels.T, strict=True):
-        for axes, level, words in zip(column, (top, 0), ("class", "leaves"), strict=True):
+    lines = [(*about, level, words) for about in grammars for level, words in ((about[-1], "class"), (0, "leaves"))]
+    samplers, times = values(rows, "sampler"), values(rows, "time")
+    figure, panels = new_figure(PAGE, 1.7 * len(lines), columns=len(samplers), rows=len(lines))
+    for (v, m, s, top, level, words), line in zip(lines, panels, strict=True):
+        for sampler, axes in zip(samplers, line, strict=True):
+            axes.sharey(line[0])
             for i, (time, colour) in enumerate(zip(times, shades(len(times)), strict=True)):
-                chosen = {"v": v, "m": m, "depth": top, "level": level, "time": time}
+                chosen = {"sampler": sampler, "v": v, "m": m, "depth": top, "level": level, "time": time}
                 n, difference, error = columns(rows, "steps", "difference", "difference_error", **chosen)
                 beside = n * 1.05 ** (i - (len(times) - 1) / 2)
                 look = {**POINTS, "linestyle": "-", "linewidth": 0.7, "marker": "o", "color": colour}
                 axes.errorbar(beside, difference, error, label=f"k/N = {time:g}", **look)
             axes.axhline(0, zorder=1, color="0.45", linewidth=0.8)
-            axes.set(xscale="log", ylabel=f"{words} kept: loop $-$ exact")
+            axes.set(xscale="log", xlim=(10, 300))
             axes.set_xticks(values(rows, "steps"), [str(n) for n in values(rows, "steps")], minor=False)
             axes.minorticks_off()
-        column[0].set_title(name(v, m, s, top), fontsize=8)
-        column[1].set_xlabel("steps N of the whole chain (DDPM)")
+        line[0].set_ylabel(f"{words} kept: loop $-$ exact")
+        corner = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "top"}
+        line[-1].annotate(name(v, m, s, top), (1, 1), (-4, -4), fontsize=7, **corner)
+    for sampler, axes in zip(samplers, panels[0], strict=True):
+        axes.set_title(sampler, fontsize=8)
+    for axes in panels[-1]:
+        axes.set_xlabel("steps N of the whole chain")
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(times))
     return figure

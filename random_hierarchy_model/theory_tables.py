@@ -29,7 +29,8 @@ LATE = (0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7)
 NEAR_ONE = (0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98, 0.985, 0.99, 0.995, 1.0)
 DRIFT = (8, 2, 4, (2, 3, 4, 5, 6), NEAR_ONE, LATE)
 IMAGES = ((8, 2, 4, 1), (8, 6, 3, 2))  # figure steps: v, m, L and the side of a patch; s = 4
-STEPS, CHAIN, REVERSALS = (250, 100, 50, 25, 12), 250, (100, 125, 138, 150)  # N, and times k of a chain
+STEPS = {"ddpm": (250, 100, 50, 25, 12), "ddim": (50, 25, 12), "sde-dpmsolver++": (100, 50, 25, 12)}  # N by sampler
+CHAIN, REVERSALS = 250, (100, 125, 138, 150)  # times k of a chain
 IMAGES_AT_ONCE = 50
 
 
@@ -245,17 +246,17 @@ def defined(value: float) -> float | None:
 
 
 def steps(work: Work, grammar: Grammar) -> Rows:
-    """What a chain of N steps keeps of the class and the leaves, minus exact, from the same x_k for every N."""
+    """What N steps of each sampler keep of the class and the leaves, minus exact, always from the same x_k."""
     rows = []
     for v, m, levels, patch in IMAGES:
         parts = image_parts(work, Grammar(v, 4, levels, m, grammar.seed))
-        chains = list(product(STEPS, REVERSALS))
-        calls = [(part, patch, k, CHAIN, count) for count, k in chains for part in parts]
+        chains = [(sampler, count, k) for sampler, counts in STEPS.items() for count, k in product(counts, REVERSALS)]
+        calls = [(part, patch, k, CHAIN, count, sampler) for sampler, count, k in chains for part in parts]
         found = np.split(np.concatenate(work.measure(theory.image_loop, calls)), len(chains))  # (images, 2, L + 1) each
-        for (count, k), kept in zip(chains, found, strict=True):
+        for (sampler, count, k), kept in zip(chains, found, strict=True):
             differences, errors = theory.mean_and_error((kept[:, 0] - kept[:, 1])[None])
             loop, exact = kept.mean(axis=0).tolist()
-            about = {"sampler": "ddpm", "v": v, "m": m, "s": 4, "depth": levels, "steps": count, "time": k / CHAIN}
+            about = {"sampler": sampler, "v": v, "m": m, "s": 4, "depth": levels, "steps": count, "time": k / CHAIN}
             rows += [
                 {
                     **about,

@@ -233,6 +233,57 @@ def test_default_output_and_ddim(flags, tmp_path, monkeypatch):
     assert len(list(output.glob("t_4_20_images/*/*_t0200.JPEG"))) == 7
 
 
+def settings_in(output: Path, times: list[str] = TIMES, **changes) -> list[dict]:
+    """The recorded settings at each time, after these changes to the records; a setting of None is removed."""
+    found = []
+    for k in times:
+        path = output / f"t_{k}_20_run.json"
+        record = json.loads(path.read_text())
+        settings = {name: value for name, value in {**record["settings"], **changes}.items() if value is not None}
+        path.write_text(json.dumps({**record, "settings": settings}))
+        found.append(settings)
+    return found
+
+
+def test_the_multistep_solver_is_reproducible(flags, reference_run, tmp_path, capsys):
+    """The same bytes from two processes, resumed, and in another order of times."""
+    flags = [*flags, "--sampler", "sde-dpmsolver++"]
+    assert run_here(*flags, "--output", tmp_path / "one") == 0
+    reference = samples(tmp_path / "one")
+    assert reference.keys() == reference_run.keys()
+    assert not set(reference.values()) & set(reference_run.values())
+    assert all(s["sampler"] == "sde-dpmsolver++" and "use_ddim" not in s for s in settings_in(tmp_path / "one"))
+
+    done = run_script(*flags, "--output", tmp_path / "two", kind="mpiexec", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert samples(tmp_path / "two") == reference
+
+    for name in ("t_10_20_images/n02123045/n02123045_2_t0500.JPEG", *(n for n in reference if n.startswith("t_3_"))):
+        (tmp_path / "one" / name).unlink()
+    assert run_here(*flags, "--step_reverse", 20, 10, 3, "--output", tmp_path / "one") == 0
+    assert samples(tmp_path / "one") == reference
+    assert_refused(
+        capsys,
+        [*flags, "--sampler", "ddpm", "--output", tmp_path / "one"],
+        "--sampler was sde-dpmsolver++ and is now ddpm",
+    )
+
+
+@pytest.mark.parametrize(("sampler", "use_ddim"), [("ddpm", False), ("ddim", True)])
+def test_a_record_without_the_sampler_is_resumed(sampler, use_ddim, flags, tmp_path, capsys):
+    """Records used to have --use_ddim alone."""
+    run = [*flags, "--step_reverse", 3, "--output", tmp_path]
+    assert run_here(*run, "--sampler", sampler) == 0
+    before = samples(tmp_path)
+    settings_in(tmp_path, ["3"], sampler=None, use_ddim=use_ddim)
+    (tmp_path / next(iter(before))).unlink()
+    assert_refused(
+        capsys, [*run, "--sampler", "sde-dpmsolver++"], f"--sampler was {sampler} and is now sde-dpmsolver++"
+    )
+    assert run_here(*run, "--use_ddim", use_ddim) == 0
+    assert samples(tmp_path) == before
+
+
 def test_labels_reach_a_class_conditional_model(photographs, tmp_path, capsys):
     model = {**SMALL_MODEL, "class_cond": True}
     checkpoint = save_checkpoint(tmp_path / "cond.pt", model)

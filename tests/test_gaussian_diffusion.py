@@ -2,6 +2,7 @@
 
 import inspect
 import math
+from functools import partial
 
 from guided_diffusion import gaussian_diffusion as gd
 from guided_diffusion.errors import UserError
@@ -31,7 +32,7 @@ SCHEDULES = {
 }
 LOST_DIGITS = {"ddim_reverse": 5e-5}  # where the reference subtracts nearly equal float32 numbers
 SHAPE = (2, 3, 4, 4)
-LOOPS = ["p_sample", "ddim_sample"]
+LOOPS = list(gd.SAMPLERS.values())
 
 
 def sine_model(learn_sigma):
@@ -205,8 +206,9 @@ def test_the_model_receives_original_timesteps(rescale, expected):
     diffusion.training_losses(model, x, t, model_kwargs=kwargs)
     diffusion.p_sample(model, x, t, cond_fn=model, model_kwargs=kwargs)
     diffusion.ddim_sample(model, x, t, cond_fn=model, model_kwargs=kwargs)
+    diffusion.sde_dpmsolver_sample(model, x, t, cond_fn=model, model_kwargs=kwargs)
     diffusion.ddim_reverse_sample(model, x, t, model_kwargs=kwargs)
-    assert seen == [(expected, kwargs)] * 7
+    assert seen == [(expected, kwargs)] * 9
 
 
 def test_a_plain_diffusion_rescales_its_own_steps():
@@ -283,7 +285,8 @@ def test_denoised_fn_comes_before_clipping():
 
 def test_no_noise_at_index_zero_only():
     diffusion, x, t = diffusion_of(), seeded(SHAPE, 1), torch.tensor([0, 1])
-    for step in (diffusion.p_sample, lambda *args, **kw: diffusion.ddim_sample(*args, eta=1.0, **kw)):
+    with_noise = partial(diffusion.ddim_sample, eta=1.0)
+    for step in (diffusion.p_sample, with_noise, diffusion.sde_dpmsolver_sample):
         one, other = (step(sine_model(False), x, t, generator=seed(s))["sample"] for s in (1, 2))
         assert torch.equal(one[0], other[0])
         assert not torch.isclose(one[1], other[1]).any()
@@ -294,6 +297,80 @@ def test_ddim_with_eta_one_is_ddpm_with_small_variance():
     ddpm = diffusion.p_sample(sine_model(False), x, t, generator=seed())["sample"]
     ddim = diffusion.ddim_sample(sine_model(False), x, t, eta=1.0, generator=seed())["sample"]
     torch.testing.assert_close(ddim, ddpm, rtol=1e-4, atol=1e-5)
+
+
+def multistep_by_hand(abar, i, x, start, before, noise):
+    """x_{i-1} of SDE-DPM-Solver++(2M), as in the paper's appendix, in float64.
+
+    `before` is the prediction at i + 1, None at first order.
+    """
+    if i == 0:
+        return start
+    alpha, sigma = np.sqrt(abar), np.sqrt(1 - abar)
+    level = np.log(alpha / sigma)
+    h = level[i - 1] - level[i]
+    decay = sigma[i - 1] / sigma[i] * np.exp(-h)
+    weight = alpha[i - 1] * (1 - np.exp(-2 * h))
+    x = decay * x + weight * start + sigma[i - 1] * np.sqrt(1 - np.exp(-2 * h)) * noise
+    if before is not None:
+        ratio = (level[i] - level[i + 1]) / h
+        x = x + weight / 2 * (start - before) / ratio
+    return x
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize("steps", ["10", "50", ""])
+def test_a_multistep_step_is_the_equation(steps, learn_sigma):
+    """At first and second order, at all indices at once."""
+    diffusion = diffusion_of(steps, learn_sigma=learn_sigma)
+    n = diffusion.num_timesteps
+    t, shape = torch.arange(n - 1), (n - 1, 3, 2, 2)
+    x, before, noise = (seeded(shape, i) for i in range(3))
+    for previous in (None, before):
+        out = diffusion.sde_dpmsolver_sample(
+            sine_model(learn_sigma), x, t, previous_xstart=previous, generator=Draws(noise)
+        )
+        start = diffusion.p_mean_variance(sine_model(learn_sigma), x, t)["pred_xstart"]
+        assert torch.equal(out["pred_xstart"], start)
+        rows = [None if a is None else a.double().numpy() for a in (x, start, previous, noise)]
+        for i in range(n - 1):
+            here = [None if a is None else a[i] for a in rows]
+            expected = multistep_by_hand(diffusion.alphas_cumprod, i, *here)
+            np.testing.assert_allclose(out["sample"][i].double().numpy(), expected, rtol=1e-5, atol=1e-5)
+
+
+class Draws:
+    """A generator of given numbers."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def randn(self, shape, device=None, dtype=None):
+        assert tuple(shape) == tuple(self.noise.shape)
+        return self.noise
+
+
+def test_a_first_order_step_is_ddpm_with_small_variance():
+    diffusion, x, t = diffusion_of(sigma_small=True), seeded(SHAPE, 1), torch.tensor([0, 9])
+    ddpm, first = (
+        step(sine_model(False), x, t, generator=seed())["sample"]
+        for step in (diffusion.p_sample, diffusion.sde_dpmsolver_sample)
+    )
+    torch.testing.assert_close(first, ddpm)
+
+
+def test_extrapolation_is_a_line_in_the_logarithm_of_signal_over_noise():
+    """If steps are equal, half of the last difference; at neither end, and not in chains of one or two steps."""
+    level = np.linspace(4, -4, 9)
+    diffusion = gd.GaussianDiffusion(
+        betas=gd.betas_from_alphas_cumprod(1 / (1 + np.exp(-2 * level))),
+        model_mean_type=gd.ModelMeanType.EPSILON,
+        model_var_type=gd.ModelVarType.FIXED_SMALL,
+        loss_type=gd.LossType.MSE,
+    )
+    np.testing.assert_allclose(diffusion.extrapolation, [0, *[0.5] * 7, 0])
+    for steps in ("1", "2"):
+        assert diffusion_of(steps).extrapolation.tolist() == [0] * int(steps)
 
 
 def test_ddim_noise_keeps_its_digits_in_float32():
@@ -338,10 +415,9 @@ def test_guidance_moves_the_score_by_the_gradient():
     torch.testing.assert_close(score[1] - score[0], gradient, rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(after["mean"], diffusion.q_posterior_mean_variance(after["pred_xstart"], x, t)[0])
     assert torch.equal(after["variance"], before["variance"])
-    torch.testing.assert_close(
-        diffusion.ddim_sample(sine_model(False), x, t, cond_fn=lambda x, t: gradient)["pred_xstart"],
-        after["pred_xstart"],
-    )
+    for step in (diffusion.ddim_sample, diffusion.sde_dpmsolver_sample):
+        guided = step(sine_model(False), x, t, cond_fn=lambda x, t: gradient)
+        torch.testing.assert_close(guided["pred_xstart"], after["pred_xstart"])
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -351,9 +427,9 @@ def test_guidance_by_a_gradient_inside_a_loop(loop):
     def guide(x, t):
         with torch.enable_grad():
             x = x.detach().requires_grad_(True)
-            return torch.autograd.grad(-0.05 * ((x - 1) ** 2).sum(), x)[0]
+            return torch.autograd.grad(-0.2 * ((x - 1) ** 2).sum(), x)[0]
 
-    sample = getattr(diffusion_of(), f"{loop}_loop")
+    sample = getattr(diffusion_of("25"), f"{loop}_loop")
     plain, guided = (sample(sine_model(False), SHAPE, cond_fn=g, generator=seed()) for g in (None, guide))
     assert (guided - 1).square().mean() < 0.9 * (plain - 1).square().mean()
     assert not guided.requires_grad
@@ -381,13 +457,15 @@ def test_progressive_loop_yields_every_step_of_the_plain_one(loop, k):
     steps = list(getattr(diffusion, f"{loop}_loop{suffix}_progressive")(model, SHAPE, *args, noise=x, generator=seed()))
     assert len(steps) == (10 if k is None else k)
     assert torch.equal(plain, steps[-1]["sample"] if steps else x)
-    generator = seed()
+    generator, memory = seed(), {}
     for i, out in enumerate(steps):
         t = torch.full((2,), len(steps) - 1 - i)
-        expected = getattr(diffusion, loop)(model, x, t, generator=generator)
+        expected = getattr(diffusion, loop)(model, x, t, generator=generator, **memory)
         assert out.keys() == {"sample", "pred_xstart"}
         assert all(torch.equal(out[key], expected[key]) for key in out)
         x = out["sample"]
+        if loop == "sde_dpmsolver_sample":
+            memory = {"previous_xstart": out["pred_xstart"]}
 
 
 @pytest.mark.parametrize("suffix", ["", "_progressive", "_forw_back", "_forw_back_progressive"])
@@ -416,9 +494,7 @@ def test_no_steps_back_give_the_image_itself(loop):
     assert getattr(diffusion_of(), f"{loop}_loop_forw_back")(sine_model(False), SHAPE, 0, noise=x) is x
 
 
-@pytest.mark.parametrize(
-    "options", [{"loop": "p_sample"}, {"loop": "ddim_sample", "eta": 1.0}, {"loop": "ddim_sample"}]
-)
+@pytest.mark.parametrize("options", [*({"loop": loop} for loop in LOOPS), {"loop": "ddim_sample", "eta": 1.0}])
 def test_all_randomness_comes_from_the_generator(options):
     options = dict(options)
     loop = getattr(diffusion_of(), options.pop("loop") + "_loop")
@@ -443,7 +519,8 @@ class Impulses:
 
 
 @pytest.mark.parametrize(
-    ("loop", "eta", "draws"), [("p_sample", None, 6), ("ddim_sample", 1.0, 6), ("ddim_sample", 0.0, 0)]
+    ("loop", "eta", "draws"),
+    [("p_sample", None, 6), ("ddim_sample", 1.0, 6), ("ddim_sample", 0.0, 0), ("sde_dpmsolver_sample", None, 6)],
 )
 def test_draws_per_loop(loop, eta, draws):
     """One draw per step, one for the start unless given, and none for deterministic steps."""
@@ -514,9 +591,7 @@ DEVICES = ["meta"] + ["cuda"] * torch.cuda.is_available()
 
 @pytest.mark.parametrize("respaced", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "options", [{"loop": "p_sample"}, {"loop": "ddim_sample", "eta": 1.0}, {"loop": "ddim_sample"}]
-)
+@pytest.mark.parametrize("options", [*({"loop": loop} for loop in LOOPS), {"loop": "ddim_sample", "eta": 1.0}])
 def test_loops_neither_copy_nor_wait(device, respaced, options):
     options = {"device": device, "progress": True, "denoised_fn": torch.tanh, "cond_fn": lambda x, t: -x, **options}
     if respaced:
@@ -726,6 +801,8 @@ def test_bad_arguments_of_loops_and_steps():
             diffusion.ddim_sample(sine_model(False), x, t, eta=eta)
     with pytest.raises(UserError, match="eta"):
         diffusion.ddim_reverse_sample(sine_model(False), x, t, eta=0.5)
+    with pytest.raises(UserError, match="sampler dpm: expected ddpm, ddim, sde-dpmsolver"):
+        diffusion.loop_of("dpm")
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 from guided_diffusion import checkpoints
 from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import SAMPLERS
 from guided_diffusion.script_util import (
     classifier_defaults,
     create_classifier,
@@ -126,10 +127,11 @@ def test_same_file_from_one_process_from_two_and_after_a_kill(conditional_model,
     assert record["last_run"]["samples_made"] == 11 - sum(1 if "000005" in p.name else 2 for p in there)
 
 
-def test_samples_depend_on_seed_and_number_alone(monkeypatch, tmp_path):
+@pytest.mark.parametrize("sampler", ["ddim", "sde-dpmsolver++"])
+def test_samples_depend_on_seed_and_number_alone(sampler, monkeypatch, tmp_path):
     """In other batches, and among more: the same. The stub computes row by row, and so to the byte."""
     use(monkeypatch, "load_model", lambda x, t: x)
-    flags = ["--image_size", 4, "--timestep_respacing", 3, "--use_ddim", "True", "--model_path", "x"]
+    flags = ["--image_size", 4, "--timestep_respacing", 4, "--sampler", sampler, "--model_path", "x"]
     run_main("image_sample", *flags, "--num_samples", 10, "--batch_size", 4, "--output", tmp_path)
     run_main("image_sample", *flags, "--num_samples", 7, "--batch_size", 3, "--output", tmp_path)
     run_main("image_sample", *flags, "--num_samples", 5, "--seed", 1, "--output", tmp_path)
@@ -150,14 +152,14 @@ def test_classes_reach_the_model_and_the_file(monkeypatch, tmp_path):
     assert (arrays["arr_0"] == expected[:, None, None, None]).all()
 
 
-@pytest.mark.parametrize("use_ddim", [False, True], ids=["ddpm", "ddim"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize(("clip_denoised", "level"), [(True, 1.0), (False, 3.0)])
-def test_clipping(use_ddim, clip_denoised, level):
+def test_clipping(sampler, clip_denoised, level):
     """The last step gives the image that the model sees, cut to the range of pixels if asked for."""
     from guided_diffusion.sampling import denoise
 
     diffusion = create_gaussian_diffusion(steps=1000, timestep_respacing="3", predict_xstart=True)
-    args = SimpleNamespace(seed=0, use_ddim=use_ddim, clip_denoised=clip_denoised)
+    args = SimpleNamespace(seed=0, sampler=sampler, clip_denoised=clip_denoised)
     with tqdm(disable=True) as bar:
         samples = denoise(lambda x, t: torch.full_like(x, 3.0), diffusion, range(2), 4, args, bar, {})
     torch.testing.assert_close(samples, torch.full((2, 3, 4, 4), level))
@@ -189,7 +191,7 @@ def test_a_finished_file_is_left_as_it_is(monkeypatch, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     for change, words in (
         (["--seed", 1], "--seed was 0 and is now 1"),
-        (["--use_ddim", "True"], "--use_ddim was False and is now True"),
+        (["--use_ddim", "True"], "--sampler was ddpm and is now ddim"),
         (["--batch_size", 2], "--batch_size was 16 and is now 2"),
     ):
         with pytest.raises(UserError, match=words):
@@ -277,19 +279,26 @@ def classifier(x, t):
     return torch.cat([logits, torch.full((len(x), 1), 1e4)], dim=1)
 
 
-def exact_shift(use_ddim, labels, scale):
+def exact_shift(sampler, labels, scale):
     """What guidance adds to samples, (B, 3, 8, 8), in float64: every step passes it on and adds its own."""
     gradient = scale * (labels[:, None, None, None] + 1) / 1000 * PATTERN
-    shift = np.zeros_like(gradient)
+    shift, before_start = np.zeros_like(gradient), None
+    lam = np.log(LEVELS / (1 - LEVELS)) / 2
     for i in reversed(range(STEPS)):
         abar, before = LEVELS[i], LEVELS[i - 1] if i else 1.0
         r = abar / before  # x_i = sqrt(r) x_{i-1} + sqrt(1 - r) z
         eps = slope(abar) * shift
-        if use_ddim:
+        if sampler != "ddpm":
             eps = eps - np.sqrt(1 - abar) * gradient  # of the guided score
         start = (shift - np.sqrt(1 - abar) * eps) / np.sqrt(abar)
-        if use_ddim:
+        if sampler == "ddim":
             shift = np.sqrt(before) * start + np.sqrt(1 - before) * eps
+        elif sampler == "sde-dpmsolver++":
+            line = start  # half a step ahead
+            if before_start is not None and i:
+                line = start + (lam[i - 1] - lam[i]) / (lam[i] - lam[i + 1]) / 2 * (start - before_start)
+            left = (1 - before) * np.sqrt(r) / (1 - abar)
+            shift, before_start = left * shift + np.sqrt(before) * (1 - r) / (1 - abar) * line, start
         elif i:
             small = 1 / (1 / (1 - before) + r / (1 - r))  # q(x_{i-1} | x_i, x_0): the precisions add up
             shift = small * (np.sqrt(before) / (1 - before) * start + np.sqrt(r) / (1 - r) * shift)
@@ -300,12 +309,12 @@ def exact_shift(use_ddim, labels, scale):
     return shift
 
 
-@pytest.mark.parametrize("use_ddim", [False, True], ids=["ddpm", "ddim"])
-def test_guidance_moves_samples_by_the_known_amount(use_ddim):
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_guidance_moves_samples_by_the_known_amount(sampler):
     from guided_diffusion.sampling import class_gradient, denoise
 
     diffusion = create_gaussian_diffusion(steps=1000, timestep_respacing=str(STEPS))
-    args = SimpleNamespace(seed=3, use_ddim=use_ddim, clip_denoised=False)
+    args = SimpleNamespace(seed=3, sampler=sampler, clip_denoised=False)
     labels = np.array([0, 499, 999])
 
     def samples(cond_fn):
@@ -315,24 +324,24 @@ def test_guidance_moves_samples_by_the_known_amount(use_ddim):
 
     unguided = samples(None)
     for scale in (0.0, 1.0, 4.0, -2.0):
-        expected = exact_shift(use_ddim, labels, scale)
+        expected = exact_shift(sampler, labels, scale)
         assert scale == 0 or np.abs(expected).max() > 100 * 1e-4
         moved = samples(class_gradient(classifier, scale)) - unguided
         np.testing.assert_allclose(moved, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize(("use_ddim", "scale"), [(False, 12), (True, 2)], ids=["ddpm", "ddim"])
-def test_the_script_guides_by_the_known_amount(use_ddim, scale, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("sampler", "scale"), [("ddpm", 12), ("ddim", 2), ("sde-dpmsolver++", 3)])
+def test_the_script_guides_by_the_known_amount(sampler, scale, monkeypatch, tmp_path):
     """Against image_sample.py with the same seed, to the rounding of two pixels."""
     use(monkeypatch, "load_model", best_model)
     use(monkeypatch, "load_noisy_classifier", classifier)
-    flags = ["--image_size", 8, "--timestep_respacing", STEPS, "--use_ddim", use_ddim, "--clip_denoised", "False"]
+    flags = ["--image_size", 8, "--timestep_respacing", STEPS, "--sampler", sampler, "--clip_denoised", "False"]
     flags += ["--num_samples", 20, "--batch_size", 8, "--seed", 2]
     run_main("image_sample", *flags, "--output", tmp_path / "unguided")
     run_main("classifier_sample", *flags, "--classifier_scale", scale, "--output", tmp_path / "guided")
     unguided, guided = (load(tmp_path / run / "samples_20x8x8x3.npz") for run in ("unguided", "guided"))
     assert unguided.keys() == {"arr_0"} and guided.keys() == {"arr_0", "arr_1"}
-    expected = exact_shift(use_ddim, guided["arr_1"], scale).transpose(0, 2, 3, 1) * 127.5
+    expected = exact_shift(sampler, guided["arr_1"], scale).transpose(0, 2, 3, 1) * 127.5
     assert np.abs(expected).max() > 5
     for arrays in (unguided, guided):
         assert arrays["arr_0"].min() > 0 and arrays["arr_0"].max() < 255  # nothing is cut off

@@ -234,7 +234,7 @@ def test_an_unreadable_image_costs_all_of_its_samples_and_no_others(flags, start
         (["--num_turns", "0"], ["--num_turns", "expected a whole number >= 1, not 0"]),
         (["--num_turns", "two"], ["--num_turns", "'two'"]),
         (["--share_noise", "all"], ["--share_noise", "start"]),
-        (["--share_noise", "start", "--use_ddim", "True"], ["--share_noise start", "--use_ddim True", "equal"]),
+        (["--share_noise", "start", "--use_ddim", "True"], ["--share_noise start", "--sampler ddim", "equal"]),
         (["--share_noise", "start"], ["--share_noise was empty and is now start"]),
         (["--seed", "1", "--num_trajectories", "2"], ["--seed was 0 and is now 1"]),
         (["--data_dir", "LONG", "--num_trajectories", "2"], ["a name of 259 bytes", "_t0500_s002.png", "at most 255"]),

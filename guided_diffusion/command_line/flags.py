@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ..gaussian_diffusion import SAMPLERS
+
 # Types of values
 
 
@@ -225,7 +227,13 @@ FLAGS = {
         1,
     ),
     "clip_denoised": Flag(BOOL, "clip the predicted image to the pixel range at every step", True),
-    "use_ddim": Flag(BOOL, "denoise with DDIM, which adds no noise", False),
+    "sampler": Flag(
+        TEXT,
+        "ddpm; ddim, which adds no noise; or sde-dpmsolver++, of second order, for 40 to 60 steps",
+        empty="ddpm",
+        choices=tuple(SAMPLERS),
+    ),
+    "use_ddim": Flag(BOOL, "the same as --sampler ddim", False),
     "image_format": Flag(TEXT, "file format of the samples", "jpeg", choices=("jpeg", "png")),
     "jpeg_quality": Flag((whole_number(1, 100), "INT"), "JPEG quality of the samples, 1..100", 95),
     # Training
@@ -264,7 +272,10 @@ FLAGS = {
 
 
 # What several scripts have in common.
-SAMPLING = ("model_path", "num_samples", "batch_size", "clip_denoised", "use_ddim", "output", "seed", "num_threads")
+SAMPLING = (
+    *("model_path", "num_samples", "batch_size", "clip_denoised", "sampler", "use_ddim"),
+    *("output", "seed", "num_threads"),
+)
 TRAINING_IMAGES = ("data_dir", "labels_file", "class_order", "random_crop", "random_flip", "num_workers")
 TRAINING = (
     *("lr", "weight_decay", "batch_size", "microbatch", "iterations", "log_interval", "save_interval"),

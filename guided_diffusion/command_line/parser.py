@@ -42,7 +42,16 @@ class ArgumentParser(argparse.ArgumentParser):
                 self.error(f"there is no flag {flag}" + (f": did you mean {close[0]}?" if close else ""))
         if "--preset" in self._option_string_actions:
             words = [*preset_words(words), *words]  # the last value of a flag counts
-        return super().parse_args(words, namespace)
+        args = super().parse_args(words, namespace)
+        if "--sampler" in self._option_string_actions:
+            self._choose_sampler(args)
+        return args
+
+    def _choose_sampler(self, args):
+        """Fill in --sampler, which --use_ddim may set instead."""
+        if args.use_ddim and args.sampler not in ("", "ddim"):
+            self.error(f"--use_ddim True is --sampler ddim, but --sampler is {args.sampler}: leave out one of them")
+        args.sampler = args.sampler or ("ddim" if args.use_ddim else "ddpm")
 
     def _reject_old_launcher(self):
         """`python -m torch.distributed.launch` adds --local-rank in every process: only rank 0 prints an error."""

@@ -15,7 +15,7 @@ import torch
 # Flags that do not affect results, or only through another setting.
 WITHOUT_EFFECT = (
     *("preset", "output", "num_threads", "num_workers", "device", "shard", "num_shards"),
-    *("class_order", "classes", "use_checkpoint", "dropout"),
+    *("class_order", "classes", "use_checkpoint", "dropout", "use_ddim"),
 )
 # Flags that name files, which are recorded as digests instead.
 FILE_FLAGS = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
@@ -115,7 +115,10 @@ def _words(key: str) -> str:
 
 def with_short_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with old keys replaced by current ones."""
-    return {OLD_KEYS.get(key, key.removeprefix("--")): value for key, value in settings.items()}
+    current = {OLD_KEYS.get(key, key.removeprefix("--")): value for key, value in settings.items()}
+    if "use_ddim" in current:  # before there was --sampler
+        current["sampler"] = "ddim" if current.pop("use_ddim") else "ddpm"
+    return current
 
 
 def _change(recorded: Mapping[str, Any], current: Mapping[str, Any], key: str) -> str:

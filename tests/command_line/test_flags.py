@@ -9,6 +9,7 @@ import subprocess
 from guided_diffusion.checkpoints import CLASSIFIER, DIFFUSION_MODEL, UPSAMPLER, build
 from guided_diffusion.command_line.flags import FLAGS
 from guided_diffusion.errors import UserError
+from guided_diffusion.gaussian_diffusion import SAMPLERS
 from guided_diffusion.runs.settings import differences
 from guided_diffusion.script_util import (
     classifier_and_diffusion_defaults,
@@ -230,3 +231,27 @@ def test_no_example_leaves_the_splitting_to_the_shell():
     assert scripts
     for path in [REPOSITORY / "README.md", *REPOSITORY.glob("*.py"), *scripts]:
         assert not re.search(r"\s\$\w+_FLAGS", path.read_text()), path
+
+
+SAMPLING = [
+    "forward_backward_dataset_sample.py",
+    *(f"scripts/{n}_sample.py" for n in ("image", "classifier", "super_res")),
+]
+
+
+@pytest.mark.parametrize("script", SAMPLING)
+def test_samplers_and_their_older_flag(script, capsys):
+    def sampler(*words):
+        return load_script(script).create_argparser().parse_args([*REQUIRED.get(script, []), *words]).sampler
+
+    assert sampler() == sampler("--use_ddim", "False") == "ddpm"
+    assert sampler("--use_ddim", "True") == sampler("--use_ddim", "True", "--sampler", "ddim") == "ddim"
+    for name in SAMPLERS:
+        assert sampler("--sampler", name) == sampler("--sampler", name, "--use_ddim", "False") == name
+    for name in ("ddpm", "sde-dpmsolver++"):
+        with pytest.raises(SystemExit):
+            sampler("--sampler", name, "--use_ddim", "True")
+        assert f"--use_ddim True is --sampler ddim, but --sampler is {name}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        sampler("--sampler", "dpm")
+    assert "argument --sampler: invalid choice: 'dpm'" in capsys.readouterr().err

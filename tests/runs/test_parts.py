@@ -13,7 +13,7 @@ from guided_diffusion.runs.settings import differences, settings_of
 import numpy as np
 import pytest
 
-SETTINGS = {"seed": 0, "use_ddim": False, "model_digest": "ab" * 32}
+SETTINGS = {"seed": 0, "sampler": "ddpm", "model_digest": "ab" * 32}
 THREADS = {"threads": 1}
 
 
@@ -84,8 +84,8 @@ def test_a_result_that_is_there(tmp_path):
     assert finished_record(result, SETTINGS) is None  # the record is written first
     (tmp_path / "samples_1x2x2x3.npz").write_bytes(b"")
     assert finished_record(result, SETTINGS) == record
-    with pytest.raises(UserError, match=r"samples_1x2x2x3\.npz already exists.*--use_ddim was False and is now True"):
-        finished_record(result, {**SETTINGS, "use_ddim": True})
+    with pytest.raises(UserError, match=r"samples_1x2x2x3\.npz already exists.*--sampler was ddpm and is now ddim"):
+        finished_record(result, {**SETTINGS, "sampler": "ddim"})
     (tmp_path / "samples_1x2x2x3.json").write_text(json.dumps({**record, "finished": False}))
     assert finished_record(result, SETTINGS) is None
     (tmp_path / "samples_1x2x2x3.json").unlink()
@@ -108,4 +108,6 @@ def test_a_record_with_the_names_of_earlier_versions(tmp_path):
     assert finished_record(str(result), SETTINGS)["settings"] == SETTINGS
     old = {"--seed": 0, "--use_ddim": False, "the checkpoint (--model_path)": "ab" * 32}
     assert not differences(old, SETTINGS)
+    assert not differences({**old, "--use_ddim": True}, {**SETTINGS, "sampler": "ddim"})
+    assert differences(old, {**SETTINGS, "sampler": "ddim"}) == ["--sampler was ddpm and is now ddim"]
     assert differences(old, {**SETTINGS, "seed": 1}) == ["--seed was 0 and is now 1"]
