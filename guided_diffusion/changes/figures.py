@@ -47,8 +47,9 @@ def draw_susceptibility(curves: Curves, convention: str = "all") -> tuple[Figure
             times, values = [row["k/N"] for row in own], [row[column] for row in own]
             errors = np.array([_errors(row, column) for row in own]).reshape(-1, 2).T
             axes.errorbar(times, values, errors, ls=line, color=colour, marker=marker, label=label, **ERROR_BARS)
-        axes.set(xlabel=TIME_LABEL, ylabel=words, xlim=(-0.02, 1.02))
+        axes.set(xlabel=TIME_LABEL, ylabel=words)
         axes.set_ylim(bottom=0)
+        axes.locator_params(axis="x", nbins=6)
     figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside upper center", ncols=len(curves))
     return figure, rows
 
@@ -105,20 +106,21 @@ def _draw_against(
     labels = list(curves)
     figure, (panels,) = new_figure(PAGE / 2 * max(1, min(2, len(labels))), 2.5, columns=len(labels))
     colours, (x_column, x_label) = early_to_late(), x
+    first, last = min(row["k/N"] for row in rows), max(row["k/N"] for row in rows)
     for label, axes in zip(labels, panels, strict=True):
         own = [row for row in rows if row["tokens"] == label and row[column] != "" and row[x_column] > 0]
         for time in dict.fromkeys(row["k/N"] for row in own):
-            points = [row for row in own if row["k/N"] == time]
+            points, colour = [row for row in own if row["k/N"] == time], colours((time - first) / (last - first or 1))
             at, values = [row[x_column] for row in points], [row[column] for row in points]
             if band:
                 low, high = ([_or(row, column, end) for row in points] for end in ("_low", "_high"))
-                axes.fill_between(at, low, high, color=colours(time), alpha=0.25, linewidth=0)
-            axes.plot(at, values, color=colours(time), marker="." if len(at) < 30 else "")
+                axes.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
+            axes.plot(at, values, color=colour, marker="." if len(at) < 30 else "")
         axes.set(xlabel=x_label, xscale="log", yscale="log" if log_y else "linear")
         if len(labels) > 1:
             axes.set_title(label, fontsize=7)
     panels[0].set_ylabel(words)
-    add_colorbar(figure, panels, 0, 1, TIME_LABEL, pad=0.02)
+    add_colorbar(figure, panels, first, max(last, first + 0.01), TIME_LABEL, pad=0.02)
     return figure
 
 
