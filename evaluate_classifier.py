@@ -36,11 +36,13 @@ from guided_diffusion.classifier.pairs import (
     batch_shape,
     check_sizes,
     check_starts,
+    describe_trajectories,
     find_pairs,
     join_parts,
     pair_batches,
     read_sample,
     samples_digests,
+    settings_of_batches,
 )
 from guided_diffusion.classifier.results import (
     SIMILARITIES,
@@ -199,20 +201,6 @@ def decisive_settings(
 def write_part(comparison: ResultRun, batch: PairBatch, pictures: Pictures, compared: Callable[[], Comparison]) -> None:
     """Write similarities (S, B, L) and logits (1 + S, B, classes) of a batch."""
     comparison.write(batch, pictures, **compared()._asdict())
-
-
-def settings_of_batches(shape: tuple[int, int], batches: Sequence[PairBatch]) -> dict[str, int]:
-    """The settings that determine what each part has."""
-    size, trajectories = shape
-    starts = {batch.first for batch in batches}
-    cut = {"trajectories_per_batch": trajectories} if len(starts) < len(batches) else {}
-    return {"starts_per_batch": size, **cut}
-
-
-def describe_trajectories(samples: Mapping[int, Sequence[Sequence[str]]]) -> str:
-    """The number of samples of an image at each time, in words; nothing if it is 1."""
-    counts = sorted({len(of_time[0]) for of_time in samples.values()})
-    return "" if counts == [1] else f", {' or '.join(map(str, counts))} of each image"
 
 
 def write_results(

@@ -260,6 +260,20 @@ def pair_batches(
     return batches
 
 
+def settings_of_batches(shape: tuple[int, int], batches: Sequence[PairBatch]) -> dict[str, int]:
+    """The settings that determine what each part has."""
+    size, trajectories = shape
+    starts = {batch.first for batch in batches}
+    cut = {"trajectories_per_batch": trajectories} if len(starts) < len(batches) else {}
+    return {"starts_per_batch": size, **cut}
+
+
+def describe_trajectories(samples: Mapping[int, Sequence[Sequence[str]]]) -> str:
+    """The number of samples of an image at each time, in words; nothing if it is 1."""
+    counts = sorted({len(of_time[0]) for of_time in samples.values()})
+    return "" if counts == [1] else f", {' or '.join(map(str, counts))} of each image"
+
+
 def join_parts(
     parts: Parts, batches: Sequence[PairBatch], t: int, unreadable: Mapping[str, str]
 ) -> tuple[list[LabelledImage], np.ndarray, dict[str, str], dict[str, np.ndarray]]:
