@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,11 @@ def save_checkpoint(path: Path, settings: dict) -> Path:
     model = fill_weights(model_from_flags(known))
     torch.save(model.state_dict(), path)
     return path
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C work in all processes: a shell that runs the tests in the background has it ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
