@@ -79,8 +79,10 @@ def save_checkpoint(path: Path, settings: dict) -> Path:
 
 
 def pytest_configure() -> None:
-    """Let Ctrl-C work in all processes: a shell that runs the tests in the background has it ignored."""
+    """Handle signals as in the foreground: nohup, and a shell that runs the tests in the background, ignore these."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in (signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(signum, signal.SIG_DFL)
 
 
 def pytest_collection_finish() -> None:
