@@ -35,9 +35,9 @@ def lock(tmp_path):
 
 
 def hold(lock, **changes):
-    """A process that holds the lock."""
+    """A process that holds the lock; a child of this one, so that it is a zombie until it is awaited."""
     command = [sys.executable, "-c", textwrap.dedent(HOLDER), lock]
-    process = start(command, env=environment(**changes), stdout=subprocess.PIPE)
+    process = subprocess.Popen(command, env=environment(**changes), stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
     return process
 
