@@ -596,18 +596,9 @@ class GaussianDiffusion:
         Raises:
             UserError: `step_reverse` is not an integer from 0 to N, or `noise` does not have the given shape.
         """
-        step = partial(
-            self.p_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            **_if_given(generator),
-        )
-        k = check_step_reverse(step_reverse, self.num_timesteps)
-        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
-        return self._denoise(step, x, k, progress=progress)
+        options = {"noise": noise, "device": device, "progress": progress, "generator": generator}
+        options |= {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn}
+        return self._go_back(self.p_sample, model, shape, step_reverse, model_kwargs=model_kwargs, **options)
 
     @_with_parameters_of(p_sample_loop_forw_back_progressive)
     def p_sample_loop_forw_back(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
@@ -641,19 +632,9 @@ class GaussianDiffusion:
         generator: Noise = None,
     ) -> Iterator[Output]:
         """Denoise x_k by k DDIM steps; see `p_sample_loop_forw_back_progressive`, and `ddim_sample` for `eta`."""
-        step = partial(
-            self.ddim_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            eta=eta,
-            **_if_given(generator),
-        )
-        k = check_step_reverse(step_reverse, self.num_timesteps)
-        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
-        return self._denoise(step, x, k, progress=progress)
+        options = {"noise": noise, "device": device, "progress": progress, "generator": generator}
+        options |= {"clip_denoised": clip_denoised, "denoised_fn": denoised_fn, "cond_fn": cond_fn, "eta": eta}
+        return self._go_back(self.ddim_sample, model, shape, step_reverse, model_kwargs=model_kwargs, **options)
 
     @_with_parameters_of(ddim_sample_loop_forw_back_progressive)
     def ddim_sample_loop_forw_back(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
@@ -671,36 +652,15 @@ class GaussianDiffusion:
         """Draw samples by all N DDIM steps: the last sample of `ddim_sample_loop_progressive`."""
         return _last(self.ddim_sample_loop_progressive(model, shape, **options))
 
+    @_with_parameters_of(p_sample_loop_forw_back_progressive)
     def sde_dpmsolver_sample_loop_forw_back_progressive(
-        self,
-        model: Model,
-        shape: Sequence[int],
-        step_reverse: int,
-        noise: torch.Tensor | None = None,
-        clip_denoised: bool = True,
-        denoised_fn: ImageFn | None = None,
-        cond_fn: Guide | None = None,
-        model_kwargs: dict[str, Any] | None = None,
-        device: torch.device | str | None = None,
-        progress: bool = False,
-        generator: Noise = None,
+        self, model: Model, shape: Sequence[int], step_reverse: int, **options: Any
     ) -> Iterator[Output]:
         """Denoise x_k by k steps of SDE-DPM-Solver++(2M), the first of which is of first order.
 
         See `p_sample_loop_forw_back_progressive`, and `sde_dpmsolver_sample` for a step.
         """
-        step = partial(
-            self.sde_dpmsolver_sample,
-            model,
-            clip_denoised=clip_denoised,
-            denoised_fn=denoised_fn,
-            cond_fn=cond_fn,
-            model_kwargs=model_kwargs,
-            **_if_given(generator),
-        )
-        k = check_step_reverse(step_reverse, self.num_timesteps)
-        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
-        return self._denoise(step, x, k, progress=progress, multistep=True)
+        return self._go_back(self.sde_dpmsolver_sample, model, shape, step_reverse, multistep=True, **options)
 
     @_with_parameters_of(sde_dpmsolver_sample_loop_forw_back_progressive)
     def sde_dpmsolver_sample_loop_forw_back(self, model: Model, shape: Sequence[int], **options: Any) -> torch.Tensor:
@@ -725,6 +685,26 @@ class GaussianDiffusion:
         if sampler not in SAMPLERS:
             raise UserError(f"sampler {sampler}: expected {', '.join(SAMPLERS)}")
         return getattr(self, f"{SAMPLERS[sampler]}_loop_forw_back_progressive")
+
+    def _go_back(
+        self,
+        sample: Callable[..., Output],
+        model: Model,
+        shape: Sequence[int],
+        step_reverse: int,
+        *,
+        noise: torch.Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
+        generator: Noise = None,
+        multistep: bool = False,
+        **options: Any,
+    ) -> Iterator[Output]:
+        """Denoise x_k by k steps of `sample`, which also receives the `options`."""
+        step = partial(sample, model, **options, **_if_given(generator))
+        k = check_step_reverse(step_reverse, self.num_timesteps)
+        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
+        return self._denoise(step, x, k, progress=progress, multistep=multistep)
 
     def _denoise(
         self, step: Callable[..., Output], x: torch.Tensor, k: int, progress: bool, multistep: bool = False
