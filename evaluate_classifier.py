@@ -18,7 +18,6 @@ there.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -71,7 +70,7 @@ from guided_diffusion.images.folder import LabelledImage
 from guided_diffusion.images.io import Check, read_image
 from guided_diffusion.runs.inputs import Inputs
 from guided_diffusion.runs.records import Record, report_unreadable, write_result
-from guided_diffusion.runs.resumable import Pictures, Result, ResultRun, times_to_do
+from guided_diffusion.runs.resumable import Pictures, Result, ResultRun, describe_batches, times_to_do
 from guided_diffusion.runs.settings import digest_of
 from guided_diffusion.runs.shards import shard_of
 from guided_diffusion.script_util import number_of_steps
@@ -106,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
     start_paths = [image.path for image in starts]
     results = {}
     for k in times:
-        samples[k] = [[f"{os.path.basename(folders[k].path)}/{path}" for path in paths] for paths in samples[k]]
+        samples[k] = [[folders[k].within_output(path) for path in paths] for paths in samples[k]]
         results[k] = Result(
             differences_file(output, name, k, num_steps),
             {**settings, "samples_digest": digests[k]},
@@ -130,9 +129,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(
             f"{len(starts)} starting images from {args.starting_data_dir}, with samples of "
             f"k = {', '.join(map(str, to_do))} of N = {num_steps} from {data_dir}{describe_trajectories(samples)}: "
-            f"{len(left)} of {len(shard.units(batches))} batches are to be done"
-            + (f" by {shard}" if shard.count > 1 else "")
-            + (f"; {len(times) - len(to_do)} times are done already" if len(times) > len(to_do) else "")
+            f"{describe_batches(left, batches, shard, len(times) - len(to_do))}"
         )
         comparison.log_machine(f", {len(classifier.layers)} layers of {name}; results in {output}")
         compare(classifier, normalization, autocast, left, comparison, args)

@@ -234,7 +234,7 @@ class Chain(NamedTuple):
         first = self.turns[0]
         if first.turn == 1:
             return {IMAGES: list(first.starts)}
-        return {SAMPLES: [f"{os.path.basename(self.folder.path)}/{start}" for start in first.starts]}
+        return {SAMPLES: [self.folder.within_output(start) for start in first.starts]}
 
 
 def unfinished_turns(unit: Unit, folder: SampleFolder, num_turns: int, present: Collection[str] = ()) -> Chain:
@@ -303,6 +303,10 @@ class SampleFolder:
     def inputs_parts(self) -> str:
         """The folder of such lists for single units, until they are merged."""
         return f"{self.unit}_inputs_parts"
+
+    def within_output(self, sample: str) -> str:
+        """Path of a sample relative to `output`, given its path relative to the folder."""
+        return f"{os.path.basename(self.path)}/{sample}"
 
     def sample(self, image_path: str, trajectory: int = 1, turn: int = 1) -> str:
         """Path of an image's sample, relative to the folder: [sub/folders/]NAME_t0500[_s002][_u02].JPEG.

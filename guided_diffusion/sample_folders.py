@@ -162,10 +162,11 @@ class SampleRun(Run):
         with self._locked_records():
             contents = {k: self._contents_of(folder) for k, folder in self.folders.items()}
             present = {k: found.files for k, found in contents.items()}
-            done = {
-                k: {path for path in paths if any(name in found.files for name in self._samples_of_image(k, path))}
+            there = {  # for each image, whether each of its samples is
+                k: {path: [name in found.files for name in self._samples_of_image(k, path)] for path in paths}
                 for k, found in contents.items()
             }
+            done = {k: {path for path, samples in of_images.items() if any(samples)} for k, of_images in there.items()}
             for k, found in contents.items():
                 inputs.merge(found.entries or {}, self.folders[k].path)
             output = next(iter(self.folders.values())).output
@@ -179,7 +180,7 @@ class SampleRun(Run):
             for k, folder in self.folders.items():
                 begun = {"settings": dict(self.settings), "begun_with": dict(self.machine)}
                 record = contents[k].record or {"num_shards": self.shard.count, **begun, "runs": []}
-                lacking = any(name not in present[k] for path in paths for name in self._samples_of_image(k, path))
+                lacking = not all(map(all, there[k].values()))
                 if lacking and record.get("finished", True):
                     with named_write_errors(folder.record):
                         write_json(folder.record, {**record, "finished": False})

@@ -19,14 +19,14 @@ def tree_distance(grammar: Grammar) -> np.ndarray:
     return grammar.branching ** grammar.ancestor_levels() - 1
 
 
-def changes(leaves: Tensor, true: Tensor) -> np.ndarray:
+def changes(leaves: Tensor, true: Tensor) -> Tensor:
     """sigma: +1 for leaves that have changed, -1 for the others. Float64 (B, M, n).
 
     Args:
         leaves: of M samples of each image, (B, M, n).
         true: of the images, (B, n).
     """
-    return torch.where(leaves == true[:, None], -1.0, 1.0).double().numpy()
+    return torch.where(leaves == true[:, None], -1.0, 1.0).double()
 
 
 def sample_leaves(images: TreeImages, x: Tensor, signal: float, true: Tensor, generator: torch.Generator) -> Tensor:

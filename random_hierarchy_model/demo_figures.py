@@ -14,6 +14,7 @@ from guided_diffusion.classifier.figures import (
     TIME_LABEL,
     VERMILION,
     Rows,
+    columns,
     new_mosaic,
     shades,
 )
@@ -74,8 +75,3 @@ def draw_level(axes: Axes, rows: Rows) -> dict[str, Any]:
             bars = axes.errorbar(times, kept, None if curve == EXACT else errors, label=curve, **ERROR_BARS, **look)
             handles[curve] = bars
     return {**handles, "chance": axes.axhline(rows[0]["chance"], **CHANCE)}
-
-
-def columns(rows: Rows, *names: str) -> list[list[float]]:
-    """Some columns of the rows."""
-    return [[row[name] for row in rows] for name in names]

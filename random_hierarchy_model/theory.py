@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .belief_propagation import infer
+from .changes import changes
 from .curves import fraction_equal, fraction_kept, probability_kept
 from .denoiser import ExactDenoiser
 from .grammar import Grammar
@@ -232,9 +233,9 @@ def variances_by_level(part: Part, process: str, noises: Sequence[float], sample
     for number, noise in enumerate(noises):
         generator = part.generator(f"changes {process} {noise}")
         drawn = sample(g, leaves, noise, samples, generator)  # (D, M, n)
-        changes = torch.where(drawn == leaves[:, None], -1.0, 1.0).double()
+        sigma = changes(drawn, leaves)
         for level in range(g.depth + 1):
-            groups = changes.unflatten(2, (g.num_nodes(level), -1)).sum(3)  # (D, M, nodes)
+            groups = sigma.unflatten(2, (g.num_nodes(level), -1)).sum(3)  # (D, M, nodes)
             found[:, number, level] = groups.var(dim=1, correction=1).sum(1).numpy()
     return found
 

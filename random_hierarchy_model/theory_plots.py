@@ -15,6 +15,7 @@ from guided_diffusion.classifier.figures import (
     VERMILION,
     Rows,
     add_shades_bar,
+    columns,
     early_to_late,
     new_figure,
     shades,
@@ -45,12 +46,6 @@ EXACT: tuple[str, dict[str, Any]] = ("exact", {"marker": "o", "linestyle": "none
 MEAN_FIELD: tuple[str, dict[str, Any]] = ("mean field", {"linewidth": 0.8})
 AT_CRITICAL = (r"$\epsilon^*$", CRITICAL)
 BY_CLASS = ("$1/v$", CHANCE)  # chance for the class; below, symbols are not equally frequent
-
-
-def columns(rows: Rows, *names: str, **chosen: Any) -> list[np.ndarray]:
-    """Some columns of those rows that have the chosen values; NaN where undefined."""
-    own = [row for row in rows if all(row[name] == value for name, value in chosen.items())]
-    return [np.array([np.nan if row[name] == "" else row[name] for row in own]) for name in names]
 
 
 def values(rows: Rows, name: str) -> list[Any]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +49,7 @@ from guided_diffusion.forward_backward import SampleFolder, check_times, default
 from guided_diffusion.images.io import Check, UnreadableImage, read_image
 from guided_diffusion.runs.inputs import Inputs
 from guided_diffusion.runs.records import Record, report_unreadable, write_result
-from guided_diffusion.runs.resumable import Result, ResultRun, times_to_do
+from guided_diffusion.runs.resumable import Result, ResultRun, describe_batches, times_to_do
 from guided_diffusion.runs.settings import digest_of
 from guided_diffusion.runs.shards import shard_of
 from guided_diffusion.script_util import number_of_steps
@@ -103,9 +103,7 @@ def main(argv: list[str] | None = None) -> int:
         logger.info(
             f"{len(starts)} starting images from {args.starting_data_dir}, with "
             f"{', '.join(str(len(samples[k][0])) for k in to_do)} samples each of k = {', '.join(map(str, to_do))} of "
-            f"N = {num_steps} from {data_dir}: {len(left)} of {len(shard.units(units))} batches are to be done"
-            + (f" by {shard}" if shard.count > 1 else "")
-            + (f"; {len(times) - len(to_do)} times are done already" if len(times) > len(to_do) else "")
+            f"N = {num_steps} from {data_dir}: {describe_batches(left, units, shard, len(times) - len(to_do))}"
         )
         grid = " x ".join(map(str, tokens.shape))
         measurement.log_machine(f", {grid} tokens of {tokens.name}; results in {output}")
@@ -178,10 +176,8 @@ def starts_per_unit(samples: Mapping[int, Sequence[Sequence[str]]], times: Seque
 def check_sizes(data_dir: str, samples: Mapping[int, Sequence[Sequence[str]]], image_size: int) -> None:
     """Raise UserError unless the first sample of every time has the size given by --image_size."""
     for of_time in samples.values():
-        try:
+        with suppress(UnreadableImage):
             read_sample(f"{data_dir}/{of_time[0][0]}", image_size)
-        except UnreadableImage:
-            continue
 
 
 def spectrum_of(tokens: Tokens) -> Spectrum:

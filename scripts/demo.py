@@ -20,7 +20,6 @@ import argparse
 import os
 import subprocess
 import sys
-from collections import ChainMap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this clone's pac
 from guided_diffusion import dist_util, logger
 from guided_diffusion.changes.figures import Curves, figures_of
 from guided_diffusion.changes.statistics import TimeChanges, changes_at, measure_chi
-from guided_diffusion.classifier.figures import Rows, check_packages, render, style
+from guided_diffusion.classifier.figures import Rows, check_packages, write_figures
 from guided_diffusion.classifier.pairs import read_sample
 from guided_diffusion.classifier.results import logits_file, name_in_files, read_arrays
 from guided_diffusion.command_line.flags import POSITIVE, Flag, add_flags, flag, whole_number
@@ -90,16 +89,13 @@ def main(argv: list[str] | None = None) -> int:
 
     rows = measure(images, diffusion, chosen, folders, args)
     figures = {"retention": lambda: draw(rows)}
+    tables = table(rows)
     if args.num_trajectories > 1:
         curves = measure_changes(images, diffusion, chosen, folders["samples"], args)
         figures |= figures_of(curves)
-    with style():
-        files = [render(name, *figure_and_rows()) for name, figure_and_rows in figures.items()]
-    for name, data in ChainMap(*files).items():
-        write_whole(f"{folders['figures']}/{name}", data)
-    sys.stdout.write(table(rows))
-    if args.num_trajectories > 1:
-        sys.stdout.write(table_of_changes(curves))
+        tables += table_of_changes(curves)
+    write_figures(folders["figures"], figures)
+    sys.stdout.write(tables)
     logger.info(
         f"figures are in {folders['figures']}: retention (symbols that survive at each level, with the exact answer),\n"
         "similarity_against_time (of the classifier's activations), class_retention, distributions,\n"
@@ -219,7 +215,7 @@ def measure(
             signal = signal_at(diffusion, k)
             back = diffusion.p_sample_loop_forw_back(exact, x.shape, k, noise=x, generator=noise)
             folder = SampleFolder(folders["samples"], k, n, diffusion.original_num_steps, "png")
-            samples = np.stack([read_sample(f"{folder.path}/{folder.sample(path)}", size) for path in paths])
+            samples = read_samples(folder, paths, size)
             name = name_in_files(CLASSIFIER)
             results = read_arrays(
                 logits_file(folders["classifier"], name, k, n), ("labels", "logits_sample"), ("trajectories",)
@@ -229,7 +225,7 @@ def measure(
             curves = {
                 EXACT: probability_kept(images, x, signal, true),
                 LOOP: fraction_kept(images, back, true),
-                UNET: fraction_kept(images, from_pixels(samples), true),
+                UNET: fraction_kept(images, samples, true),
                 CONVNEXT: torch.from_numpy(kept).double()[:, None],
             }
             for curve, kept in curves.items():
@@ -239,6 +235,12 @@ def measure(
                     rows.append({**row, "level": level, "kept": mean, "error": error, "chance": by_chance})
             bar.update(k)
     return rows
+
+
+def read_samples(folder: SampleFolder, paths: Sequence[str], size: int, trajectory: int = 1) -> torch.Tensor:
+    """The samples of these images, float32 (B, 3, size, size) in [-1, 1]."""
+    samples = [read_sample(f"{folder.path}/{folder.sample(path, trajectory)}", size) for path in paths]
+    return from_pixels(np.stack(samples))
 
 
 def measure_changes(
@@ -258,14 +260,13 @@ def measure_changes(
         folder = SampleFolder(samples_dir, k, n, diffusion.original_num_steps, "png")
         leaves: dict[str, list[torch.Tensor]] = {UNET: [], EXACT: []}
         for j in range(1, args.num_trajectories + 1):
-            pixels = [read_sample(f"{folder.path}/{folder.sample(path, j)}", images.image_size) for path in paths]
-            leaves[UNET].append(images.read_leaves(from_pixels(np.stack(pixels))))
+            leaves[UNET].append(images.read_leaves(read_samples(folder, paths, images.image_size, j)))
             noise = NoiseStreams(args.seed, paths, k, "cpu", [j] * len(paths))
             x = noised_image(diffusion, x_start, k, noise.randn(x_start.shape))
             generator = torch.Generator().manual_seed(noise_seed(args.seed, "exact samples", k, j))
             leaves[EXACT].append(sample_leaves(images, x, signal, true, generator))
         for curve, of_curve in leaves.items():
-            found[curve].append(changes_at(k, n, changes(torch.stack(of_curve, dim=1), true), pairs))
+            found[curve].append(changes_at(k, n, changes(torch.stack(of_curve, dim=1), true).numpy(), pairs))
     return found
 
 

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +39,7 @@ from guided_diffusion import logger
 from guided_diffusion.changes.figures import MOST_CURVES, figures_of
 from guided_diffusion.changes.results import names_in, read_changes
 from guided_diffusion.classifier.class_figures import draw_agreement, draw_class_transitions, draw_entropy
-from guided_diffusion.classifier.figures import (
-    Rows,
-    check_packages,
-    render,
-    style,
-)
+from guided_diffusion.classifier.figures import Rows, check_packages, write_figures
 from guided_diffusion.classifier.gallery import choose_names, draw_gallery, recorded_files
 from guided_diffusion.classifier.result_figures import (
     draw_distributions,
@@ -80,7 +75,7 @@ from guided_diffusion.command_line.stopping import run
 from guided_diffusion.errors import UserError
 from guided_diffusion.runs.inputs import evenly_spaced
 from guided_diffusion.script_util import number_of_steps
-from guided_diffusion.system.files import write_json, write_whole
+from guided_diffusion.system.files import write_json
 
 import numpy as np
 
@@ -155,16 +150,6 @@ def steps_of(args: argparse.Namespace) -> int:
     """N. Raises UserError."""
     respacing = args.timestep_respacing  # may be N itself, whatever --diffusion_steps is
     return int(respacing) if respacing.isdecimal() else number_of_steps(args.diffusion_steps, respacing)
-
-
-def write_figures(output: str, figures: Mapping[str, Callable[[], tuple[Figure, Rows]]]) -> None:
-    """Draw figures, given by name, and write their files once all are drawn."""
-    files = {}
-    with style():
-        for name, figure_and_rows in figures.items():
-            files |= render(name, *figure_and_rows())
-    for name, data in files.items():
-        write_whole(f"{output}/{name}", data)
 
 
 def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:

@@ -12,6 +12,7 @@ import numpy as np
 from .. import logger
 from ..classifier.figures import to_csv
 from ..classifier.results import read_arrays
+from ..correlations import Pairs
 from ..errors import UserError, named_write_errors
 from ..runs.parts import Parts
 from ..runs.settings import digest_of
@@ -84,14 +85,14 @@ def join_parts(parts: Parts, units: Sequence[StartBatch], t: int, unreadable: Ma
     return Joined(names, left_out, {name: np.concatenate(values) for name, values in pieces.items()})
 
 
-def result_arrays(joined: Joined, pairs, spectrum: Spectrum | None) -> dict[str, np.ndarray]:
+def result_arrays(joined: Joined, pairs: Pairs, spectrum: Spectrum | None) -> dict[str, np.ndarray]:
     """All arrays of a result, in the order of its file."""
-    about = {"names": np.array(joined.names), "distance": pairs.distance, "pairs": pairs.count}
-    spectra = {"wavenumber": spectrum.wavenumber, "modes": spectrum.modes} if spectrum else {}
-    return {**about, **{name: joined.arrays[name] for name in PER_START}} | {
-        **spectra,
-        **({name: joined.arrays[name] for name in SPECTRA} if spectrum else {}),
-    }
+    arrays = {"names": np.array(joined.names), "distance": pairs.distance, "pairs": pairs.count}
+    arrays |= {name: joined.arrays[name] for name in PER_START}
+    if spectrum:
+        arrays |= {"wavenumber": spectrum.wavenumber, "modes": spectrum.modes}
+        arrays |= {name: joined.arrays[name] for name in SPECTRA}
+    return arrays
 
 
 def write_summary(folder: str, name: str, convention: str) -> None:
@@ -161,10 +162,8 @@ def read_time(folder: str, name: str, step_reverse: int, num_steps: int) -> Time
     """The changes at one time. Raises UserError if the file is missing or damaged."""
     path = changes_file(folder, name, step_reverse, num_steps)
     script = "change_correlations.py"
-    arrays = read_arrays(path, ARRAYS, script=script)
-    with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as file:
-        has_spectra = "wavenumber" in file.files
-    spectra = read_arrays(path, SPECTRA_ARRAYS, script=script) if has_spectra else {}
+    arrays = read_arrays(path, ARRAYS, ("wavenumber",), script)
+    spectra = read_arrays(path, SPECTRA_ARRAYS, script=script) if "wavenumber" in arrays else {}
     spectra.pop("modes", None)
     per_start = {array: arrays[array] for array in PER_START}
     return TimeChanges(step_reverse, num_steps, arrays["distance"], **per_start, **spectra)

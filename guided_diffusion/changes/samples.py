@@ -42,8 +42,7 @@ def find_starts(
                 f"{folders[k].path} has one sample of each start: fluctuations need two or more.\nCompute them with "
                 "forward_backward_dataset_sample.py --num_trajectories, or leave the time out (--time_series)"
             )
-        name = folders[k].path.rpartition("/")[2]
-        samples[k] = [[f"{name}/{path}" for path in paths] for paths in of_starts]
+        samples[k] = [[folders[k].within_output(path) for path in paths] for paths in of_starts]
     return starts, samples
 
 

@@ -40,9 +40,9 @@ class Tokens:
         preprocess: maps a uint8 image (H, W, 3) to the network's input, float32.
         layer: module whose output has the features; "": the network's own output.
         channel_axis: axis of the channels in that output, 1 or -1.
+        digest: digest of the weights.
         scaled: whether changes are divided by the root of the number of channels.
         table: distances of all pairs of tokens, (n, n); None: Euclidean, on a grid.
-        digest: digest of the weights.
         shape: (h, w) of a grid, (n,) with a table.
     """
 
@@ -51,9 +51,9 @@ class Tokens:
     preprocess: Preprocess
     layer: str
     channel_axis: int
-    scaled: bool
-    table: np.ndarray | None
     digest: str
+    scaled: bool = True
+    table: np.ndarray | None = None
     shape: tuple[int, ...] = ()
     _caught: list[Tensor] = field(default_factory=list)
 
@@ -154,7 +154,15 @@ def load_tokens(args: argparse.Namespace) -> Tokens:
 
 def pixel_tokens(_args: argparse.Namespace) -> Tokens:
     """Pixels: RGB in [-1, 1], and the norm of its change."""
-    return Tokens(PIXELS, nn.Identity(), lambda image: torch.from_numpy(to_float(image)), "", -1, False, None, PIXELS)
+    return Tokens(
+        name=PIXELS,
+        model=nn.Identity(),
+        preprocess=lambda image: torch.from_numpy(to_float(image)),
+        layer="",
+        channel_axis=-1,
+        digest=PIXELS,
+        scaled=False,
+    )
 
 
 def layer_tokens(args: argparse.Namespace) -> Tokens:
@@ -166,9 +174,14 @@ def layer_tokens(args: argparse.Namespace) -> Tokens:
         names = [layer.name for layer in classifier.layers]
         raise UserError(f"--tokens {args.tokens} matches {len(names)} layers, {_some(names)}; expected one")
     (layer,) = classifier.layers
-    name = f"{classifier.name}-{layer.name}"
-    axis = layer.channel_axis
-    return Tokens(name, classifier.model, classifier.preprocess, layer.name, axis, True, None, classifier.digest)
+    return Tokens(
+        name=f"{classifier.name}-{layer.name}",
+        model=classifier.model,
+        preprocess=classifier.preprocess,
+        layer=layer.name,
+        channel_axis=layer.channel_axis,
+        digest=classifier.digest,
+    )
 
 
 def clip_tokens(args: argparse.Namespace) -> Tokens:
@@ -176,8 +189,14 @@ def clip_tokens(args: argparse.Namespace) -> Tokens:
     model, preprocess, activation = open_clip_visual(args.clip_weights, args.classifier_path)
     size = preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8)).shape[-1]
     ((layer,), _) = find_layers(model, size, [LAST_BLOCK], "--tokens clip")
-    digest = digest_of([weights_digest(model), activation])
-    return Tokens(CLIP, model, preprocess, layer.name, layer.channel_axis, True, None, digest)
+    return Tokens(
+        name=CLIP,
+        model=model,
+        preprocess=preprocess,
+        layer=layer.name,
+        channel_axis=layer.channel_axis,
+        digest=digest_of([weights_digest(model), activation]),
+    )
 
 
 def custom_tokens(args: argparse.Namespace) -> Tokens:
@@ -201,7 +220,15 @@ def custom_tokens(args: argparse.Namespace) -> Tokens:
         axis = 1 if getattr(model.eval()(blank[None]), "ndim", 0) == 4 else -1
     table = None if table is None else np.asarray(table)
     parts = [weights_digest(model), "" if table is None else digest_of(map(str, table.reshape(-1).tolist()))]
-    return Tokens(name_in_files(args.tokens), model, preprocess, "", axis, True, table, digest_of(parts))
+    return Tokens(
+        name=name_in_files(args.tokens),
+        model=model,
+        preprocess=preprocess,
+        layer="",
+        channel_axis=axis,
+        digest=digest_of(parts),
+        table=table,
+    )
 
 
 def _some(names: Sequence[str]) -> str:

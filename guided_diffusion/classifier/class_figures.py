@@ -17,7 +17,9 @@ from .figures import (
     TIME_LABEL,
     VERMILION,
     Rows,
+    columns,
     early_to_late,
+    errors_between,
     new_figure,
 )
 from .results import TimeResult
@@ -51,9 +53,9 @@ def draw_class_transitions(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
     consecutive classes; the rows of the CSV are single classes.
     """
     num_classes = series[0].logits["logits_start"].shape[1]
-    columns = min(5, len(series))
-    lines = -(-len(series) // columns)
-    figure, panels = new_figure(PAGE, 1.33 * lines + 0.45, columns=columns, rows=lines)
+    beside = min(5, len(series))
+    lines = -(-len(series) // beside)
+    figure, panels = new_figure(PAGE, 1.33 * lines + 0.45, columns=beside, rows=lines)
     cells, rows = early_to_late().with_extremes(bad="0.9"), []
     for result, axes in zip(series, panels.flat, strict=False):
         starts, samples = predicted_classes(result)
@@ -94,9 +96,9 @@ def transition_rows(result: TimeResult, starts: np.ndarray, samples: np.ndarray,
     pairs, counts = np.unique(starts[:, None] * num_classes + samples, return_counts=True)
     totals = np.bincount(starts, minlength=num_classes) * samples.shape[1]
     before, after = pairs // num_classes, pairs % num_classes
-    columns = zip(before.tolist(), after.tolist(), counts.tolist(), (counts / totals[before]).tolist(), strict=True)
+    found = zip(before.tolist(), after.tolist(), counts.tolist(), (counts / totals[before]).tolist(), strict=True)
     names = ("class_start", "class_sample", "samples", "fraction")
-    return [result.time_columns | dict(zip(names, values, strict=True)) for values in columns]
+    return [result.time_columns | dict(zip(names, values, strict=True)) for values in found]
 
 
 # Several samples of each image
@@ -114,13 +116,13 @@ def draw_agreement(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
         same = {"same_class": float(pairs.mean()), "low": low, "high": high}
         rows.append(about | same | {"same_class_of_two_images": other if np.isfinite(other) else ""})
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
-    times, (value, low, high) = _columns(rows, "k/N"), (_columns(rows, name) for name in ("same_class", "low", "high"))
-    errors = np.maximum([value - low, high - value], 0)
+    times, value, low, high, of_two = columns(rows, "k/N", "same_class", "low", "high", "same_class_of_two_images")
+    errors = errors_between(value, low, high)
     label = "two samples of one image"
     handles = [axes.errorbar(times, value, errors, color=BLUE, marker="o", label=label, **ERROR_BARS)]
     if rows[0]["same_class_of_two_images"] != "":
         look = CHANCE | {"marker": ".", "label": "samples of two images"}
-        handles += axes.plot(times, _columns(rows, "same_class_of_two_images"), **look)
+        handles += axes.plot(times, of_two, **look)
     axes.set(xlabel=TIME_LABEL, ylabel="probability of the same class", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
     figure.legend(handles=handles, loc="outside upper center", ncols=2)
     return figure, rows
@@ -139,19 +141,13 @@ def draw_entropy(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
         largest = largest_entropy(samples.shape[1], result.logits["logits_sample"].shape[1])
         rows.append(row | {"largest": largest})
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
-    times, value = _columns(rows, "k/N"), _columns(rows, "entropy")
-    errors, look = _columns(rows, "high") - value, {"color": BLUE, "marker": "o", "label": "Miller-Madow"}
+    names = ("k/N", "entropy", "high", "uncorrected", "largest")
+    times, value, high, uncorrected, largest = columns(rows, *names)
+    errors, look = high - value, {"color": BLUE, "marker": "o", "label": "Miller-Madow"}
     handles = [axes.errorbar(times, value, errors, **look, **ERROR_BARS)]
-    handles += axes.plot(
-        times, _columns(rows, "uncorrected"), color=VERMILION, linestyle="--", marker=".", label="uncorrected"
-    )
-    largest = _columns(rows, "largest")
+    handles += axes.plot(times, uncorrected, color=VERMILION, linestyle="--", marker=".", label="uncorrected")
     handles += axes.plot(times, largest, **(CHANCE | {"marker": ".", "label": "largest possible"}))
     axes.set(xlabel=TIME_LABEL, ylabel="entropy of the class,\ngiven the image (nats)", xlim=(-0.02, 1.02))
     axes.set_ylim(-0.04 * largest.max(), 1.08 * largest.max())
     figure.legend(handles=handles, loc="outside upper center", ncols=3)
     return figure, rows
-
-
-def _columns(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows])

@@ -6,13 +6,14 @@ import csv
 import importlib.util
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
 
 from ..errors import ResultError, UserError
+from ..system.files import write_whole
 
 try:
     import matplotlib
@@ -110,6 +111,27 @@ def add_shades_bar(figure: Figure, axes: Any, labels: Sequence[str], label: str)
     bar.ax.tick_params(length=0)
     bar.set_label(label, labelpad=-6)
     bar.outline.set_linewidth(0.6)
+
+
+def columns(rows: Rows, *names: str, **chosen: Any) -> list[np.ndarray]:
+    """Some columns of those rows that have the chosen values; NaN where undefined."""
+    own = [row for row in rows if all(row[name] == value for name, value in chosen.items())]
+    return [np.array([np.nan if row[name] == "" else row[name] for row in own]) for name in names]
+
+
+def errors_between(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Distances from values to the ends of their intervals, (2, n); rounding may make one negative at 0 or 1."""
+    return np.maximum([value - low, high - value], 0)
+
+
+def write_figures(output: str, figures: Mapping[str, Callable[[], tuple[Figure, Rows]]]) -> None:
+    """Draw figures, given by name, and write their files once all are drawn."""
+    files: dict[str, bytes] = {}
+    with style():
+        for name, figure_and_rows in figures.items():
+            files |= render(name, *figure_and_rows())
+    for name, data in files.items():
+        write_whole(f"{output}/{name}", data)
 
 
 def render(name: str, figure: Figure, rows: Rows) -> dict[str, bytes]:

@@ -19,7 +19,9 @@ from .figures import (
     VERMILION,
     Rows,
     add_colorbar,
+    columns,
     early_to_late,
+    errors_between,
     new_figure,
 )
 from .results import TimeResult, class_ranks
@@ -74,8 +76,7 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
     colours, column = early_to_late(), STATISTICS[statistic].__name__
     times = times_of(series)
     for depth, layer in enumerate(layers):
-        own = [row for row in rows if row["depth"] == depth]
-        value, low, high = (np.array([row[column + end] for row in own]) for end in ("", "_low", "_high"))
+        value, low, high = columns(rows, *(column + end for end in ("", "_low", "_high")), depth=depth)
         colour, look = colours(depth / max(1, len(layers) - 1)), {"linewidth": 0.7, "marker": "."}
         if depth == len(layers) - 1 and LOGITS.match(layer):
             colour, look = "black", {"linestyle": "--", "marker": "s", "zorder": 4, "label": "logits"}
@@ -130,10 +131,9 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
         "true class in top 5": {"color": GREEN, "marker": "^", "zorder": 3, "linestyle": "-.", "markersize": 6},
     }
     for measure, look in looks.items():
-        own = [row for row in rows if row["measure"] == measure]
-        if own:
-            value, low, high = (np.array([row[name] for row in own]) for name in ("fraction", "low", "high"))
-            errors = np.maximum([value - low, high - value], 0)  # rounding may make one negative at 0 or 1
+        value, low, high = columns(rows, "fraction", "low", "high", measure=measure)
+        if len(value):
+            errors = errors_between(value, low, high)
             handles.append(axes.errorbar(times_of(series), value, errors, label=measure, **ERROR_BARS, **look))
     for chance in sorted({row["chance"] for row in rows}):
         line = axes.axhline(chance, zorder=1, **CHANCE)

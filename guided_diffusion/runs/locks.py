@@ -34,7 +34,7 @@ class Locks:
     Args:
         outputs: path of each lock file -> name of the output, for messages.
         wait: seconds to wait for an output that another run is using.
-        about: description of the work as a JSON value, such as its settings, compared between shards.
+        about: settings of the work, as a JSON value; shards with different ones conflict.
 
     A lock left by a previous run is taken over: immediately if its process no longer exists on this computer or its
     Slurm job was requeued, else after three minutes without a heartbeat. Remote storage has no locks; a warning is

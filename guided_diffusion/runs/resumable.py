@@ -354,3 +354,10 @@ def times_to_do(run: ResultRun, results: Mapping[int, Result], folder: str) -> l
     undone = [k for k, result in results.items() if result in run.unfinished]
     times = recorded_settings(folder).get("times", undone)
     return times if set(undone) <= set(times) <= results.keys() else undone
+
+
+def describe_batches(left: Sequence[Any], units: Sequence[Any], shard: Shard, done: int) -> str:
+    """How much of the work is left, in words; `done` is the number of times that are finished."""
+    words = f"{len(left)} of {len(shard.units(units))} batches are to be done"
+    words += f" by {shard}" if shard.count > 1 else ""
+    return words + (f"; {done} times are done already" if done else "")

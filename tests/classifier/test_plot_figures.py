@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from guided_diffusion.classifier.figures import style
 from guided_diffusion.classifier.results import differences_file, logits_file
 from guided_diffusion.classifier.ridgeline import PEAK
 from guided_diffusion.errors import UserError
@@ -149,7 +150,7 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
     series = script.find_series(str(write_results(tmp_path, times, num_images=40)), "convnext_base", 250)
     names = series[0].differences["names"].tolist()[:3]
     several = script.find_series(str(write_several(tmp_path / "several", times)), "convnext_base", 250)
-    with script.style():
+    with style():
         drawn = [
             script.draw_similarity(series, "mean"),
             script.draw_retention(*script.measure_retention(series), series),
@@ -167,7 +168,7 @@ def test_distributions_have_a_row_for_each_time(tmp_path):
     from matplotlib.patches import StepPatch
 
     series = script.find_series(str(write_results(tmp_path, TIMES, num_images=40)), "convnext_base", 250)
-    with script.style():
+    with style():
         figure, rows = script.draw_distributions(series, 20)
     layers = list(dict.fromkeys(row["layer"] for row in rows))
     assert layers == ["features.0", "features.20", "classifier"]

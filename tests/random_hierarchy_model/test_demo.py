@@ -6,6 +6,7 @@ import csv
 from pathlib import Path
 
 from guided_diffusion.checkpoints import load_model
+from guided_diffusion.classifier.figures import style
 from guided_diffusion.classifier.networks import open_classifier
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import noised_image
@@ -190,7 +191,7 @@ def test_the_figure_of_all_levels(levels):
         for curve in (script.EXACT, script.LOOP, script.UNET)
         for i, name in enumerate(names)
     ]
-    with script.style():
+    with style():
         figure, _ = script.draw(rows)
         check_texts(figure)
     together = figure.axes[0]
