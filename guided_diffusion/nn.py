@@ -39,6 +39,8 @@ class GroupNorm32(nn.GroupNorm):
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         dtype = dtype or x.dtype
+        if x.device.type == "cuda" and x.dtype != torch.float64 and x.ndim > 2 and not torch.is_grad_enabled():
+            return self._as_affine_map(x, scale, shift, dtype)
         compiling = torch.compiler.is_compiling()
         half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not compiling
         if half_on_cpu and not torch.is_grad_enabled() and _is_channels_last(x):
@@ -50,6 +52,43 @@ class GroupNorm32(nn.GroupNorm):
             return h
         in_place = not (h.requires_grad or compiling)
         return torch.addcmul(shift, h, 1 + scale, out=h if in_place else None)
+
+    def _as_affine_map(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """`forward` for inference on a GPU: one pass over x for the moments, and one for factor * x + offset.
+
+        The factor and the offset of each image and channel include the modulation. Half precision is rounded once.
+        """
+        mean, variance = self._moments(x)  # (B, G)
+        factor = self.weight.view(self.num_groups, -1) * torch.rsqrt(variance + self.eps)[:, :, None]  # (B, G, C / G)
+        offset = self.bias.view(self.num_groups, -1) - mean[:, :, None] * factor
+        factor, offset = factor.flatten(1), offset.flatten(1)  # (B, C)
+        if scale is not None:
+            modulation = 1 + scale.flatten(1).float()
+            factor, offset = factor * modulation, offset * modulation + shift.flatten(1).float()
+        if torch.compiler.is_compiling():
+            factor, offset = (stored(values).reshape(*values.shape, *[1] * (x.ndim - 2)) for values in (factor, offset))
+            return torch.addcmul(offset, x.float(), factor).to(dtype)
+        # The only eager operation for factor * x + offset in half precision: it has "moments" of 0 and 1 here.
+        channels, factor, offset = x.to(dtype).reshape(1, factor.numel(), -1), factor.flatten(), offset.flatten()
+        zeros, ones = torch.zeros_like(offset), torch.ones_like(offset)
+        h = torch.batch_norm(channels, factor, offset, zeros, ones, False, 0.0, 0.0, False)  # (1, B * C, ...)
+        return h.view(x.shape)
+
+    def _moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance of each group of each image, (B, G), in float32."""
+        if not torch.compiler.is_compiling():
+            groups = x.reshape(1, len(x) * self.num_groups, -1)  # (1, B * G, ...)
+            unused = x.new_zeros(2, groups.shape[1], dtype=torch.float32)  # running averages, a required argument
+            mean, variance = torch.batch_norm_update_stats(groups, *unused, 0.0)
+            return mean.view(len(x), -1), variance.view(len(x), -1)
+        # First of channels in channels-last memory, in chunks of about 4096 pixels that keep all of the GPU busy.
+        pixels = x.movedim(1, -1).float().flatten(1, -2)  # (B, T, C)
+        chunks = math.gcd(pixels.shape[1], 2 ** max(0, (pixels.shape[1] // 4096).bit_length() - 1))
+        variance, mean = torch.var_mean(pixels.unflatten(1, (chunks, -1)), dim=2, correction=0)  # (B, chunks, C)
+        variance, mean = (m.unflatten(2, (self.num_groups, -1)) for m in (variance, mean))  # (B, chunks, G, C / G)
+        group_mean = mean.mean(dim=(1, 3), keepdim=True)  # (B, 1, G, 1)
+        group_variance = (variance + (mean - group_mean).square()).mean(dim=(1, 3))
+        return group_mean.flatten(1), group_variance
 
     def _channels_last(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
         """`forward` for a channels-last x (B, C, H, W) in half precision on a CPU.
@@ -72,6 +111,14 @@ class GroupNorm32(nn.GroupNorm):
             moments = (m.expand_as(mean).flatten() for m in (group_mean, group_variance))
             images.append(nn.functional.batch_norm(image.to(dtype), *moments, weight, bias, eps=self.eps))
         return torch.cat(images) if len(images) > 1 else images[0]
+
+
+def stored(x: Tensor) -> Tensor:
+    """x itself, which a compiler stores in the memory format that it has without compilation.
+
+    It would otherwise recompute small tensors in every element of a large one, and choose memory formats by itself.
+    """
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -116,6 +163,32 @@ class PointwiseConv1d(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x.mT, self.weight.squeeze(2), self.bias).mT
+
+
+def conv3x3_of_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
+    """A padded 3x3 convolution in float32 with few output channels, by products of float16 matrices: (B, C, H, W) ->
+    (B, D, H, W).
+
+    Inputs and weights are sums of a high and a low float16 part, and products are accumulated in float32, so the error
+    is that of float32. The product of two low parts is negligible. GPUs have fast units for float16, but not for
+    float32.
+    """
+    (batch, channels, height, width), outputs = x.shape, conv.out_channels
+    weight = conv.weight.permute(2, 3, 0, 1).reshape(9 * outputs, channels)  # of all shifts
+    weight = nn.functional.pad(weight, (0, 0, 0, -len(weight) % 8)).mT  # matrices of odd sizes are slow
+    (x_high, x_low), (high, low) = _halves(x.movedim(1, -1).reshape(-1, channels)), _halves(weight)
+    both = torch.mm(x_high, torch.cat([high, low], dim=1), out_dtype=torch.float32)
+    product = torch.mm(x_low, high, out_dtype=torch.float32) + both[:, : high.shape[1]] + both[:, high.shape[1] :]
+    product = product[:, : 9 * outputs].view(batch, height, width, 3, 3, outputs)
+    product = nn.functional.pad(product, (0, 0, 0, 0, 0, 0, 1, 1, 1, 1))
+    shifted = (product[:, i : i + height, j : j + width, i, j] for i in range(3) for j in range(3))
+    return (sum(shifted) + conv.bias).movedim(-1, 1)
+
+
+def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Float16 tensors whose sum is x, to 22 bits."""
+    high = x.half()
+    return high, (x - high.float()).half()
 
 
 def normalization(channels: int) -> GroupNorm32:

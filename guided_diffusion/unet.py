@@ -25,12 +25,16 @@ from .nn import (
     SiLU,
     avg_pool_nd,
     checkpoint,
+    conv3x3_of_halves,
     conv_nd,
     linear,
     normalization,
+    stored,
     timestep_embedding,
     zero_module,
 )
+
+HALVES_TO_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm(out_dtype=...), from PyTorch 2.8 on
 
 
 class TimestepBlock(nn.Module):
@@ -460,6 +464,10 @@ class _Output(NormActConv):
     """Normalisation, activation and convolution, in float32 regardless of the dtype of the input."""
 
     def forward(self, h: Tensor) -> Tensor:
+        *_, conv = self
+        inference_on_gpu = h.device.type == "cuda" and not torch.is_grad_enabled()
+        if h.dtype == torch.float16 and inference_on_gpu and HALVES_TO_FLOAT32 and isinstance(conv, nn.Conv2d):
+            return conv3x3_of_halves(self.activate(stored(h), dtype=torch.float32), conv)
         return self.convolve(self.activate(h, dtype=torch.float32))
 
 
@@ -530,7 +538,7 @@ class UNetModel(_Encoder):
                 skips.append(h)
             h = self.middle_block(h, emb)
             for block in self.output_blocks:
-                h = block(torch.cat([h, skips.pop()], dim=1), emb)
+                h = block(stored(torch.cat([h, skips.pop()], dim=1)), emb)
         with torch.autocast(x.device.type, enabled=False):  # float32, in training too
             return self.out(h).to(x.dtype)  # (B, out_channels, H, W)
 

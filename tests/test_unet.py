@@ -15,6 +15,7 @@ from guided_diffusion.nn import (
     GroupNorm32,
     avg_pool_nd,
     checkpoint,
+    conv3x3_of_halves,
     conv_nd,
     mean_flat,
     normalization,
@@ -51,6 +52,7 @@ from reference import (
 )
 from torch import nn
 
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 NETWORKS = [
     "unet_readme_like",
     "unet_conv_resample_heads",
@@ -462,6 +464,53 @@ def test_group_norm_is_computed_in_float32(dtype, memory_format):
     expected = normalised(x, norm) * (1 + scale.double()) + shift.double()
     # In half precision, 1 + scale may be rounded too.
     assert relative_error(modulated, expected) < 1e-5 + torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("compiling", [False, True], ids=["eager", "compiling"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("shape", [(2, 64, 96, 128), (2, 64, 50), (1, 64, 4, 6, 10)], ids=len)
+@torch.no_grad()
+def test_group_norm_as_an_affine_map(shape, dtype, compiling, device, monkeypatch):
+    """As on a GPU, in one step with the modulation: only the result is rounded."""
+    norm = fill_weights(normalization(64)).to(device)
+    x = (seeded(shape, 0) + 30).to(device, dtype)
+    scale, shift = (seeded((*shape[:2], *[1] * (len(shape) - 2)), seed).to(device, dtype) for seed in (1, 2))
+    right = normalised(x, norm) * (1 + scale.double()) + shift.double()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    for out_dtype in (dtype, torch.float32):
+        out = norm._as_affine_map(x, scale, shift, out_dtype)
+        assert out.dtype == out_dtype
+        assert out.shape == x.shape
+        assert relative_error(out, right) < 1e-5 + torch.finfo(out_dtype).eps / 2
+        out = norm._as_affine_map(x, None, None, out_dtype)
+        assert relative_error(out, normalised(x, norm)) < 1e-5 + torch.finfo(out_dtype).eps / 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_a_convolution_by_products_of_halves_is_as_precise_as_float32(device, monkeypatch):
+    if device == "cpu":  # where out_dtype does not exist; products of float16 numbers are exact in float32
+        product = torch.mm
+        monkeypatch.setattr(torch, "mm", lambda a, b, out_dtype: product(a.to(out_dtype), b.to(out_dtype)))
+    conv = fill_weights(nn.Conv2d(64, 6, 3, padding=1)).to(device)
+    x = (3 * seeded((2, 64, 9, 14), 0)).to(device)
+    right = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
+    assert relative_error(conv3x3_of_halves(x, conv), right) < 3e-6
+    assert relative_error(conv.half()(x.half()), right) > 1e-4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", NETWORKS)
+@torch.no_grad()
+def test_agrees_with_reference_on_a_gpu(name, dtype):
+    model, x, rest, right = reference_run(name)
+    model = deepcopy(model).cuda()
+    if dtype == torch.float16:
+        model.convert_to_fp16()
+    out = model(x.cuda(), **{name: values.cuda() for name, values in rest.items()})
+    assert relative_error(out.cpu(), right) < (1e-5 if dtype == torch.float32 else 3e-3)
 
 
 @pytest.mark.parametrize("layer", ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"])
