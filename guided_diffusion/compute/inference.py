@@ -18,6 +18,9 @@ from ..fp16_util import half_precision_dtype
 from ..unet import EncoderUNetModel, UNetModel
 from .memory import to_device
 
+# Number of the way in which networks are computed on each kind of device. It grows when last digits change.
+ARITHMETIC = {"cpu": 1, "cuda": 2}  # 2: normalisation as one affine map, output convolution from float16 products
+
 # Environment variables that change the arithmetic of NVIDIA's libraries and PyTorch.
 DECISIVE_VARIABLES = (
     "CUBLAS_WORKSPACE_CONFIG",
@@ -64,7 +67,9 @@ def prepare_network(
     if use_fp16 and dtype != torch.float16:
         logger.info(f"--use_fp16 True: float16 is not fast here, so the U-Net computes in {precision}")
     layout = "channels last" if channels_last else "channels first"
-    return {"precision": precision, "layout": layout, "threads": threads, **describe_machine(device)}
+    arithmetic = ARITHMETIC.get(device.type, 1)
+    machine = {"precision": precision, "layout": layout, "arithmetic": arithmetic, "threads": threads}
+    return {**machine, **describe_machine(device)}
 
 
 def shared_half_precision(device: torch.device) -> torch.dtype:

@@ -105,6 +105,7 @@ def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list
 
 def machine_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """A phrase for each recorded property of the machine that differs; older versions recorded fewer."""
+    recorded = {"arithmetic": 1, **recorded}
     return [f"{k} {_change(recorded, current, k)}" for k in current if k in recorded and recorded[k] != current[k]]
 
 

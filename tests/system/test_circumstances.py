@@ -7,6 +7,7 @@ import json
 from guided_diffusion import dist_util
 from guided_diffusion.compute import inference
 from guided_diffusion.compute.inference import DECISIVE_VARIABLES, describe_machine
+from guided_diffusion.runs.settings import machine_changes
 
 import pytest
 import torch
@@ -159,3 +160,10 @@ def test_parts_of_an_older_version_are_resumed_without_a_warning(tmp_path, capsy
     assert capsys.readouterr().err == ""
     Parts(str(tmp_path / "parts"), {}, {**before, "environment": "", "torch": "2.7"})
     assert "torch was 2.6 and is now 2.7. Results will agree to rounding" in capsys.readouterr().err
+
+
+def test_a_record_without_the_number_of_the_arithmetic_is_of_the_first():
+    assert machine_changes({"threads": 2}, {"threads": 2, "arithmetic": 1}) == []
+    assert machine_changes({"threads": 2}, {"threads": 2, "arithmetic": 2}) == ["arithmetic was 1 and is now 2"]
+    assert machine_changes({"arithmetic": 2}, {"arithmetic": 2}) == []
+    assert machine_changes({"arithmetic": 2}, {}) == []  # a script that applies no such network
