@@ -17,6 +17,7 @@ from guided_diffusion.unet import UNetModel
 from random_hierarchy_model.demo import MODEL_FLAGS, UNET_FILE
 
 import torch
+from torch.utils.benchmark import timer as synchronized_seconds
 from torch.utils.flop_counter import FlopCounterMode
 
 from .bench import FLAGS, Bench, N, half_copy, load_network, optimized_copy
@@ -59,6 +60,8 @@ def network(bench: Bench) -> list[Row]:
         row |= {"TFLOP/s": flops / median / 1e12, "share of peak": flops / median / peak[precision]}
         for other in precisions:
             row[f"times plain {other}"] = ratio(seconds["plain", other], seconds[way, precision])
+        if "compilation" in each[0]:
+            row["compilation, s"] = [f([run["compilation"] for run in each]) for f in (statistics.median, min, max)]
         if "memory" in each[0]:
             row["peak memory, GiB"] = max(run["memory"] for run in each) / 2**30
         rows.append(row)
@@ -77,6 +80,7 @@ def measure_contender(args: argparse.Namespace, device: torch.device, threads: i
     x = torch.randn(batch, 3, size, size, device=device)
     t = torch.full((batch,), 500, device=device)
     use_fp16 = dtype != torch.float32
+    facts: dict[str, float] = {}
     if way == "plain":
         network = plain(half_copy(model, dtype) if use_fp16 else model)
     elif way == "diffusers":
@@ -85,9 +89,11 @@ def measure_contender(args: argparse.Namespace, device: torch.device, threads: i
         compiled = way == "this project, compiled"
         network = optimized_copy(model, use_fp16, threads, compiled)
         if compiled:
+            start = synchronized_seconds()
             network = compile_network(network, create_gaussian_diffusion(timestep_respacing=str(N)), batch, size)
+            facts["compilation"] = synchronized_seconds() - start
     del model
-    return time_and_memory(partial(network, x, t), device)
+    return time_and_memory(partial(network, x, t), device) | facts
 
 
 def matrix_side(device: torch.device) -> int:

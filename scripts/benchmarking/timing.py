@@ -28,9 +28,9 @@ Key = TypeVar("Key", bound=Hashable)
 
 
 def seconds_per_call(call: Callable[[], Any], least: float = 0.2) -> float:
-    """Median seconds per call, over at least `least` seconds, after a warm-up call."""
+    """Median seconds per call without gradients, over at least `least` seconds, after a warm-up call."""
     timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-    with torch.inference_mode():
+    with torch.no_grad():
         return timer.blocked_autorange(min_run_time=least).median
 
 
