@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
     model = dist_util.on_every_rank(load_model, args.model_path, vars(args), args.seed)
     recorded = dist_util.on_main(recorded_compilation, folders.values())
     total = len(images) * args.num_trajectories * args.num_turns
-    compiled = should_compile(args.compile, total, args.batch_size, times, recorded)
+    steps = -(-total // args.batch_size) * sum(times) // shard.count
+    compiled = should_compile(args.compile, model, args.batch_size, steps, recorded)
     batch_size = min(args.batch_size, len(images))  # of the first trajectory
     largest = batch_size if args.num_trajectories == 1 else args.batch_size
     machine = prepare_network(model, args.use_fp16, args.num_threads, compiled, largest)

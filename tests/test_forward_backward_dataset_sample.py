@@ -601,13 +601,23 @@ def test_a_compiled_network_gives_the_same_to_rounding(flags, reference_run, tmp
 
 
 def test_whether_to_compile(capsys, flags):
-    assert not compilation.should_compile("auto", 10**6, 1, [250])  # on a CPU
+    assert not compilation.should_compile("auto", torch.nn.Identity(), 1, 10**9)  # on a CPU
     assert_refused(capsys, [*flags, "--compile", "maybe"], "--compile", "expected True, False or auto, not 'maybe'")
 
 
 def test_the_published_run_is_compiled_on_a_gpu_and_a_try_is_not(monkeypatch):
+    for initialize in ("kaiming_uniform_", "uniform_"):  # slow, and not needed
+        monkeypatch.setattr(torch.nn.init, initialize, lambda w, *_, **__: w)
+    args = (
+        load_script(MAIN_SCRIPT)
+        .create_argparser()
+        .parse_args(
+            ["--preset", "256x256_diffusion_uncond", "--model_path", "x", "--data_dir", "y", "--step_reverse", "125"]
+        )
+    )
+    network = model_from_flags(vars(args))
     monkeypatch.setattr(compilation.dist_util, "dev", lambda: torch.device("cuda"))
     monkeypatch.setattr(compilation, "compilation_problem", lambda: "")  # there is none to try it on
-    assert compilation.should_compile("auto", 10_000, 32, [125])
-    assert not compilation.should_compile("auto", 1000, 32, [250])
-    assert not compilation.should_compile(False, 10_000, 32, [125])
+    assert compilation.should_compile("auto", network, 32, 10_000 // 32 * 125)
+    assert not compilation.should_compile("auto", network, 32, 250)
+    assert not compilation.should_compile(False, network, 32, 10**6)

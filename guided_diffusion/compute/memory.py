@@ -105,13 +105,17 @@ def warn_of_large_tensors(model: nn.Module, batch_size: int, flag: str) -> None:
 
 def largest_tensor(model: UNetModel | EncoderUNetModel) -> int:
     """Elements per image of the largest input or output of any module. Nothing is computed."""
-    from torch._subclasses.fake_tensor import FakeTensorMode  # tensors without data
+    return max(x.numel() for _, x in tensors_of(model))
 
-    largest = 0
 
-    def note(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        nonlocal largest
-        largest = max(largest, *(x.numel() for x in (*inputs, output) if isinstance(x, Tensor)))
+def tensors_of(model: UNetModel | EncoderUNetModel) -> list[tuple[nn.Module, Tensor]]:
+    """Inputs and outputs of all modules for one image, with the module, as tensors without data."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # private, but in all versions from 2.6 on
+
+    found: list[tuple[nn.Module, Tensor]] = []
+
+    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        found.extend((module, x) for x in (*inputs, output) if isinstance(x, Tensor))
 
     hooks = [module.register_forward_hook(note) for module in model.modules()]
     try:
@@ -125,4 +129,4 @@ def largest_tensor(model: UNetModel | EncoderUNetModel) -> int:
     finally:
         for hook in hooks:
             hook.remove()
-    return largest
+    return found

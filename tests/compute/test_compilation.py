@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+from guided_diffusion.checkpoints import load_model
 from guided_diffusion.compute import compilation
-from guided_diffusion.compute.compilation import should_compile
+from guided_diffusion.compute.compilation import should_compile, steps_to_pay
 from guided_diffusion.errors import UserError
+from guided_diffusion.script_util import model_defaults
 
 import pytest
 from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, environment, load_script, run_script
@@ -19,7 +22,7 @@ from guided_diffusion.compute import compilation
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.system.other_scripts import load_script
 
-compilation.MANY_STEPS, compilation._on_gpu = 1, lambda: True
+compilation.steps_to_pay, compilation._on_gpu = lambda *_: 1, lambda: True
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     os.environ |= {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": sys.argv.pop()}
 else:
@@ -76,17 +79,27 @@ def test_without_a_compiler_on_one_rank_auto_compiles_on_none(flags, tmp_path):
     assert "--compile" not in json.loads((tmp_path / "auto/t_2_20_run.json").read_text())["settings"]
 
 
-def test_auto_is_for_many_steps_on_a_gpu(gpu, monkeypatch):
-    assert should_compile("auto", 3200, 32, [100])  # 100 batches of 100 steps
-    assert should_compile("auto", 3169, 32, [25, 75])
+@pytest.fixture(scope="module")
+def network(small_checkpoint):
+    return load_model(str(small_checkpoint), {**model_defaults(), **SMALL_MODEL})
+
+
+def test_auto_is_for_many_steps_on_a_gpu(network, gpu, monkeypatch):
+    steps = math.ceil(steps_to_pay(network, 32))
+    assert should_compile("auto", network, 32, steps)
+    assert not should_compile("auto", network, 32, steps - 1)
+    assert not should_compile("auto", network, 16, steps)  # smaller batches gain less per step
+    monkeypatch.setattr(compilation.dist_util, "get_world_size", lambda: 2)
+    monkeypatch.setattr(compilation.dist_util, "on_main", lambda function: function())
+    monkeypatch.setattr(compilation.dist_util, "gather_objects", lambda value: [value] * 2)
+    assert not should_compile("auto", network, 32, steps)
+    assert should_compile("auto", network, 32, 2 * steps)
     assert len(gpu) == 2
-    assert not should_compile("auto", 3200, 32, [99])
-    assert not should_compile("auto", 3168, 32, [100])
     monkeypatch.setattr(compilation, "_on_gpu", lambda: False)
-    assert not should_compile("auto", 3200, 32, [250])
-    assert not should_compile(False, 3200, 32, [250])
+    assert not should_compile("auto", network, 32, 100 * steps)
+    assert not should_compile(False, network, 32, 100 * steps)
     assert len(gpu) == 2
-    assert should_compile(True, 1, 1, [1])
+    assert should_compile(True, network, 1, 1)
 
 
 def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch, capsys):
@@ -96,7 +109,7 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
 
     # Begun uncompiled, since it is short. Then auto would compile.
     assert run_here(*flags, 2, "--output", plain) == 0
-    monkeypatch.setattr(compilation, "MANY_STEPS", 1)
+    monkeypatch.setattr(compilation, "steps_to_pay", lambda *_: 1)
     next(plain.rglob("*.JPEG")).unlink()
     assert run_here(*flags, 2, "--output", plain) == 0
     assert run_here(*flags, 2, 3, "--output", plain) == 0  # and a new time is treated as the others
@@ -106,7 +119,7 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
     assert run_here(*flags, 2, "--output", tmp_path / "out") == 0
     assert json.loads(record.read_text())["settings"]["compile"] is True
     assert len(gpu) == len(compiled) == 1
-    monkeypatch.setattr(compilation, "MANY_STEPS", 10**9)
+    monkeypatch.setattr(compilation, "steps_to_pay", lambda *_: 10**9)
     next((tmp_path / "out").rglob("*.JPEG")).unlink()
     assert run_here(*flags, 2, "--output", tmp_path / "out") == 0
     assert len(gpu) == len(compiled) == 2
