@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         experiment.log_machine(f"; results in {output}")
         network = model
         if compiled and experiment.chains:
-            network = dist_util.on_every_rank(compile_network, model, diffusion, batch_size, args.image_size)
+            network = dist_util.first_on_each_node(compile_network, model, diffusion, batch_size, args.image_size)
         sample(network, diffusion, experiment, args)
         return experiment.finish()
 

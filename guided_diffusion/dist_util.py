@@ -252,6 +252,14 @@ def on_every_rank(function: Callable, *args: Any) -> Any:
     return result
 
 
+def first_on_each_node(function: Callable, *args: Any) -> Any:
+    """`on_every_rank`, but one rank of each node goes first: the others find what it leaves in caches on disk."""
+    goes_first = _world.local_rank == 0
+    result = on_every_rank(lambda: function(*args) if goes_first else None)
+    later = on_every_rank(lambda: None if goes_first else function(*args))
+    return result if goes_first else later
+
+
 def _result_or_error(function: Callable, *args: Any) -> tuple[Any, Exception | None]:
     """Result of a call, and its UserError or OSError in a form that can be pickled."""
     try:

@@ -82,6 +82,7 @@ def assert_told(folder, ranks, *, launcher_is_mpi=False, torch_works=True):
         assert told["broadcast"] == {"from": 0}
         assert told["gather"] == [10 * r for r in range(ranks)]
         assert told["on_main"] == "by 0"
+        assert told["first_on_each_node"] == "compiled"
         assert told["params"] == [1.0, 0.0, 0, 0.5, 2.0]
         assert told["missing"] == ["FileNotFoundError", True, rank == 0 or ranks == 1]
         assert told["mpi_imported"] == launcher_is_mpi
