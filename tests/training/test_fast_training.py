@@ -45,9 +45,8 @@ class Network(nn.Module):
 
 def train(folder, iterations, **options):
     logger.reset()
-    loop = make_loop(
-        folder, **{"model": Network(), "batch_size": 4, "save_interval": 100, **options}, iterations=iterations
-    )
+    options = {"model": Network(), "batch_size": 4, "save_interval": 100, **options}
+    loop = make_loop(folder, iterations=iterations, **options)
     loop.run_loop()
     return loop
 
@@ -78,15 +77,15 @@ def traced(monkeypatch):
 # Compiled
 
 
-def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, capfd):
+def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, monkeypatch, capfd):
     """With PyTorch's compiler as it is; the dropout is that of the step."""
+    monkeypatch.setattr(compiled, "compilation_problem", lambda: "")  # which takes seconds
     whole = train(tmp_path / "whole", 4, compile=True)
     assert capfd.readouterr().err.count("compiling the network for batches of 4") == 1
     train(tmp_path / "parts", 2, compile=True)
     train(tmp_path / "parts", 4, compile="auto")  # as the record says
-    assert files(tmp_path / "whole").items() >= {
-        (k, v) for k, v in files(tmp_path / "parts").items() if "2.pt" not in k
-    }
+    resumed = files(tmp_path / "parts")
+    assert {name: resumed[name] for name in files(tmp_path / "whole")} == files(tmp_path / "whole")
     assert capfd.readouterr().err.count("compiling the network for batches of 4") == 2
     assert whole.model.state_dict().keys() == Network().state_dict().keys()
     assert torch.load(tmp_path / "whole/opt000004.pt")["training"]["settings"]["--compile"] is True
@@ -95,16 +94,14 @@ def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, capfd
 
 
 def test_a_compiled_step_is_that_of_the_network(tmp_path, traced):
-    """A U-Net, in microbatches of 3 and 2."""
+    """A U-Net whose activations are recomputed, in microbatches."""
     batch, cond = next(Images(8))
-    loops = [
-        make_loop(
-            tmp_path / name, model=tiny_model(learn_sigma=True, use_checkpoint=True), microbatch=3, compile=choice
-        )
-        for name, choice in (("eager", False), ("compiled", True))
-    ]
+    loops = []
+    for choice in (False, True):
+        model = tiny_model(learn_sigma=True, use_checkpoint=True)
+        loops.append(make_loop(tmp_path / str(choice), model=model, microbatch=4, compile=choice))
     losses = [loop.forward_backward(batch, cond)[0] for loop in loops]
-    assert traced == [3, 2]
+    assert traced == [4]
     for name, value in losses[0].items():
         assert torch.allclose(value, losses[1][name], rtol=1e-4)
     for a, b in zip(*(loop.model.parameters() for loop in loops), strict=True):
@@ -113,26 +110,26 @@ def test_a_compiled_step_is_that_of_the_network(tmp_path, traced):
 
 def test_what_is_compiled_and_what_is_not(tmp_path, traced):
     assert batch_sizes(8, 3) == {3, 2} and batch_sizes(8, 8) == batch_sizes(8, 20) == {8} and batch_sizes(8, 4) == {4}
-    loop = make_loop(tmp_path, model=Network(), batch_size=4, compile=True)
+    loop = make_loop(tmp_path, model=Network(), batch_size=4, microbatch=3, compile=True)
     loop.run_step(*next(Images(4)))
-    assert traced == [4]
-    loop.run_step(*next(Images(3)))  # of another size
+    assert traced == [3, 1]
+    loop.run_step(*next(Images(2)))  # of another size
     with torch.no_grad():
         loop.ddp_model(torch.zeros(2, 3, 8, 8), torch.zeros(2))
     seen = []
     hook = loop.model.layers[1].register_forward_hook(lambda *_: seen.append(1))
     loop.run_step(*next(Images(4)))  # with a hook that was added later, and cannot be compiled
-    assert seen == [1]
+    assert seen == [1, 1]
     hook.remove()
     loop.run_step(*next(Images(4)))
-    assert seen == [1] and traced == [4]
+    assert seen == [1, 1] and traced == [3, 1]
 
 
 def test_compiling_leaves_no_trace():
-    """Neither gradients nor used random numbers: with a compiler that returns the function, it is the network's pass."""
+    """Neither gradients nor used random numbers."""
     network, x, t = Network(), torch.ones(2, 3, 8, 8), torch.ones(2)
     wrapped = CompiledForTraining(network, {2})
-    wrapped._compiled = network.__call__
+    wrapped._compiled = network.__call__  # a compiler without an effect
     torch.manual_seed(1)
     expected = network(x, t)
     torch.manual_seed(1)
@@ -206,9 +203,8 @@ def test_files_do_not_depend_on_the_memory_layout(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", 3)
     train(tmp_path / "parts", 2)
     resumed = train(tmp_path / "parts", 3)
-    assert same(whole.model.parameters(), resumed.model.parameters()) and same(
-        whole.ema_params[0], resumed.ema_params[0]
-    )
+    assert same(whole.model.parameters(), resumed.model.parameters())
+    assert same(whole.ema_params[0], resumed.ema_params[0])
     kept = {k: v for k, v in files(tmp_path / "parts").items() if "2.pt" not in k}
     assert kept.keys() == {"model000003.pt", "opt000003.pt", "ema_0.9_000003.pt", "progress.csv"}
     assert files(tmp_path / "whole") == kept
