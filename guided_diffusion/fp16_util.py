@@ -115,7 +115,7 @@ class MixedPrecisionTrainer:
         return True
 
     def step(self, opt: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
-        """Take an optimizer step, unless float16 gradients have overflowed.
+        """Take an optimizer step, unless float16 gradients have overflowed. A fused optimizer does not wait to know.
 
         Returns the norms of gradients and weights before the step, as 0-d tensors on the device.
         """
