@@ -56,9 +56,10 @@ class MixedPrecisionTrainer:
 
     Args:
         model: network, on the device used for training.
-        use_fp16: train in mixed precision, in the `half_precision_dtype` of the device.
+        use_fp16: train in mixed precision.
         fp16_scale_growth: increase of the base-2 logarithm of the loss scale per step.
         initial_lg_loss_scale: base-2 logarithm of the initial loss scale.
+        half: dtype of mixed precision; None: the `half_precision_dtype` of the device.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class MixedPrecisionTrainer:
         use_fp16: bool = False,
         fp16_scale_growth: float = 1e-3,
         initial_lg_loss_scale: float = INITIAL_LOG_LOSS_SCALE,
+        half: torch.dtype | None = None,
     ):
         self.model = model
         if use_fp16 and hasattr(model, "use_mixed_precision"):
             model.use_mixed_precision()
         self.master_params = list(model.parameters())
         self.device = self.master_params[0].device
-        self.dtype = half_precision_dtype(self.device) if use_fp16 else torch.float32
+        self.dtype = (half or half_precision_dtype(self.device)) if use_fp16 else torch.float32
         self.use_fp16 = self.dtype != torch.float32
         self.scaler = torch.amp.GradScaler(
             self.device.type,
@@ -113,7 +115,7 @@ class MixedPrecisionTrainer:
         return True
 
     def step(self, opt: torch.optim.Optimizer) -> tuple[Tensor, Tensor]:
-        """Take an optimizer step, unless float16 gradients have overflowed.
+        """Take an optimizer step, unless float16 gradients have overflowed. A fused optimizer does not wait to know.
 
         Returns the norms of gradients and weights before the step, as 0-d tensors on the device.
         """

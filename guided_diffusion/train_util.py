@@ -27,6 +27,8 @@ from tqdm import tqdm
 
 from . import dist_util, logger
 from .command_line.stopping import Stopped, StopRequest, when_stopped
+from .compute.inference import hardware, versions, wide_enough_for_channels_last
+from .compute.transfer import upload
 from .dist_util import get_rank, get_world_size
 from .errors import ResultError, UserError
 from .forward_backward import NoiseStreams
@@ -34,12 +36,14 @@ from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
 from .resample import LossAwareSampler, LossSecondMomentResampler, ScheduleSampler, UniformSampler
+from .runs.settings import machine_changes
 from .system.checkpoint_files import Shapes, difference, shapes_of
 from .training.checkpoints import find_ema_checkpoint as find_ema_checkpoint
 from .training.checkpoints import newest_complete_model, opt_path, read_optimizer, remove_unfinished, write_checkpoint
 from .training.checkpoints import parse_rates as parse_rates
 from .training.checkpoints import parse_resume_step_from_filename as parse_resume_step_from_filename
-from .training.optimizer_state import by_parameter, steps_taken
+from .training.compiled import CompiledForTraining, batch_sizes, choose_compilation
+from .training.optimizer_state import MOMENTS, by_parameter, in_row_major, laid_out_as, steps_taken
 from .training.start import changed_settings, choose_start, describe_newest
 
 Cond = dict[str, Tensor]  # other inputs of the model, each (B, ...)
@@ -66,7 +70,10 @@ class TrainLoop:
         log_interval, save_interval: numbers of steps.
         resume_checkpoint: a modelNNNNNN.pt to start from, together with the files beside it. If `output` has
             checkpoints, the run resumes from the newest one; this must then name it, or the one the run started from.
-        use_fp16, fp16_scale_growth: see `MixedPrecisionTrainer`.
+        use_fp16, fp16_scale_growth: see `MixedPrecisionTrainer`. On a GPU, the convolutions of wide networks are then
+            channels-last. Files do not depend on this.
+        half_precision: dtype of half precision: "float16", "bfloat16" or "auto", see `half_precision_dtype`.
+        compile: compile the network, see `choose_compilation`.
         schedule_sampler: sampler of timesteps; None: uniform.
         weight_decay: weight decay of AdamW.
         lr_anneal_steps: last step, by which the learning rate falls linearly to 0; 0: no limit and a constant rate.
@@ -105,7 +112,9 @@ class TrainLoop:
         save_interval: int,
         resume_checkpoint: str = "",
         use_fp16: bool = False,
+        half_precision: str = "auto",
         fp16_scale_growth: float = 1e-3,
+        compile: bool | str = False,
         schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
@@ -131,6 +140,7 @@ class TrainLoop:
         self.save_interval = save_interval
         self.resume_checkpoint = resume_checkpoint
         self.use_fp16 = use_fp16
+        self.half_precision = half_precision
         self.fp16_scale_growth = fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.weight_decay = weight_decay
@@ -138,6 +148,7 @@ class TrainLoop:
         self.last_step = min(filter(None, (lr_anneal_steps, iterations)), default=None)
         self.seed = seed
         self.settings = self.default_settings() if settings is None else dict(settings)
+        self.compile_choice, self.compiled = compile, False
         self.on_start, self.before_save, self.on_save = on_start, before_save, on_save
         self.check_fit = check_fit
         self.extra_state = dict(extra_state or {})
@@ -148,8 +159,15 @@ class TrainLoop:
         self.step = self.resume_step = 0
         self.saved_step: int | None = None  # step of the last checkpoint read or written
         self.origin: dict[str, str] | None = None  # see `Start`
+        self._begun_with: dict[str, str] = {}  # the `_machine` on which a compiled run was started
         self.meter = LossMeter(self.device)
-        self.mp_trainer = MixedPrecisionTrainer(model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth)
+        half = None if half_precision == "auto" else getattr(torch, half_precision)
+        self.mp_trainer = MixedPrecisionTrainer(
+            model=model, use_fp16=use_fp16, fp16_scale_growth=fp16_scale_growth, half=half
+        )
+        self.channels_last = self._prefers_channels_last()
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)
         self.opt = torch.optim.AdamW(
             self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=self.device.type in ("cpu", "cuda")
         )
@@ -160,7 +178,7 @@ class TrainLoop:
         self._load_start()
         self._expected_step = self.step
         self.ddp_model = self._distributed(model)
-        self.use_ddp = self.ddp_model is not model
+        self.use_ddp = get_world_size() > 1
 
     def default_settings(self) -> dict[str, Any]:
         """Settings that determine the course of a run, as far as this class knows them, by flag."""
@@ -177,6 +195,8 @@ class TrainLoop:
         }
         if self.use_fp16:
             settings["--fp16_scale_growth"] = self.fp16_scale_growth
+        if self.half_precision != "auto":
+            settings["--half_precision"] = self.half_precision
         if hasattr(self.diffusion, "betas"):
             settings["noise schedule"] = "betas from {:.4g} to {:.4g}".format(*self.diffusion.betas[[0, -1]])
         for kind in ("model_mean_type", "model_var_type", "loss_type"):
@@ -269,8 +289,8 @@ class TrainLoop:
 
         Returns the weighted loss terms by their names in the log, (B,) each, and the timesteps t, (B,).
         """
-        batch = batch.to(self.device, non_blocking=True)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        batch = upload(batch, self.device)
+        cond = {name: upload(value, self.device) for name, value in cond.items()}
         t, weights = self.draw_timesteps(self.seed, len(batch))  # (B,), (B,)
         noise = self.draw_noise(batch.shape, self.seed)
         torch.manual_seed(step_seed(self.seed, self.step, get_rank()))  # for dropout
@@ -281,7 +301,7 @@ class TrainLoop:
             part = slice(start, start + self.microbatch)
             last = start + self.microbatch >= len(batch)
             # Gradients are averaged over the processes once, in the last backward pass.
-            with nullcontext() if last or self.ddp_model is self.model else self.ddp_model.no_sync():
+            with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
                 with self.mp_trainer.autocast():
                     losses = self.compute_losses(
                         batch[part], t[part], noise[part], {name: value[part] for name, value in cond.items()}
@@ -348,7 +368,7 @@ class TrainLoop:
         rows = self._global_rows(self.batch_size if count is None else count)
         drawn = max(self.global_batch, rows[-1] + 1)
         t, weights = self.schedule_sampler.sample(drawn, torch.device("cpu"), generator)
-        return t[rows].to(self.device), weights[rows].to(self.device)
+        return upload(t[rows], self.device), upload(weights[rows], self.device)
 
     def draw_noise(self, shape: Sequence[int], seed: int) -> Tensor:
         """Standard normal noise (B, ...) for this process's rows."""
@@ -365,7 +385,7 @@ class TrainLoop:
 
     def _load_start(self) -> None:
         """Resume from the newest checkpoint in the output folder, else start from `resume_checkpoint` or scratch."""
-        args = self.resume_checkpoint, self.output, self.settings, self.ema_rate
+        args = self.resume_checkpoint, self.output, self.settings | {"--compile": self.compile_choice}, self.ema_rate
         self._start = start = dist_util.on_main(choose_start, *args)
         self._file_order: list[str] | None = None
         self.origin = None if start is None else start.origin
@@ -383,6 +403,7 @@ class TrainLoop:
             self.ema_params = [_copies(self.mp_trainer.master_params) for _ in self.ema_rate]
         self.resume_step = 0
         if not self.done:
+            self._choose_compilation()
             dist_util.on_main(self._start_in_folder)
         if start is not None and start.resumed:
             self.saved_step = self.step
@@ -393,6 +414,22 @@ class TrainLoop:
             dist_util.sync_params(self.model.parameters())
         else:
             self._load_weights()
+
+    def _choose_compilation(self) -> None:
+        """Decide whether to compile, and record it. Warns if a run compiled on another machine is resumed."""
+        start = self._start
+        recorded = start.settings["--compile"] if start is not None and start.resumed else None
+        steps = None if self.last_step is None else self.last_step - self.step
+        self.compiled = choose_compilation(self.compile_choice, recorded, steps)
+        if self.compiled:
+            self.settings["--compile"] = True
+            if changes := machine_changes(self._begun_with, self._machine()):
+                logger.warn(f"{'; '.join(changes)}. The resumed run agrees to rounding, not to the byte")
+
+    def _machine(self) -> dict[str, str]:
+        """Properties of this machine that affect the last digits of a compiled network, by name."""
+        machine = {"hardware": hardware(self.device), **versions(self.device)}
+        return {name: str(value) for name, value in machine.items()}  # torch.__version__ is of a type of its own
 
     def _start_in_folder(self) -> None:
         """The first changes to the output folder, after all checks have passed."""
@@ -424,7 +461,8 @@ class TrainLoop:
             logger.warn(f"no moving average of decay {rate} beside {start.path}: it starts from the model's weights")
             return _copies(self.mp_trainer.master_params)
         weights = self._read_weights(average)
-        return _copies(value.to(self.device) for value in self.mp_trainer.state_dict_to_master_params(weights))
+        values = self.mp_trainer.state_dict_to_master_params(weights)
+        return [laid_out_as(param, value) for param, value in zip(self.mp_trainer.master_params, values, strict=True)]
 
     def _read_weights(self, path: str) -> dict[str, Tensor]:
         """Weights of this network. Raises UserError, on all processes, if the file is of another network."""
@@ -455,6 +493,8 @@ class TrainLoop:
         numbered = {index: states[name] for index, name in enumerate(names) if name in states}
         # With the current param_groups, since learning rate and weight decay may have changed.
         self.opt.load_state_dict({"state": numbered, "param_groups": self.opt.state_dict()["param_groups"]})
+        for param, entry in self.opt.state.items():
+            entry |= {moment: laid_out_as(param, entry[moment]) for moment in MOMENTS}
         if "training" not in state:  # guided-diffusion numbers its files one step lower
             taken = steps_taken(states)
             self.step = max(start.number, taken)
@@ -462,6 +502,7 @@ class TrainLoop:
                 f"{start.path} was written by another program after {taken} optimizer steps: the next step is number "
                 f"{self.step + 1}"
             )
+        self._begun_with = training.get("begun_with", {}) if start.resumed else {}
         if scaler := training.get("scaler"):
             self.mp_trainer.scaler.load_state_dict(scaler)
         if isinstance(self.schedule_sampler, LossAwareSampler) and "schedule_sampler" in training:
@@ -484,10 +525,11 @@ class TrainLoop:
         if self.before_save is not None:
             self.before_save()
         optimizer = self.opt.state_dict()
+        states = optimizer["state"]
         averages = dict(zip(self.ema_rate, self.ema_params, strict=True))
         checked = {
             "a weight": self.mp_trainer.master_params,
-            "a number of the optimizer": [value for state in optimizer["state"].values() for value in state.values()],
+            "a number of the optimizer": [value for state in states.values() for value in state.values()],
             **{f"a weight of the moving average of decay {rate}": average for rate, average in averages.items()},
         }
         for kind, tensors in checked.items():
@@ -502,14 +544,19 @@ class TrainLoop:
             "scaler": self.mp_trainer.scaler.state_dict(),
             **self.extra_state,
         }
+        if self.compiled:
+            training["begun_with"] = self._begun_with or self._machine()
         if isinstance(self.schedule_sampler, LossAwareSampler):
             training["schedule_sampler"] = self.schedule_sampler.state_dict()
         write_checkpoint(
             self.output,
             self.step,
-            self.model.state_dict(),
-            {**optimizer, "training": training},
-            {rate: self.mp_trainer.master_params_to_state_dict(average) for rate, average in averages.items()},
+            in_row_major(self.model.state_dict()),
+            {**optimizer, "state": {i: in_row_major(entry) for i, entry in states.items()}, "training": training},
+            {
+                rate: in_row_major(self.mp_trainer.master_params_to_state_dict(average))
+                for rate, average in averages.items()
+            },
         )
 
     def _averaged_model(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -522,8 +569,15 @@ class TrainLoop:
             weights = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
             return functional_call(self.model, weights, args, kwargs)
 
+    def _prefers_channels_last(self) -> bool:
+        """Whether convolutions are faster with weights in channels-last memory: on a GPU in half precision."""
+        on_gpu = self.device.type == "cuda"
+        return on_gpu and self.mp_trainer.use_fp16 and wide_enough_for_channels_last(self.model)
+
     def _distributed(self, model: nn.Module) -> nn.Module:
-        """The model, wrapped to average its gradients over the processes."""
+        """The model, compiled if chosen, and wrapped to average its gradients over the processes."""
+        if self.compiled:
+            model = CompiledForTraining(model, batch_sizes(self.batch_size, self.microbatch))
         if get_world_size() == 1:
             return model
         # PyTorch 2.13 renamed the option to broadcast buffers before each forward pass.

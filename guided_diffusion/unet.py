@@ -65,7 +65,12 @@ class Upsample(nn.Module):
         self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.interpolate(x, scale_factor=self.scale_factor, mode="nearest")  # (B, C, 2H, 2W)
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # The compiler's gradient of `interpolate` adds atomically, in any order, and is slow in half precision.
+            for dim, factor in enumerate(self.scale_factor, start=2):
+                x = x.repeat_interleave(factor, dim)
+        else:
+            x = F.interpolate(x, scale_factor=self.scale_factor, mode="nearest")  # (B, C, 2H, 2W)
         return x if self.conv is None else self.conv(x)
 
 

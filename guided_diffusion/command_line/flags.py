@@ -253,6 +253,12 @@ FLAGS = {
         FILE, "modelNNNNNN.pt, with the files beside it, to start a new run from; an interrupted run needs no flag"
     ),
     "fp16_scale_growth": Flag(FLOAT, "growth per step of log2 of float16's loss scale", 1e-3),
+    "half_precision": Flag(
+        TEXT,
+        "dtype of half precision in training; auto: float16 on a GPU, bfloat16 on a CPU that supports it",
+        "auto",
+        choices=("auto", "float16", "bfloat16"),
+    ),
     "random_crop": Flag(BOOL, "random instead of center crops", False),
     "random_flip": Flag(BOOL, "flip half of the images horizontally", True),
     "noised": Flag(BOOL, "train the classifier on noised images", True),
@@ -279,7 +285,7 @@ SAMPLING = (
 TRAINING_IMAGES = ("data_dir", "labels_file", "class_order", "random_crop", "random_flip", "num_workers")
 TRAINING = (
     *("lr", "weight_decay", "batch_size", "microbatch", "iterations", "log_interval", "save_interval"),
-    *("resume_checkpoint", "fp16_scale_growth", "output", "seed", "num_threads"),
+    *("resume_checkpoint", "half_precision", "fp16_scale_growth", "compile", "output", "seed", "num_threads"),
 )
 TRAINING_DIFFUSION = ("schedule_sampler", "lr_anneal_steps", "ema_rate", "sample_grid", "sample_steps")
 CLASSIFYING = ("classifier_name", "classifier_path", "layers", "classifier_use_fp16")

@@ -61,7 +61,7 @@ def prepare_network(
     # Half-precision convolutions with enough channels are faster in channels-last layout. But on a GPU, only the
     # compiled normalisation is; and in float32 on a CPU, the exact normalisation would convert the layout back.
     half_on_cpu = device.type == "cpu" and dtype != torch.float32
-    channels_last = getattr(model, "model_channels", 0) >= 64 and (half_on_cpu or (compiled and device.type == "cuda"))
+    channels_last = wide_enough_for_channels_last(model) and (half_on_cpu or (compiled and device.type == "cuda"))
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
     precision = str(dtype).removeprefix("torch.")
     if use_fp16 and dtype != torch.float16:
@@ -70,6 +70,11 @@ def prepare_network(
     arithmetic = ARITHMETIC.get(device.type, 1)
     machine = {"precision": precision, "layout": layout, "arithmetic": arithmetic, "threads": threads}
     return {**machine, **describe_machine(device)}
+
+
+def wide_enough_for_channels_last(model: torch.nn.Module) -> bool:
+    """Whether a U-Net has enough channels for channels-last convolutions to be faster in half precision."""
+    return getattr(model, "model_channels", 0) >= 64
 
 
 def shared_half_precision(device: torch.device) -> torch.dtype:

@@ -10,8 +10,10 @@ from torch import Tensor
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to `device`."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    """Copy a tensor to `device`. The copy from the CPU to a GPU runs in the background."""
+    if device.type == "cuda" and x.device.type == "cpu":
+        x = x.pin_memory()  # the copy of pageable memory would make the CPU wait
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def download(*tensors: Tensor) -> Callable[[], list[np.ndarray]]:

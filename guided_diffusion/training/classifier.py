@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..compute.transfer import upload
 from ..train_util import Cond, TrainLoop, step_seed
 
 
@@ -71,7 +72,7 @@ class ClassifierTrainLoop(TrainLoop):
         noise = self.draw_noise(batch.shape, seed)
         self.model.eval()
         with self.mp_trainer.autocast():
-            terms = self.compute_losses(batch.to(self.device), t, noise, {"y": cond["y"].to(self.device)})
+            terms = self.compute_losses(upload(batch, self.device), t, noise, {"y": upload(cond["y"], self.device)})
         self.model.train()
         weighted = {f"val_{name}": value * weights for name, value in terms.items()}
         self.meter.add(weighted, t, self.diffusion.num_timesteps)

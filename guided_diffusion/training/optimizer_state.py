@@ -7,6 +7,7 @@ parameters: all vectors and scalars of the network, flattened and concatenated, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from math import prod
 from typing import Any
 
@@ -48,6 +49,28 @@ def by_parameter(saved: Mapping[str, Any], shapes: Shapes) -> dict[str, dict[str
         name: {"step": torch.tensor(float(entry["step"])), **{moment: entry[moment] for moment in MOMENTS}}
         for name, entry in by_name.items()
     }
+
+
+def in_row_major(state: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state dict for a file: with the strides of contiguous tensors, whatever the memory layout.
+
+    The same object if nothing has to change. Otherwise a dict of the same type and attributes.
+    """
+    changed = {
+        name: torch.empty(value.shape, dtype=value.dtype, device=value.device).copy_(value)
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.stride() != torch.empty(value.shape, device="meta").stride()
+    }
+    if not changed:
+        return state
+    copied = copy(state)
+    copied.update(changed)
+    return copied
+
+
+def laid_out_as(param: Tensor, value: Tensor) -> Tensor:
+    """A copy of `value` on the device and in the memory layout of a parameter of the same shape."""
+    return torch.empty_like(param, requires_grad=False, dtype=value.dtype).copy_(value)
 
 
 def steps_taken(states: Mapping[str, Mapping[str, Tensor]]) -> int:

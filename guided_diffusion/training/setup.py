@@ -21,6 +21,7 @@ from ..command_line.stopping import when_stopped
 from ..compute.inference import compute_exactly
 from ..errors import UserError, first_line
 from ..forward_backward import from_pixels, to_pixels
+from ..fp16_util import half_precision_dtype
 from ..gaussian_diffusion import GaussianDiffusion
 from ..images.classes import OtherClasses, read_classes, write_classes
 from ..images.folder import list_images
@@ -85,9 +86,12 @@ def training_folder(args: argparse.Namespace, default: str) -> Iterator[Training
         raise UserError(f"--lr {args.lr} --weight_decay {args.weight_decay}: expected lr > 0 and weight_decay >= 0")
     if not 0 < args.fp16_scale_growth < math.inf:
         raise UserError(f"--fp16_scale_growth {args.fp16_scale_growth}: expected a number above 0, such as 0.001")
+    if args.half_precision != "auto" and not _uses_half_precision(args):
+        raise UserError(f"--half_precision {args.half_precision}: expected half precision as well (--use_fp16 True)")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images (1 or more), or -1 for all")
     dist_util.setup_dist(args.device)
+    dist_util.on_every_rank(half_precision_setting, args)
     output = logger.choose_dir(args.output, default)
     when_stopped(partial(describe_newest, output, args.resume_checkpoint))
     with locked_by_main({f"{output}/training.lock": f"the training folder {output}"}) as lock:
@@ -164,10 +168,12 @@ def loop_options(
         network: kind of the network, for messages about checkpoints that do not fit.
     """
     names = ("ema_rate", "use_fp16", "lr_anneal_steps", "batch_size", "microbatch", "lr", "weight_decay")
-    names += ("log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth", "iterations", "seed")
+    names += ("log_interval", "save_interval", "resume_checkpoint", "fp16_scale_growth", "compile")
+    names += ("iterations", "seed")
     classes = getattr(data, "classes", None)
     return {
         "settings": training_settings(args, flags, data),
+        "half_precision": half_precision_setting(args),
         "check_fit": fit_checker(network, flags) if network else None,
         "extra_state": {"classes": classes.as_json()} if classes else {},
         **folder.options(),
@@ -189,14 +195,33 @@ def training_settings(args: argparse.Namespace, flags: Mapping[str, Any], data: 
     names = [name for name in DECISIVE_FLAGS if hasattr(args, name)]
     if getattr(args, "anneal_lr", False):
         names.append("iterations")
-    if getattr(args, "use_fp16", False) or getattr(args, "classifier_use_fp16", False):
+    if _uses_half_precision(args):
         names.append("fp16_scale_growth")
     settings = {f"--{name}": value for name, value in flags.items() if name != "use_checkpoint"}
     settings |= {f"--{name}": getattr(args, name) for name in names}
+    if (half := half_precision_setting(args)) != "auto":
+        settings["--half_precision"] = half
     settings["images per step (--batch_size times processes)"] = args.batch_size * dist_util.get_world_size()
     if hasattr(args, "data_dir"):
         settings["the images (--data_dir)"] = data.digest
     return settings
+
+
+def half_precision_setting(args: argparse.Namespace) -> str:
+    """--half_precision, or "auto" if it names the dtype that auto would choose.
+
+    Raises UserError if this rank's device does not support it.
+    """
+    name, device = args.half_precision, dist_util.dev()
+    if name == "float16" and device.type == "cpu":
+        raise UserError("--half_precision float16: expected a GPU; a CPU trains in bfloat16 (--half_precision auto)")
+    if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError("--half_precision bfloat16: this GPU does not support it, use --half_precision float16")
+    return "auto" if name != "auto" and getattr(torch, name) == half_precision_dtype(device) else name
+
+
+def _uses_half_precision(args: argparse.Namespace) -> bool:
+    return getattr(args, "use_fp16", False) or getattr(args, "classifier_use_fp16", False)
 
 
 def fit_checker(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Shapes, Shapes], None]:

@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import blobfile as bf
@@ -32,6 +32,9 @@ from .checkpoints import (
 
 Settings = Mapping[str, Any]
 
+# Settings that are only recorded if they have another value. Earlier versions lacked them.
+UNRECORDED = {"--compile": False, "--half_precision": "auto"}
+
 
 @dataclass(frozen=True)
 class Start:
@@ -41,11 +44,13 @@ class Start:
         path: model file.
         resumed: whether it belongs to the output folder, whose run is then resumed; if not, it starts a new run.
         origin: path and digest of the checkpoint elsewhere from which the folder's run started; None: from scratch.
+        settings: recorded settings of a resumed run.
     """
 
     path: str
     resumed: bool
     origin: dict[str, str] | None
+    settings: Settings = field(default_factory=dict)
 
     @property
     def number(self) -> int:
@@ -59,7 +64,8 @@ def choose_start(named: str, output: str, settings: Settings, ema_rates: Sequenc
     Args:
         named: model file named by the user, or "".
         output: output folder of the run.
-        settings: settings that must not change when the run is resumed, by flag.
+        settings: settings that must not change when the run is resumed, by flag. "--compile": "auto" is that of the
+            record.
         ema_rates: decays of the moving averages.
 
     Raises:
@@ -95,9 +101,9 @@ def choose_start(named: str, output: str, settings: Settings, ema_rates: Sequenc
         )
     if "training" not in state:
         logger.warn(f"{newest} was written by another program without its settings: they are not compared")
-    elif unrecorded := [name for name in settings if name not in state["training"].get("settings", {})]:
+    elif unrecorded := [name for name in settings if name not in UNRECORDED | state["training"].get("settings", {})]:
         logger.warn(f"{newest} does not record {', '.join(unrecorded)}: assumed to be unchanged")
-    return Start(newest, True, origin)
+    return Start(newest, True, origin, UNRECORDED | state.get("training", {}).get("settings", {}))
 
 
 def describe_newest(output: str, named: str = "") -> str:
@@ -158,7 +164,10 @@ def _recorded_rates(path: str, state: Mapping[str, Any]) -> list[str]:
 
 def _changes_since(path: str, state: Mapping[str, Any], settings: Settings, ema_rates: Sequence[float]) -> list[str]:
     """A phrase for each difference from the run that wrote a checkpoint; the order of the decays does not matter."""
-    recorded = state.get("training", {}).get("settings", {})
+    recorded = UNRECORDED | state.get("training", {}).get("settings", {})
+    settings = UNRECORDED | dict(settings)
+    if settings["--compile"] == "auto":
+        settings["--compile"] = recorded["--compile"]
     then, now = _recorded_rates(path, state), [str(rate) for rate in ema_rates]
     if sorted(then) == sorted(now):
         then = now

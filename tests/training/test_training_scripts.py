@@ -729,6 +729,7 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
         ("image_train", {"schedule_sampler": "unifrom"}, "--schedule_sampler unifrom: expected uniform or"),
         ("image_train", {"lr": 0}, r"--lr 0"),
         ("image_train", {"microbatch": 0}, r"--microbatch 0"),
+        ("image_train", {"half_precision": "bfloat16"}, r"--half_precision bfloat16: expected .* \(--use_fp16 True\)"),
         ("image_train", {"ema_rate": "2"}, r"--ema_rate 2"),
         ("image_train", {"image_size": 15}, r"--image_size 15 is not a multiple of 2"),
         ("image_train", {"num_channels": 33}, r"--num_channels 33"),
