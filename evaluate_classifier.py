@@ -145,7 +145,7 @@ def compare(
     comparison: ResultRun,
     args: argparse.Namespace,
 ) -> None:
-    """Compare this rank's share of batches and write their parts.
+    """Compare the batches that this rank takes and write their parts.
 
     A batch of B starting images with S samples of each is one forward pass of (1 + S) B images. Raises ResultError if
     the classifier gives NaN or infinity.

@@ -124,7 +124,7 @@ def measure(
     measurement: ResultRun,
     args: argparse.Namespace,
 ) -> None:
-    """Measure this rank's share of units and write their parts. Raises ResultError if features are not finite.
+    """Measure the units that this rank takes and write their parts. Raises ResultError if features are not finite.
 
     The images of a unit pass through the network in batches, in order, and only sums over samples are kept.
     """
