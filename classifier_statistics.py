@@ -102,7 +102,7 @@ def measure(
     """
 
     def read(path: str, check: Check) -> torch.Tensor:
-        return classifier.preprocess(read_image(path, args.image_size, check))
+        return classifier.preprocess.on_cpu(read_image(path, args.image_size, check))
 
     def batches(unit: ImageBatch) -> list[ImageBatch]:
         return [ImageBatch(unit.index, images) for images in cut(unit.images, args.batch_size)]
@@ -128,7 +128,7 @@ def statistics_of(
                 readable = [picture for picture in pictures.values if picture is not None]
                 x = upload(torch.stack(readable), dist_util.dev())  # (B, 3, S, S)
                 with autocast, enough_memory(len(x)):
-                    logits = classifier.model(x)  # (B, classes)
+                    logits = classifier.model(classifier.preprocess.on_device(x))  # (B, classes)
                 labels = labels_of(batch.images)[pictures.readable]
                 logits_and_labels.append((download(logits.float()), labels))
             unreadable |= pictures.unreadable[IMAGES]
