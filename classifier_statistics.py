@@ -3,7 +3,7 @@
 evaluate_classifier.py standardises activations with these statistics, which are per channel for feature maps and
 tokens, and over all classes for the logits. The images are spread evenly over the sorted list of the folder. The result
 does not depend on --batch_size or the number of processes; under mpiexec, torchrun or srun, images are split across
-processes.
+processes. Rerun the same command to resume a run that was stopped.
 
   python classifier_statistics.py --data_dir datasets/ILSVRC2012/validation --classifier_name convnext_base
 
@@ -13,9 +13,10 @@ writes classifier_statistics/convnext_base/act_stat_convnext_base.npz.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from itertools import groupby
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.classifier.activations import ActivationMoments
@@ -30,7 +31,15 @@ from guided_diffusion.classifier.results import (
     statistics_file,
     with_labels_of,
 )
-from guided_diffusion.classifier.statistics import Statistics, as_arrays, merged, ranks_of, read_part, write_part
+from guided_diffusion.classifier.statistics import (
+    Statistics,
+    as_arrays,
+    images_per_unit,
+    merged,
+    ranks_of,
+    read_part,
+    write_part,
+)
 from guided_diffusion.command_line.flags import CLASSIFYING, REQUIRED, RUN, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
@@ -41,8 +50,8 @@ from guided_diffusion.images.folder import LabelledImage, label_where_known, lis
 from guided_diffusion.images.io import Check, read_image
 from guided_diffusion.runs.inputs import Inputs
 from guided_diffusion.runs.records import Record, check_finite, report_unreadable, write_result
-from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Result, ResultRun, image_batches
-from guided_diffusion.runs.shards import shard_of
+from guided_diffusion.runs.resumable import IMAGES, ImageBatch, Pictures, Result, ResultRun, image_batches
+from guided_diffusion.runs.shards import cut, shard_of
 
 import numpy as np
 import torch
@@ -67,43 +76,59 @@ def main(argv: list[str] | None = None) -> int:
         if not measurement.unfinished:
             logger.info(f"{path} is there already, made with the same settings: nothing to do")
             return 0
-        left = (
-            measurement.remaining_units(range(shard.count)) if shard.count > 1 else [0]
-        )  # this shard, unless it is done
-        logger.info(f"{len(images)} images from {args.data_dir}, {len(classifier.layers)} layers of {classifier.name}")
+        size = images_per_unit(len(images), args.batch_size)
+        units = image_batches(images, size)
+        left = measurement.remaining_units(units, images_per_unit=size)
+        to_do = sum(len(unit.images) for unit in left)
+        logger.info(
+            f"{len(images)} images from {args.data_dir}, {len(classifier.layers)} layers of {classifier.name}: {to_do} "
+            f"images are to be measured{f' by {shard}' if shard.count > 1 else ''}"
+        )
         measurement.log_machine(f"; the result will be {path}")
-        if left:
-            batches = shard.units(image_batches(images, args.batch_size))
-            of_all_ranks = dist_util.gather_objects(measure(classifier, autocast, batches, measurement, args))
-            if shard.count == 1:
-                return dist_util.on_main(write, measurement, classifier, of_all_ranks, measurement.facts())
-            dist_util.on_main(lambda: write_part(measurement.parts, shard.index, merged(of_all_ranks)))
-        else:
-            logger.info(f"{shard} is done already, with the same settings")
-        return measurement.finish(shard.count, partial(write_from_parts, measurement, classifier))
+        measure(classifier, autocast, left, measurement, args)
+        return measurement.finish(len(units), partial(write, measurement, classifier, len(units)))
 
 
 def measure(
     classifier: Classifier,
     autocast: AbstractContextManager,
-    batches: Sequence[ImageBatch],
+    units: Sequence[ImageBatch],
     measurement: ResultRun,
     args: argparse.Namespace,
-) -> Statistics:
-    """Pass this rank's share of batches through the classifier. Raises ResultError if it gives NaN or infinity."""
-    logits_and_labels, unreadable, entries = [], {}, {}
+) -> None:
+    """Pass the units that this rank takes through the classifier, batch by batch, and write their parts.
+
+    Raises ResultError if the classifier gives NaN or infinity.
+    """
 
     def read(path: str, check: Check) -> torch.Tensor:
-        return classifier.preprocess(read_image(path, args.image_size, check))
+        return classifier.preprocess.on_cpu(read_image(path, args.image_size, check))
 
-    reading = measurement.read(batches, {IMAGES: read}, None, lambda batch: len(batch.images), "measuring", "image")
-    with torch.inference_mode(), ActivationMoments(classifier) as watch:
+    def batches(unit: ImageBatch) -> list[ImageBatch]:
+        return [ImageBatch(unit.index, images) for images in cut(unit.images, args.batch_size)]
+
+    work = (lambda unit: len(unit.images)), "measuring", "image", batches
+    with torch.inference_mode():
+        reading = measurement.read(units, {IMAGES: read}, None, *work)
+        for index, of_unit in groupby(reading, key=lambda entry: entry[0].index):
+            write_part(measurement.parts, index, statistics_of(classifier, autocast, of_unit, measurement))
+
+
+def statistics_of(
+    classifier: Classifier,
+    autocast: AbstractContextManager,
+    reading: Iterable[tuple[ImageBatch, Pictures]],
+    measurement: ResultRun,
+) -> Statistics:
+    """The statistics of some batches. Raises ResultError if the classifier gives NaN or infinity."""
+    logits_and_labels, unreadable, entries = [], {}, {}
+    with ActivationMoments(classifier) as watch:
         for batch, pictures in reading:
             if pictures.readable.any():
                 readable = [picture for picture in pictures.values if picture is not None]
                 x = upload(torch.stack(readable), dist_util.dev())  # (B, 3, S, S)
                 with autocast, enough_memory(len(x)):
-                    logits = classifier.model(x)  # (B, classes)
+                    logits = classifier.model(classifier.preprocess.on_device(x))  # (B, classes)
                 labels = labels_of(batch.images)[pictures.readable]
                 logits_and_labels.append((download(logits.float()), labels))
             unreadable |= pictures.unreadable[IMAGES]
@@ -131,17 +156,9 @@ def find_images(args: argparse.Namespace) -> tuple[list[LabelledImage], list[str
     return [images[i * n // m] for i in range(m)], class_names_of(images)
 
 
-def write_from_parts(measurement: ResultRun, classifier: Classifier, facts: Record) -> int:
-    """Write the result of all shards. Returns the exit status."""
-    parts = [read_part(measurement.parts, index) for index in range(measurement.shard.count)]
-    return write(measurement, classifier, parts, facts)
-
-
-def write(measurement: ResultRun, classifier: Classifier, parts: Sequence[Statistics], facts: Record) -> int:
-    """Write and report the result of all processes, or shards. Returns the exit status; raises UserError."""
-    measurement.locks.check()
-    total = merged(parts)
-    measurement.inputs[IMAGES].known |= total.entries
+def write(measurement: ResultRun, classifier: Classifier, num_units: int, facts: Record) -> int:
+    """Write and report the result of all units. Returns the exit status; raises UserError."""
+    total = merged(read_part(measurement.parts, index) for index in range(num_units))
     arrays = as_arrays(classifier, total)
     (result,) = measurement.results
     chosen = len(result.files[IMAGES])

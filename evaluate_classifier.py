@@ -145,15 +145,15 @@ def compare(
     comparison: ResultRun,
     args: argparse.Namespace,
 ) -> None:
-    """Compare this rank's share of batches and write their parts.
+    """Compare the batches that this rank takes and write their parts.
 
     A batch of B starting images with S samples of each is one forward pass of (1 + S) B images. Raises ResultError if
     the classifier gives NaN or infinity.
     """
-    blank = classifier.preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8))
+    blank = classifier.preprocess.on_cpu(np.zeros((args.image_size, args.image_size, 3), np.uint8))
 
     def read(function: Callable[..., np.ndarray], path: str, check: Check) -> torch.Tensor:
-        return classifier.preprocess(function(path, args.image_size, check))
+        return classifier.preprocess.on_cpu(function(path, args.image_size, check))
 
     readers = {STARTS: partial(read, read_image), SAMPLES: partial(read, read_sample)}
     work = (lambda batch: len(batch.images) * (1 + len(batch.samples))), "comparing", "image"
@@ -161,10 +161,10 @@ def compare(
     with torch.inference_mode(), Similarities(classifier, normalization) as watch:
         for batch, pictures in comparison.read(batches, readers, blank, *work):
             watch.num_samples = len(batch.samples)
-            x = torch.stack(pictures.values)
+            x = torch.stack(pictures.values)  # ((1 + S) B, 3, H, W)
             advice = f",\nand remove {comparison.parts.folder}, which was begun with this one"
             with autocast, enough_memory(len(x), advice):
-                classifier.model(upload(x, dist_util.dev()))  # ((1 + S) B, 3, H, W)
+                classifier.model(classifier.preprocess.on_device(upload(x, dist_util.dev())))
             write()  # the previous batch, while a GPU works on this one
             write = partial(write_part, comparison, batch, pictures, watch.latest)
             comparison.bar.update(len(x))

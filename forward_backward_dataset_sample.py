@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def sample(network: Model, diffusion: GaussianDiffusion, experiment: SampleRun, args: argparse.Namespace) -> None:
-    """Take this process's units of work forward and back, and write their samples, from which the next turn starts."""
+    """Take units of work forward and back, and write their samples, from which the next turn starts."""
     blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)  # in place of an unreadable image
     for unit, pictures in experiment.read(lambda path, check: read_image(path, args.image_size, check), blank):
         pixels = np.stack(pictures.values)

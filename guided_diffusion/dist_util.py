@@ -176,12 +176,6 @@ def get_world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def share_of(items: Sequence[Item], rank: int | None = None, processes: int | None = None) -> Sequence[Item]:
-    """This process's items (or those of `rank` among `processes`): rank, rank + processes, ..."""
-    rank = get_rank() if rank is None else rank
-    return items[rank :: processes or get_world_size()]
-
-
 def cores_per_rank() -> int:
     """Number of CPU cores per process, after dividing those that several ranks of a node share."""
     if not hasattr(os, "sched_getaffinity"):  # macOS
@@ -214,15 +208,41 @@ def broadcast_object(value: Any) -> Any:
     return box[0]
 
 
-def gather_objects(value: Any) -> list:
-    """The `value` (pickled) of every rank, in order, on every rank. Raises LostPeer if a rank is gone."""
+def gather_objects(value: Any, meanwhile: Callable[[], None] | None = None) -> list:
+    """The `value` (pickled) of every rank, in order, on every rank. Raises LostPeer if a rank is gone.
+
+    Rank 0 calls `meanwhile` every second while it waits.
+    """
     if get_world_size() == 1:
         return [value]
     if _peers is not None:
-        return _peers.gather(value)
+        return _peers.gather(value, meanwhile)
     values = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def claimed(items: Sequence[Item]) -> Iterator[Item]:
+    """The items that this rank takes, in order: the next one that no rank has taken, when it is asked for.
+
+    All ranks must call this, with the same items.
+    """
+    if _peers is None:  # a single process; or the caller initialized torch.distributed, and shares are fixed
+        return iter(items[get_rank() :: get_world_size()])
+    return _taken(items, _peers.start_counter())
+
+
+def _taken(items: Sequence[Item], take: Callable[[], int]) -> Iterator[Item]:
+    while (number := take()) < len(items):
+        yield items[number]
+
+
+def note_work(amount: int) -> int:
+    """Note work that this rank has done on the items that it `claimed` last.
+
+    On rank 0, returns how much the others have done since the last call, as far as it knows; elsewhere 0.
+    """
+    return 0 if _peers is None else _peers.note_work(amount)
 
 
 def check_peers() -> None:

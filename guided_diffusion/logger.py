@@ -380,9 +380,12 @@ def _progress_files() -> list[Path]:
     return [Path(current.dir) / f"progress{current.log_suffix}.{kind}" for kind in ("csv", "json")]
 
 
-def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0) -> tqdm:
-    """Progress bar on rank 0, hidden if nothing is left to do. In a log file, it prints a line per minute."""
-    return tqdm(
+def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0, kind: Callable[..., tqdm] = tqdm) -> tqdm:
+    """Progress bar on rank 0, hidden if nothing is left to do. In a log file, it prints a line per minute.
+
+    `kind` is the class of the bar.
+    """
+    return kind(
         total=total,
         initial=initial,
         desc=desc,

@@ -95,7 +95,7 @@ class SampleRun(Run):
         self.inputs = {IMAGES: inputs, SAMPLES: Inputs(next(iter(self.folders.values())).output, "--output")}
 
     def read(self, read: ReadImage, blank: np.ndarray) -> Iterator[tuple[Unit, Pictures]]:
-        """Yield this rank's units, turn by turn, and their starting images.
+        """Yield the units that this rank takes, turn by turn, and their starting images. All ranks must call this.
 
         Units without a readable image are left out. The next turn of a unit is read from the samples of the last one,
         which the caller must `write` first.
@@ -108,7 +108,6 @@ class SampleRun(Run):
     def _write_while(
         self, chains: Iterator[tuple[Chain, Pictures]], read: ReadImage, blank: np.ndarray
     ) -> Iterator[tuple[Unit, Pictures]]:
-        to_do = _samples_of(dist_util.share_of(self.chains))
         with ImageWriter(self.args.image_format, self.args.jpeg_quality) as self._writer:
             for chain, pictures in chains:
                 for unit in chain.turns:
@@ -117,10 +116,14 @@ class SampleRun(Run):
                         pictures = _read_samples(chain.at(unit), read, blank)
                     if self._note_unreadable(chain.at(unit), pictures):
                         yield unit, pictures
-                        self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
                     else:
-                        self.bar.total -= unit.step_reverse
-        self.bar.set_postfix(images=f"{self.written.total()}/{to_do}")
+                        self.bar.update(unit.step_reverse)
+                    self._show_written()
+        self._show_written()
+
+    def _show_written(self) -> None:
+        if dist_util.get_world_size() == 1:  # rank 0 does not know how many images the others have written
+            self.bar.set_postfix(images=f"{self.written.total()}/{self.to_do}")
 
     def _note_unreadable(self, chain: Chain, pictures: Pictures) -> bool:
         """Note the images whose samples cannot be made. Returns whether other samples are to be made."""
@@ -145,6 +148,7 @@ class SampleRun(Run):
 
     def finish(self) -> int:
         """Record the work of all ranks. Returns the exit status; raises ResultError if samples have disappeared."""
+        self.bar.finish()
         facts = self.facts()
         return dist_util.on_main(self._close_folders, dist_util.gather_objects((self.written, self.unreadable)), facts)
 

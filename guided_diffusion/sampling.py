@@ -1,8 +1,8 @@
 """Numbered samples in batches of fixed composition, and the file they are written to.
 
 The noise of sample i, and its class if classes are drawn, depend only on the seed and i. Samples are cut into batches
-in order, and ranks take batches in turn. So the file has the same bytes for any number of ranks and after a restart, on
-the same hardware and with the same precision and CPU threads per rank.
+in order, and each rank takes the next batch when it is ready for more. So the file has the same bytes for any number of
+ranks and after a restart, on the same hardware and with the same precision and CPU threads per rank.
 """
 
 from __future__ import annotations

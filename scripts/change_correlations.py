@@ -124,14 +124,14 @@ def measure(
     measurement: ResultRun,
     args: argparse.Namespace,
 ) -> None:
-    """Measure this rank's share of units and write their parts. Raises ResultError if features are not finite.
+    """Measure the units that this rank takes and write their parts. Raises ResultError if features are not finite.
 
     The images of a unit pass through the network in batches, in order, and only sums over samples are kept.
     """
-    blank = tokens.preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8))
+    blank = tokens.preprocess.on_cpu(np.zeros((args.image_size, args.image_size, 3), np.uint8))
 
     def read(function: Callable[..., np.ndarray], path: str, check: Check) -> torch.Tensor:
-        return tokens.preprocess(function(path, args.image_size, check))
+        return tokens.preprocess.on_cpu(function(path, args.image_size, check))
 
     readers = {STARTS: partial(read, read_image), SAMPLES: partial(read, read_sample)}
     work = (lambda unit: unit.images), "measuring", "image", lambda unit: unit.pieces(args.batch_size)
@@ -141,7 +141,7 @@ def measure(
             sums = sums or UnitSums(piece.unit, tokens, pairs, spectrum)
             x = upload(torch.stack(pictures.values), dist_util.dev())  # (B, ...)
             with autocast, enough_memory(len(x)):
-                features = tokens.features(x)  # (B, h, w, channels)
+                features = tokens.features(tokens.preprocess.on_device(x))  # (B, h, w, channels)
             sums.add(piece, pictures, features)
             if piece.is_last:
                 measurement.write(piece.unit, sums.pictures(), **sums.arrays())

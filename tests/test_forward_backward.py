@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from guided_diffusion.dist_util import share_of
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
     NoiseStreams,
@@ -82,9 +81,6 @@ def test_units_keep_their_composition():
     some = [unfinished_turns(unit, folder, 1, present).turns for unit in everything]
     assert [len(turns) for turns in some] == [0, 1, 0]
     assert (some[1][0].images, some[1][0].todo) == (everything[1].images, {1, 2})
-    shares = [share_of(everything, rank, 2) for rank in range(2)]
-    assert [len(share) for share in shares] == [2, 1]
-    assert sorted(unit.images[0].path for share in shares for unit in share) == ["0.png", "3.png", "6.png"]
 
 
 @pytest.mark.parametrize("size", [1, 3, 4, 7, 16])

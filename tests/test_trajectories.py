@@ -7,13 +7,24 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 from guided_diffusion.errors import UserError
 
 import pytest
-from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, load_script, run_script, save_checkpoint, start_script
+from conftest import (
+    MAIN_SCRIPT,
+    SMALL_MODEL,
+    as_flags,
+    environment,
+    launcher,
+    load_script,
+    run_script,
+    save_checkpoint,
+    start_script,
+)
 from PIL import Image
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
@@ -127,6 +138,59 @@ def test_an_extension_that_is_killed_is_not_called_finished_and_several_processe
     done = run_script(*more, kind="mpiexec", processes=2)
     assert done.returncode == 0, done.stderr
     assert samples(tmp_path) == eight
+
+
+SLOW_RANK = """
+import sys, time
+from pathlib import Path
+from conftest import MAIN_SCRIPT, load_script
+from guided_diffusion import dist_util
+from guided_diffusion.command_line.stopping import run
+
+script, folder = load_script(MAIN_SCRIPT), Path(sys.argv.pop(1))
+forward_backward, patience = script.forward_backward, time.monotonic() + 300
+
+def lines(rank):
+    path = folder / f"rank{rank}"
+    return path.read_text().splitlines() if path.exists() else []
+
+def noting_and_waiting(network, diffusion, unit, *rest):
+    rank = dist_util.get_rank()
+    with open(folder / f"rank{rank}", "a") as f:
+        f.write(f"{unit.step_reverse} {unit.index} {unit.turn}\\n")
+    while len(lines(1 - rank)) < (16 if rank else 1):
+        time.sleep(0.01)
+        dist_util.check_peers()
+        assert time.monotonic() < patience, lines(1 - rank)
+    return forward_backward(network, diffusion, unit, *rest)
+
+script.forward_backward = noting_and_waiting
+run(script.main)
+"""
+
+
+def test_a_slow_process_takes_fewer_units(flags, eight, tmp_path):
+    """Ten units of two turns. One process stays in its first until the other has begun all but the two that it took."""
+    script, output = tmp_path / "slow.py", tmp_path / "output"
+    script.write_text(SLOW_RANK)
+    words = [*launcher("mpiexec", 2), script, tmp_path, *flags, "--num_trajectories", 3, "--num_turns", 2]
+    paths = os.pathsep.join([str(Path(__file__).parent), environment()["PYTHONPATH"]])
+    done = subprocess.run(
+        [*map(str, words), "--output", str(output)],
+        env=environment(PYTHONPATH=paths),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert samples(output) == {name: eight[name] for name in expected_names(3, 2)}
+    fast, slow = ([line.split() for line in (tmp_path / f"rank{rank}").read_text().splitlines()] for rank in range(2))
+    assert (len(fast), len(slow)) == (16, 4)
+    assert len({tuple(unit) for unit in fast + slow}) == 20  # each is computed once
+    for units in (fast, slow):
+        assert [k for k, *_ in units] == sorted((k for k, *_ in units), reverse=True)  # the longest first
+        assert [turn for *_, turn in units] == ["1", "2"] * (len(units) // 2)
+    assert "denoising (2 processes): 100%" in done.stderr and " 50/50 " in done.stderr
 
 
 def test_shards(flags, eight, tmp_path):

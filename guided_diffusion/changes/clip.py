@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checkpoints import UNTRAINED
-from ..classifier.networks import Preprocess
+from ..classifier.preprocessing import Preprocess
 from ..errors import UserError, first_line
 from ..system.checkpoint_files import difference, read_checkpoint, shapes_of
 from ..system.files import is_remote
@@ -65,7 +65,8 @@ def open_clip_visual(weights: str = "", path: str = "") -> tuple[nn.Module, Prep
     transform = open_clip.image_transform(
         visual.image_size, is_train=False, mean=config["mean"], std=config["std"], interpolation=config["interpolation"]
     )
-    return visual, lambda image: transform(Image.fromarray(np.asarray(image))), "QuickGELU" if quick else "GELU"
+    preprocess = Preprocess(lambda image: transform(Image.fromarray(np.asarray(image))))
+    return visual, preprocess, "QuickGELU" if quick else "GELU"
 
 
 def _import() -> ModuleType:

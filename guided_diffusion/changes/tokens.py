@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .. import dist_util
 from ..classifier.layers import find_layers
-from ..classifier.networks import Preprocess, call_function, load_weights, open_classifier
+from ..classifier.networks import call_function, load_weights, open_classifier
+from ..classifier.preprocessing import Preprocess
 from ..classifier.results import name_in_files, prepare
 from ..correlations import GridPairs, Pairs, TablePairs
 from ..errors import UserError
-from ..images.io import to_float
 from ..runs.settings import digest_of, weights_digest
 from .clip import LAST_BLOCK, open_clip_visual
 
@@ -37,7 +37,7 @@ class Tokens:
     Attributes:
         name: name in file names.
         model: network, in evaluation mode.
-        preprocess: maps a uint8 image (H, W, 3) to the network's input, float32.
+        preprocess: maps a uint8 image (H, W, 3) to the network's input, float32, in two steps.
         layer: module whose output has the features; "": the network's own output.
         channel_axis: axis of the channels in that output, 1 or -1.
         digest: digest of the weights.
@@ -157,12 +157,17 @@ def pixel_tokens(_args: argparse.Namespace) -> Tokens:
     return Tokens(
         name=PIXELS,
         model=nn.Identity(),
-        preprocess=lambda image: torch.from_numpy(to_float(image)),
+        preprocess=Preprocess(torch.from_numpy, _centred),
         layer="",
         channel_axis=-1,
         digest=PIXELS,
         scaled=False,
     )
+
+
+def _centred(x: Tensor) -> Tensor:
+    """`images.io.to_float` of uint8, on any device with the same bytes (CUDA divides by a number in another way)."""
+    return x.float() / torch.full((), 127.5, device=x.device) - 1
 
 
 def layer_tokens(args: argparse.Namespace) -> Tokens:
@@ -223,7 +228,7 @@ def custom_tokens(args: argparse.Namespace) -> Tokens:
     return Tokens(
         name=name_in_files(args.tokens),
         model=model,
-        preprocess=preprocess,
+        preprocess=Preprocess(preprocess),
         layer="",
         channel_axis=axis,
         digest=digest_of(parts),

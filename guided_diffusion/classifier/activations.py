@@ -97,9 +97,6 @@ class Moments:
         )
         return moments
 
-    def __reduce__(self) -> tuple[Any, ...]:  # without the GPU, which another process may not have
-        return Moments.from_state, (self.state(),)
-
 
 class _Watch:
     """Forward hooks that call `_measure(layer, output)` for a classifier's watched layers, in a `with` block."""

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 from torch import Tensor, nn
 
 from .. import dist_util
@@ -23,10 +22,9 @@ from ..errors import UserError, first_line
 from ..runs.settings import weights_digest
 from ..system.checkpoint_files import difference, read_checkpoint, shapes_of
 from .layers import WatchedLayer, find_layers
+from .preprocessing import Preprocess, as_preset
 
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")  # of GoogLeNet and Inception
-
-Preprocess = Callable[[np.ndarray], Tensor]
 
 
 @dataclass
@@ -37,7 +35,7 @@ class Classifier:
         name: name in file names.
         model: the network.
         layers: layers to watch.
-        preprocess: maps a uint8 image (H, W, 3) to the network's input, float32 (3, S, S).
+        preprocess: maps a uint8 image (H, W, 3) to the network's input, float32 (3, S, S), in two steps.
         num_classes: number of logits.
         digest: digest of the weights.
     """
@@ -111,8 +109,7 @@ def _from_torchvision(name: str, path: str) -> tuple[nn.Module, Preprocess]:
         model = _build(name, weights)
     else:
         model = _with_weights_of(name, weights, path or _cached_file(name, weights))
-    preset = weights.transforms()
-    return model, lambda image: preset(Image.fromarray(image))
+    return model, as_preset(weights.transforms())
 
 
 def _custom(name: str, path: str) -> tuple[nn.Module, Preprocess]:
@@ -122,7 +119,7 @@ def _custom(name: str, path: str) -> tuple[nn.Module, Preprocess]:
         raise UserError(f"--classifier_name {name} returned {type(pair).__name__}; expected (network, preprocess)")
     model, preprocess = pair
     load_weights(model, path, f"--classifier_name {name}")
-    return model, preprocess
+    return model, Preprocess(preprocess)
 
 
 def call_function(name: str, flag: str) -> Any:

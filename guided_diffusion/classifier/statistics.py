@@ -1,7 +1,8 @@
-"""Statistics of a classifier on a set of images, which processes and shards measure in parts."""
+"""Statistics of a classifier on a set of images, which processes and shards measure in units of several batches."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from ..runs.resumable import IMAGES
 from .activations import Moments
 from .networks import Classifier
 from .results import class_ranks
+
+MOST_UNITS = 100  # each has a file of its own until the statistics are complete
 
 
 class Statistics(NamedTuple):
@@ -32,6 +35,11 @@ class Statistics(NamedTuple):
     ranks: np.ndarray
     unreadable: dict[str, str]
     entries: Entries
+
+
+def images_per_unit(num_images: int, batch_size: int) -> int:
+    """The size of a unit of work, whose statistics are combined in order: whole batches, for at most `MOST_UNITS`."""
+    return batch_size * math.ceil(num_images / (batch_size * MOST_UNITS))
 
 
 def ranks_of(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
@@ -55,7 +63,7 @@ def merged(parts: Iterable[Statistics]) -> Statistics:
 
 
 def write_part(parts: Parts, index: int, statistics: Statistics) -> None:
-    """Write the statistics of shard `index`."""
+    """Write the statistics of unit `index`."""
     states = {f"{name}/{layer}": a for layer, m in statistics.moments.items() for name, a in m.state().items()}
     notes = {"inputs": {IMAGES: statistics.entries}, "unreadable": {IMAGES: statistics.unreadable}}
     parts.write(index, notes, ranks=statistics.ranks, **states)

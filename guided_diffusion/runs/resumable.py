@@ -1,9 +1,10 @@
-"""Resumable runs: locks, settings, this process's share of the work, and the record.
+"""Resumable runs: locks, settings, the units of work that this process takes, and the record.
 
 A run computes units of work, which are batches of fixed composition, and writes the output of each immediately. So a
-stopped run loses at most one unit per process, and rerunning the same command resumes it. In the forward-backward
-experiment, the output is samples, see `sample_folders`. Other results (NAME.npz) are combined from parts, a file per
-unit in NAME_parts, once all parts exist.
+stopped run loses at most one unit per process, and rerunning the same command resumes it. Of several
+processes, each takes the longest unit that is left when it is ready for more. In the forward-backward experiment, the
+output is samples, see `sample_folders`. Other results (NAME.npz) are combined from parts, a file per unit in
+NAME_parts, once all parts exist.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import blobfile as bf
 import numpy as np
-from tqdm import tqdm
 
 from .. import dist_util, logger
 from ..images.folder import LabelledImage
@@ -29,6 +29,7 @@ from .inputs import Entries, Inputs, as_entries, compare_with_list, inputs_of, r
 from .locks import Locks, locked_by_main
 from .parts import Parts, recorded_settings, remove_parts
 from .pipeline import read_ahead
+from .progress import SharedBar
 from .records import Record, finished_record, now, record_of, report_unreadable
 from .shards import WHOLE, Shard, cut
 
@@ -109,7 +110,7 @@ class Run:
         self._outputs = outputs
         self._started, self._clock = now(), time.monotonic()
         self.locks: Locks
-        self.bar: tqdm
+        self.bar: SharedBar
 
     def __enter__(self):
         """Raises UserError if another run is writing the outputs, and whatever `_open` raises."""
@@ -136,21 +137,28 @@ class Run:
         unit_of_amount: str = "step",
         pieces: Callable[[U], Iterable[Any]] | None = None,
     ) -> Iterator[tuple[Any, Pictures]]:
-        """This rank's share of the units, with their files, which threads read ahead.
+        """The units that this rank takes, with their files, which threads read ahead. All ranks must call this.
+
+        A single process takes them in order. Several take them one by one, the longest first, so that all end at about
+        the same time; with --num_workers, a rank takes its next unit when it starts one, to read it in the meantime.
 
         Args:
             units: units of all ranks.
             readers: functions that read a file, by kind.
             blank: replacement for unreadable files.
-            amount: work in a unit, for the progress bar `bar`, which the caller advances.
+            amount: work in a unit, for their order and for the progress bar `bar`, which the caller advances.
             described, unit_of_amount: labels of the progress bar.
             pieces: cuts a unit that is too large to be read at once into pieces with files of their own, which are
                 yielded in place of the unit.
         """
-        mine, processes = dist_util.share_of(units), dist_util.get_world_size()
-        label = described if processes == 1 else f"{described} (process 1 of {processes})"
-        self.bar = logger.progress_bar(sum(map(amount, mine)), label, unit_of_amount)
+        processes = dist_util.get_world_size()
+        label = described if processes == 1 else f"{described} ({processes} processes)"
+        # News of other ranks comes every few seconds: only the mean rate is steady.
+        bar = SharedBar if processes == 1 else partial(SharedBar, smoothing=0)
+        self.bar = logger.progress_bar(sum(map(amount, units)), label, unit_of_amount, kind=bar)
+        self._stack.callback(self.bar.close)
         self._started, self._clock = now(), time.monotonic()
+        mine = dist_util.claimed(units if processes == 1 else sorted(units, key=amount, reverse=True))
         parts = mine if pieces is None else (piece for unit in mine for piece in pieces(unit))
         reading = self._read(parts, readers, blank)
         self._stack.callback(reading.close)
@@ -168,10 +176,9 @@ class Run:
         def calls(unit: U) -> list[Callable[[], Any]]:
             return [partial(read, kind, path) for kind, paths in unit.files.items() for path in paths]
 
-        with self.bar:
-            for unit, results in read_ahead(mine, calls, vars(self.args).get("num_workers", 0)):
-                self.locks.check()
-                yield unit, _as_pictures(unit, results, blank)
+        for unit, results in read_ahead(mine, calls, vars(self.args).get("num_workers", 0)):
+            self.locks.check()
+            yield unit, _as_pictures(unit, results, blank)
 
     def entries(self, unit: Unit, pictures: Pictures) -> dict[str, Entries]:
         """Sizes and digests of a unit's readable files, by kind."""
@@ -315,7 +322,7 @@ class ResultRun(Run):
             write_results: combines the parts on rank 0, given `facts()`, and returns the exit status; if it is not 0,
                 the parts are kept for the next run.
         """
-        dist_util.barrier()
+        self.bar.finish()
         return dist_util.on_main(self._finish, num_units, write_results, self.facts())
 
     def _finish(self, num_units: int, write_results: Callable[[Record], int], facts: Record) -> int:

@@ -2,7 +2,9 @@
 
 Everything is polled, so that a rank can wait for another for hours, signals are handled, and dead ranks are noticed.
 Every rank increments a key of its own, its heartbeat. Rank 0 watches all heartbeats, the others watch rank 0's. When a
-rank exits, all others learn why.
+rank exits, all others learn why. A heartbeat also says how much of its work a rank has done.
+
+Ranks divide a list of work by a counter in the store: each takes the next number when it is ready for more.
 """
 
 from __future__ import annotations
@@ -64,6 +66,10 @@ class Peers:
         self._endings: list[Ending] = []  # of all ranks, in order
         self._leaving, self._left = threading.Event(), threading.Event()
         self._answered = 0  # number of heartbeats that reached the store
+        self._work = ""  # key of the latest counter
+        self._done = 0  # work done since then
+        self._done_by: dict[int, tuple[str, int]] = {}  # on rank 0: `_work` and `_done` of the others, a beat ago
+        self._told = 0  # sum of their work that `note_work` has returned
         for work in (self._beat, self._watch):
             threading.Thread(target=work, daemon=True, name=work.__name__).start()
 
@@ -77,11 +83,11 @@ class Peers:
             return value
         return pickle.loads(in_background(self._take, key, 0, self.size - 1))
 
-    def gather(self, value: Any) -> list:
-        """The `value` of every rank, on every rank."""
+    def gather(self, value: Any, meanwhile: Callable[[], None] | None = None) -> list:
+        """The `value` of every rank, on every rank. Rank 0 calls `meanwhile` every second while it waits."""
         key, mine = self._next_key(), pickle.dumps(value)
         if self.rank == 0:
-            pieces = in_background(self._collect, key, mine)
+            pieces = in_background(self._collect, key, mine, check=meanwhile)
         else:
             in_background(self._put, f"{key}/{self.rank}", mine)
             pieces = pickle.loads(in_background(self._take, key, 0, self.size - 1))
@@ -132,6 +138,30 @@ class Peers:
         """Error for a store that does not answer: rank 0 is gone, or torchrun, which ends with it."""
         return self.lost_peer() or self._as_error(Ending(0, "failed", GONE))
 
+    # Work
+
+    def start_counter(self) -> Callable[[], int]:
+        """A function that returns 0, 1, 2, ..., each number to one rank. All ranks must call this.
+
+        The function raises LostPeer if the store does not answer. `note_work` starts from 0 again.
+        """
+        key = self._next_key()
+        self._done, self._told, self._work = 0, 0, key  # the heartbeat reads them in the other order
+        return lambda: in_background(self._count, key, check=self.check)
+
+    def _count(self, key: str) -> int:
+        try:
+            return self._store.add(key, 1) - 1
+        except RuntimeError as error:
+            raise self._store_lost() from error
+
+    def note_work(self, amount: int) -> int:
+        """Note work of this rank. On rank 0, returns how much more the others have noted, as far as it knows."""
+        self._done += amount
+        others = sum(done for work, done in list(self._done_by.values()) if work == self._work)
+        news, self._told = others - self._told, others
+        return news
+
     # Monitoring
 
     def check(self) -> None:
@@ -174,19 +204,22 @@ class Peers:
     def _beat(self) -> None:
         """Increment this rank's heartbeat, check those of others, and learn which ranks have ended."""
         watched = range(1, self.size) if self.rank == 0 else [0]
-        seen = {rank: ("", 0) for rank in watched}  # last value, and own heartbeats since it changed
+        seen = {rank: (b"", 0) for rank in watched}  # last value, and own heartbeats since it changed
         fresh: list[Ending] = []
         beat = version = 0
         while not self._left.wait(self.patience / BEATS if beat else 0):
             beat += 1
             try:
-                self._beat_store.set(f"beat/{self.rank}", str(beat))
+                self._beat_store.set(f"beat/{self.rank}", f"{beat} {self._work} {self._done}")
                 # Endings count one beat late, so that a signal sent to all ranks has reached this one too.
                 self._endings += fresh
                 fresh, version = self._new_endings(version)
                 for rank in set(watched) - {ending.rank for ending in self._endings + fresh}:
                     key = f"beat/{rank}"
-                    value = self._beat_store.get(key) if self._beat_store.check([key]) else ""
+                    value = self._beat_store.get(key) if self._beat_store.check([key]) else b""
+                    if self.rank == 0 and value:
+                        _, work, done = value.decode().split(" ")
+                        self._done_by[rank] = work, int(done)
                     seen[rank] = (value, 0 if value != seen[rank][0] else seen[rank][1] + 1)
                     if seen[rank][1] == BEATS:
                         self._announce(self._beat_store, Ending(rank, "failed", GONE))

@@ -3,6 +3,7 @@
 import os
 import re
 
+from guided_diffusion.classifier.preprocessing import as_preset
 from guided_diffusion.errors import UserError
 from guided_diffusion.torch_classifiers import open_classifier
 
@@ -149,6 +150,20 @@ def test_preprocessing_is_the_preset_of_the_weights(photographs):
     middle = Image.fromarray(image).resize((236, 236), Image.Resampling.BILINEAR).crop((6, 6, 230, 230))
     by_hand = (np.asarray(middle) / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(got.permute(1, 2, 0), by_hand, atol=1e-5)
+
+
+def test_presets_in_two_steps():
+    """The pixels that are uploaded are bytes; batches of them give what torchvision's preset gives, to the last bit."""
+    image = np.random.default_rng(0).integers(0, 256, (100, 90, 3), dtype=np.uint8)
+    image[:64, :4] = np.arange(256, dtype=np.uint8).reshape(64, 4, 1)
+    names = ("convnext_base", "inception_v3", "maxvit_t", "vgg16", "vit_h_14")
+    for weights in (entry for name in names for entry in torchvision.models.get_model_weights(name)):
+        preset = weights.transforms()
+        preprocess, expected = as_preset(preset), preset(Image.fromarray(image))
+        pixels = preprocess.on_cpu(image)
+        assert pixels.dtype == torch.uint8 and pixels.shape == expected.shape
+        assert torch.equal(preprocess.on_device(torch.stack([pixels, pixels])), torch.stack([expected, expected]))
+        assert torch.equal(preprocess(image), expected)
 
 
 OWN = """

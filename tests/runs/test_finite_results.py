@@ -78,7 +78,8 @@ def test_statistics(kind, classifiers, data, tmp_path):
     with pytest.raises(ResultError, match="is NaN or infinite: nothing is recorded") as caught:
         call("classifier_statistics.py", **flags)
     assert caught.value.status == 1 and len(str(caught.value).splitlines()) <= 2
-    assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.rglob("*.npz"))
+    assert call("classifier_statistics.py", **flags | {"classifier_path": classifiers["good"]}) == 0
 
 
 @pytest.mark.parametrize("kind", ["nan", "huge"])

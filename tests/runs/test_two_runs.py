@@ -162,7 +162,7 @@ def test_a_shard_that_starts_keeps_what_another_writes_meanwhile(flags, whole, t
 
     monkeypatch.setattr(Inputs, "compare", and_another_shard_writes)
     with monkeypatch.context() as patch:
-        patch.setattr(SampleRun, "read", lambda *_: part.exists() and iter(()))  # only starts
+        patch.setattr(SampleRun, "_write_while", lambda *_: (unit for unit in ()))  # only starts
         with pytest.raises(ResultError, match="are missing"):
             call(MAIN, **common, shard=1)
     listed = json.loads((tmp_path / "t_2_4_inputs.json").read_text())["images"]
@@ -213,16 +213,6 @@ def test_shards_of_statistics_and_of_an_evaluation(resnet18, data, whole, tmp_pa
             if shard != 1:
                 parts = names(tmp_path / "three") - before
                 assert all(name.endswith("_parts") for name in parts), parts
-        if script == "classifier_statistics.py":  # the evaluation's statistics are to be the same to the byte
-            for name, values in arrays(tmp_path / "three/act_stat_resnet18.npz").items():
-                expected = arrays(tmp_path / "one/act_stat_resnet18.npz")[name]
-                if values.dtype.kind == "f":
-                    np.testing.assert_allclose(values, expected, rtol=1e-10, atol=1e-10 * np.abs(expected).max())
-                else:
-                    np.testing.assert_array_equal(values, expected)
-            for path in (tmp_path / "one").iterdir():
-                if path.suffix != ".json":
-                    shutil.copy(path, tmp_path / "three")
     assert names(tmp_path / "one") == names(tmp_path / "three")
     for path in (tmp_path / "one").glob("*.npz"):
         assert path.read_bytes() == (tmp_path / "three" / path.name).read_bytes(), path.name

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -56,6 +58,27 @@ def test_messages_of_any_size_arrive_and_leave_nothing_in_the_store(ranks, store
             assert first == bytes(size)
             assert both == [(rank, bytes(size)) for rank in range(3)]
     assert store.num_keys() == before
+
+
+def test_every_number_goes_to_one_rank_and_rank_0_hears_of_the_work(ranks):
+    """Three ranks take numbers at the same time; the next list starts from 0, and so does the work done on it."""
+
+    def take_numbers(peer: Peers) -> list[int]:
+        numbers = list(itertools.takewhile(lambda number: number < size, iter(peer.start_counter(), None)))
+        peer.gather(None)  # as at the end of a run
+        return numbers
+
+    for size, amounts in ((40, (5, 20, 300)), (2, (7, 0, 1000))):
+        taken = on_all(ranks, take_numbers)
+        assert sorted(itertools.chain(*taken)) == list(range(size))
+        assert all(numbers == sorted(numbers) for numbers in taken)
+        news = [peer.note_work(amount) for peer, amount in zip(ranks, amounts, strict=True)]
+        assert news == [0, 0, 0]
+        deadline = time.monotonic() + 60
+        while sum(news) < sum(amounts[1:]) and time.monotonic() < deadline:
+            news.append(ranks[0].note_work(0))
+            time.sleep(0.01)
+        assert sum(news) == sum(amounts[1:])
 
 
 def test_a_rank_that_failed_is_named_with_its_reason(ranks):
