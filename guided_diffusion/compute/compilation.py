@@ -101,6 +101,7 @@ def compilation_problem() -> str:
 
 def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     # Autotuning may choose other kernels in the next run, which sum in another order.
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to compute less precisely
     fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=fixed)
 
@@ -143,8 +144,7 @@ def compile_network(
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     labels = {} if model.num_classes is None else {"y": zeros}
     try:
-        with torch.no_grad(), enough_memory(batch_size), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to compute less precisely
+        with torch.no_grad(), enough_memory(batch_size):
             x = torch.zeros(batch_size, 3, image_size, image_size, device=device)
             call(x, diffusion.scale_timesteps(zeros), **labels)
     except UserError:
