@@ -114,11 +114,12 @@ class GroupNorm32(nn.GroupNorm):
 
 
 def stored(x: Tensor) -> Tensor:
-    """x itself, which a compiler stores in the memory format that it has without compilation.
+    """x itself, which a compiler stores for inference, in the memory format that it has without compilation.
 
     It would otherwise recompute small tensors in every element of a large one, and choose memory formats by itself.
     """
-    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() else x
+    inference = not torch.is_grad_enabled()
+    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and inference else x
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -186,9 +187,10 @@ def conv3x3_of_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Float16 tensors whose sum is x, to 22 bits."""
-    high = x.half()
-    return high, (x - high.float()).half()
+    """Float16 tensors whose sum is x (float32), to 21 bits."""
+    # Not x.half(), whose rounding a compiler leaves out if it needs the value in float32 again.
+    high = (x.view(torch.int32) & ~(2**13 - 1)).view(torch.float32)  # a significand of 11 bits
+    return high.half(), (x - high).half()
 
 
 def normalization(channels: int) -> GroupNorm32:
@@ -255,7 +257,10 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10000) -
     half = dim // 2
     frequencies = torch.exp(torch.arange(half, device=timesteps.device) * (-math.log(max_period) / half))
     angles = timesteps[:, None].float() * frequencies  # (B, half)
-    return nn.functional.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, dim % 2))
+    if torch.compiler.is_compiling() and angles.device.type == "cuda":
+        angles = angles.double()  # compiled sines of float32 numbers are approximate, worse for large angles
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1).float()
+    return nn.functional.pad(embedding, (0, dim % 2))
 
 
 def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable[Tensor], flag: bool) -> Any:

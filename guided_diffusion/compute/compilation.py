@@ -20,9 +20,9 @@ from ..unet import UNetModel
 from .memory import enough_memory, tensors_of
 
 # Measured for the published network (101 normalisations) in batches of 32, with PyTorch 2.11 on an NVIDIA H200 and 16
-# CPU cores: compilation takes 65 s, and saves 110 ms per step, most of them in normalisation and activation.
-SECONDS_PER_NORMALIZATION = 65 / 101
-SECONDS_SAVED_PER_ELEMENT = 0.110 / (32 * 800e6)  # in or out of a normalisation
+# CPU cores: compilation takes 60 s, and saves 120 ms per step, most of them in normalisation and activation.
+SECONDS_PER_NORMALIZATION = 60 / 101
+SECONDS_SAVED_PER_ELEMENT = 0.120 / (32 * 800e6)  # in or out of a normalisation
 
 
 def should_compile(
@@ -48,10 +48,21 @@ def should_compile(
     def decide() -> bool:
         if required is not None:
             return required
-        return _on_gpu() and steps / dist_util.get_world_size() >= steps_to_pay(model, batch_size)
+        return on_gpu() and steps / dist_util.get_world_size() >= steps_to_pay(model, batch_size)
 
-    if not dist_util.on_main(decide):
-        return False
+    return dist_util.on_main(decide) and all_can_compile(required, recorded, "choose another --output")
+
+
+def all_can_compile(required: bool | None, recorded: bool | None, start_again: str) -> bool:
+    """Whether every rank can compile. If not, warns, or raises UserError if compilation is `required`.
+
+    All ranks must call this.
+
+    Args:
+        required: whether the flag or the record requires compilation; None: neither.
+        recorded: whether the run on record was compiled.
+        start_again: how to start another run, for the message.
+    """
     problems = dist_util.gather_objects(compilation_problem())
     rank = next((rank for rank, problem in enumerate(problems) if problem), None)
     if rank is None:
@@ -60,10 +71,8 @@ def should_compile(
     if required is None:
         logger.warn(f"{problem}.\nThis run continues uncompiled, which is slower (--compile auto)")
         return False
-    remedy = "Fix this, or use --compile False"
-    if recorded:
-        remedy = "The run on record was compiled: fix this, or choose another --output"
-    dist_util.raise_together(UserError(f"{problem}.\n{remedy}"))
+    on_record = f"The run on record was compiled: fix this, or {start_again}"
+    dist_util.raise_together(UserError(f"{problem}.\n{on_record if recorded else 'Fix this, or use --compile False'}"))
 
 
 def steps_to_pay(model: UNetModel, batch_size: int) -> float:
@@ -73,7 +82,8 @@ def steps_to_pay(model: UNetModel, batch_size: int) -> float:
     return SECONDS_PER_NORMALIZATION * normalizations / (SECONDS_SAVED_PER_ELEMENT * elements * batch_size)
 
 
-def _on_gpu() -> bool:
+def on_gpu() -> bool:
+    """Whether this rank computes on a GPU."""
     return dist_util.dev().type == "cuda"
 
 
@@ -93,20 +103,21 @@ def compilation_problem() -> str:
             os.makedirs(cache, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True)
         with temporary as folder, fresh_inductor_cache(dir=folder, delete=False):
-            _compile(tiny)(torch.ones(8, 64, device=dist_util.dev())).sum().item()
+            compile_function(tiny)(torch.ones(8, 64, device=dist_util.dev())).sum().item()
     except Exception as error:  # compilers fail in many ways; so does the import if its cache cannot be written
-        return _failure_line(error)
+        return failure_line(error)
     return ""
 
 
-def _compile(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def compile_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.compile` with static shapes, without graph breaks, and with the same kernels in every run."""
     # Autotuning may choose other kernels in the next run, which sum in another order.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to compute less precisely
     fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=fixed)
 
 
-def _failure_line(error: Exception) -> str:
+def failure_line(error: Exception) -> str:
     """The line of a compiler's message that names the failure."""
     header = os.path.join(sysconfig.get_path("include", "posix_prefix"), "Python.h")  # where Triton looks for it
     if failed := re.search(r"Command '\['([^']+)'.* returned non-zero exit status", str(error)):
@@ -134,7 +145,7 @@ def compile_network(
     the GPU's memory is too small for the batch.
     """
     logger.info("compiling the network (--compile): once per run, it takes a minute or more")
-    compiled = _compile(model)
+    compiled = compile_function(model)
 
     def call(x: Tensor, timesteps: Tensor, **conditions: Tensor) -> Tensor:
         padded = {name: _padded(values, batch_size) for name, values in conditions.items()}
@@ -151,7 +162,7 @@ def compile_network(
         raise
     except Exception as error:  # compilers fail in many ways
         raise UserError(
-            f"the network cannot be compiled: {_failure_line(error)}.\nUse --compile False and another --output"
+            f"the network cannot be compiled: {failure_line(error)}.\nUse --compile False and another --output"
         ) from error
     return call
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dist_util, logger
-from ..compute.compilation import _compile, _failure_line, _on_gpu, compilation_problem
+from ..compute.compilation import all_can_compile, compile_function, failure_line, on_gpu
 from ..errors import UserError, is_out_of_memory
 
 MANY_STEPS = 5_000  # number of steps of a run from which compilation pays
@@ -32,20 +32,8 @@ def choose_compilation(choice: bool | str, recorded: bool | None, steps: int | N
     """
     required = recorded if choice == "auto" else choice
     pays = steps is None or steps >= MANY_STEPS
-    if not dist_util.on_main(lambda: _on_gpu() and pays if required is None else required):
-        return False
-    problems = dist_util.gather_objects(compilation_problem())
-    rank = next((rank for rank, problem in enumerate(problems) if problem), None)
-    if rank is None:
-        return True
-    problem = f"the network cannot be compiled{f' on rank {rank}' if len(problems) > 1 else ''}: {problems[rank]}"
-    if required is None:
-        logger.warn(f"{problem}.\nThis run continues uncompiled, which is slower (--compile auto)")
-        return False
-    remedy = (
-        f"The run on record was compiled: fix this, or {NEW_RUN}" if recorded else "Fix this, or use --compile False"
-    )
-    dist_util.raise_together(UserError(f"{problem}.\n{remedy}"))
+    chosen = dist_util.on_main(lambda: on_gpu() and pays if required is None else required)
+    return chosen and all_can_compile(required, recorded, NEW_RUN)
 
 
 def batch_sizes(batch_size: int, microbatch: int) -> set[int]:
@@ -73,7 +61,7 @@ class CompiledForTraining(nn.Module):
         def call(*args: Any, **kwargs: Any) -> Tensor:  # the compiler skips a bound __call__
             return network(*args, **kwargs)
 
-        self._compiled = _compile(call)
+        self._compiled = compile_function(call)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The network's output. Raises UserError if the network cannot be compiled."""
@@ -97,7 +85,7 @@ class CompiledForTraining(nn.Module):
             if is_out_of_memory(error):
                 raise
             raise UserError(
-                f"the network cannot be compiled: {_failure_line(error)}.\nUse --compile False; if the folder has "
+                f"the network cannot be compiled: {failure_line(error)}.\nUse --compile False; if the folder has "
                 f"checkpoints, {NEW_RUN}"
             ) from error
         self._ready.add(len(x))

@@ -22,7 +22,7 @@ from guided_diffusion.compute import compilation
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.system.other_scripts import load_script
 
-compilation.steps_to_pay, compilation._on_gpu = lambda *_: 1, lambda: True
+compilation.steps_to_pay, compilation.on_gpu = lambda *_: 1, lambda: True
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     os.environ |= {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": sys.argv.pop()}
 else:
@@ -41,7 +41,7 @@ def flags(small_checkpoint, photographs):
 def gpu(monkeypatch):
     """As on a GPU that can compile; what was tried is noted."""
     tried = []
-    monkeypatch.setattr(compilation, "_on_gpu", lambda: True)
+    monkeypatch.setattr(compilation, "on_gpu", lambda: True)
     monkeypatch.setattr(compilation, "compilation_problem", lambda: tried.append(1) or "")
     return tried
 
@@ -95,7 +95,7 @@ def test_auto_is_for_many_steps_on_a_gpu(network, gpu, monkeypatch):
     assert not should_compile("auto", network, 32, steps)
     assert should_compile("auto", network, 32, 2 * steps)
     assert len(gpu) == 2
-    monkeypatch.setattr(compilation, "_on_gpu", lambda: False)
+    monkeypatch.setattr(compilation, "on_gpu", lambda: False)
     assert not should_compile("auto", network, 32, 100 * steps)
     assert not should_compile(False, network, 32, 100 * steps)
     assert len(gpu) == 2
@@ -158,12 +158,12 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
     ],
 )
 def test_the_reason_is_the_line_that_tells_it(message, reason):
-    assert compilation._failure_line(RuntimeError(message)).startswith(reason)
+    assert compilation.failure_line(RuntimeError(message)).startswith(reason)
 
 
 def test_missing_headers_are_named(monkeypatch, tmp_path):
     error = RuntimeError("Command '['/usr/bin/gcc', '/tmp/x/main.c']' returned non-zero exit status 1.")
     monkeypatch.setattr(compilation.sysconfig, "get_path", lambda *_: str(tmp_path))
-    assert compilation._failure_line(error).startswith(f"{tmp_path}/Python.h is missing")
+    assert compilation.failure_line(error).startswith(f"{tmp_path}/Python.h is missing")
     (tmp_path / "Python.h").touch()
-    assert compilation._failure_line(error) == "/usr/bin/gcc failed, its message is above"
+    assert compilation.failure_line(error) == "/usr/bin/gcc failed, its message is above"

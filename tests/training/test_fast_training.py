@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 
 from guided_diffusion import logger, train_util
+from guided_diffusion.compute import compilation
 from guided_diffusion.errors import UserError
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
 from guided_diffusion.train_util import TrainLoop
@@ -68,8 +69,8 @@ def traced(monkeypatch):
     def trace(function):
         return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
 
-    monkeypatch.setattr(compiled, "_compile", trace)
-    monkeypatch.setattr(compiled, "compilation_problem", lambda: "")
+    monkeypatch.setattr(compiled, "compile_function", trace)
+    monkeypatch.setattr(compilation, "compilation_problem", lambda: "")
     monkeypatch.setattr(train_util, "CompiledForTraining", Noted)
     return sizes
 
@@ -79,7 +80,7 @@ def traced(monkeypatch):
 
 def test_a_compiled_run_that_is_resumed_is_the_uninterrupted_one(tmp_path, monkeypatch, capfd):
     """With PyTorch's compiler as it is; the dropout is that of the step."""
-    monkeypatch.setattr(compiled, "compilation_problem", lambda: "")  # which takes seconds
+    monkeypatch.setattr(compilation, "compilation_problem", lambda: "")  # which takes seconds
     whole = train(tmp_path / "whole", 4, compile=True)
     assert capfd.readouterr().err.count("compiling the network for batches of 4") == 1
     train(tmp_path / "parts", 2, compile=True)
@@ -138,16 +139,16 @@ def test_compiling_leaves_no_trace():
 
 
 def test_auto_is_for_long_runs_on_a_gpu(monkeypatch, traced, capfd):
-    monkeypatch.setattr(compiled, "_on_gpu", lambda: False)
+    monkeypatch.setattr(compiled, "on_gpu", lambda: False)
     assert not choose_compilation("auto", None, None) and not choose_compilation("auto", False, 10**6)
     assert choose_compilation(True, None, 1) and choose_compilation("auto", True, 1)
-    monkeypatch.setattr(compiled, "_on_gpu", lambda: True)
+    monkeypatch.setattr(compiled, "on_gpu", lambda: True)
     many = compiled.MANY_STEPS
     assert choose_compilation("auto", None, None) and choose_compilation("auto", None, many)
     assert not choose_compilation("auto", None, many - 1) and not choose_compilation("auto", False, many)
     assert not choose_compilation(False, None, many)
 
-    monkeypatch.setattr(compiled, "compilation_problem", lambda: "there is no compiler")
+    monkeypatch.setattr(compilation, "compilation_problem", lambda: "there is no compiler")
     assert not choose_compilation("auto", None, many)
     assert "cannot be compiled: there is no compiler.\nThis run continues uncompiled" in capfd.readouterr().err
     with pytest.raises(UserError, match=r"there is no compiler\.\nFix this, or use --compile False"):
@@ -158,7 +159,7 @@ def test_auto_is_for_long_runs_on_a_gpu(monkeypatch, traced, capfd):
 
 def test_a_run_begun_uncompiled_stays_so(tmp_path, monkeypatch, traced, capfd):
     train(tmp_path, 1)  # an earlier version recorded the same
-    monkeypatch.setattr(compiled, "_on_gpu", lambda: True)
+    monkeypatch.setattr(compiled, "on_gpu", lambda: True)
     capfd.readouterr()
     loop = train(tmp_path, 2, compile="auto")
     assert not loop.compiled and not traced and "record" not in capfd.readouterr().err
