@@ -510,7 +510,7 @@ def test_agrees_with_reference_on_a_gpu(name, dtype):
     if dtype == torch.float16:
         model.convert_to_fp16()
     out = model(x.cuda(), **{name: values.cuda() for name, values in rest.items()})
-    assert relative_error(out.cpu(), right) < (1e-5 if dtype == torch.float32 else 3e-3)
+    assert relative_error(out.cpu(), right) < (1e-4 if dtype == torch.float32 else 3e-3)
 
 
 @pytest.mark.parametrize("layer", ["in_layers.0", "in_layers.2", "out_layers.0", "out_layers.3"])
