@@ -88,7 +88,7 @@ def test_what_the_demo_leaves(demo):
 
 def test_which_leaves_change_together(tmp_path, capsys):
     """In several samples of each image: the U-Net's, and exact ones from the same noised images."""
-    flags = [*SMALL, "--time_series", "6", "9", "--num_trajectories", "3", "--output", str(tmp_path)]
+    flags = [*SMALL, "--time_series", "10", "14", "--num_trajectories", "3", "--output", str(tmp_path)]
     assert load_script("scripts/demo.py").main(flags) == 0
     assert "chi, exact posterior" in capsys.readouterr().out
     with open(tmp_path / "figures/susceptibility.csv", newline="") as file:
@@ -96,11 +96,11 @@ def test_which_leaves_change_together(tmp_path, capsys):
             (row["tokens"], row["k"]): [float(row[f"chi{end}"]) for end in ("", "_low", "_high")]
             for row in csv.DictReader(file)
         }
-    assert chi.keys() == {(curve, k) for curve in ("loop, U-Net", "exact posterior") for k in ("6", "9")}
-    for k in ("6", "9"):
+    assert chi.keys() == {(curve, k) for curve in ("loop, U-Net", "exact posterior") for k in ("10", "14")}
+    for k in ("10", "14"):
         ours, exact = chi["loop, U-Net", k], chi["exact posterior", k]
         assert ours[1] < exact[2] and exact[1] < ours[2]
-    assert chi["exact posterior", "9"][0] > chi["exact posterior", "6"][0] > 1
+    assert chi["exact posterior", "10"][0] > chi["exact posterior", "14"][0] > 1
     with open(tmp_path / "figures/change_correlations.csv", newline="") as file:
         assert {row["r"] for row in csv.DictReader(file)} == {"0", "3", "15", "63"}
 
