@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-# For `training.images_from_flags`. Leaves are pixels, in the eight colours of three binary channels.
+# For `training.images_from_flags`. More synonyms than the four children of a symbol, so that there is a transition.
 GRAMMAR_FLAGS: dict[str, int] = {
-    "num_symbols": 8,
-    "num_synonyms": 2,
-    "depth": 4,
-    "patch_size": 1,
+    "num_symbols": 4,
+    "num_synonyms": 5,
+    "depth": 3,
+    "patch_size": 2,
     "grammar_seed": 0,
 }
 
-# Changes to `model_and_diffusion_defaults`. The levels of the U-Net have the sides of those of the tree, 16 to 1. With
-# only a few colours, the image is learned faster than the noise.
+# Changes to `model_and_diffusion_defaults`. The levels of the U-Net have sides 16 (pixels) and 8 to 1, as those of the
+# tree. With only a few patches, the image is learned faster than the noise.
 MODEL_FLAGS: dict[str, Any] = {
     "image_size": 16,
     "num_channels": 32,
@@ -27,7 +27,7 @@ MODEL_FLAGS: dict[str, Any] = {
 
 # Changes to the default training flags, for the U-Net and for the classifier.
 _COMMON = {"batch_size": 64, "lr": 1e-3, "ema_rate": "0.999", "log_interval": 100, "save_interval": 1000}
-TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 12000, "sample_grid": 0}
+TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 9000, "sample_grid": 0}
 CLASSIFIER_TRAINING_FLAGS: dict[str, Any] = {**_COMMON, "lr_anneal_steps": 3000, "weight_decay": 0.05}
 
 # The weights; see README.md.

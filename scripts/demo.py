@@ -60,8 +60,8 @@ from random_hierarchy_model.training import images_from_flags
 import numpy as np
 import torch
 
-TIMES = [50, 75, 100, 113, 125, 138, 150, 175, 200]
-TIMES_OF_CHANGES = [100, 113, 125, 138, 150]  # around the largest susceptibility
+TIMES = [50, 75, 88, 100, 113, 125, 138, 150, 200]
+TIMES_OF_CHANGES = [88, 100, 113, 125, 138]  # around the largest susceptibility
 STATISTICS_IMAGES = 512  # images for the classifier's statistics, including those that are noised
 
 

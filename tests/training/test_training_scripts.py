@@ -537,7 +537,7 @@ SCRIPTS = {
     "image_train": {**TRAINING, **MODEL, "data_dir": "DATA", "use_fp16": False},
     "super_res_train": {**TRAINING, **UPSAMPLER, "data_dir": "DATA"},
     "classifier_train": {**TRAINING, **CLASSIFIER, "data_dir": "DATA", "anneal_lr": True},
-    "demo_unet_train": {**TRAINING, "depth": 2, "image_size": 4, "channel_mult": "1,1", "lr_anneal_steps": 9},
+    "demo_unet_train": {**TRAINING, "depth": 1, "image_size": 4, "channel_mult": "1,1", "lr_anneal_steps": 9},
     "demo_classifier_train": {**TRAINING, "lr_anneal_steps": 9},
 }
 for name in ("demo_unet_train", "demo_classifier_train"):
@@ -564,7 +564,7 @@ DECISIVE = {
         **COMMON,
         "ema_rate": "",
         "lr_anneal_steps": 8,
-        "num_symbols": 4,
+        "num_symbols": 6,
         "grammar_seed": 1,
         "dropout": 0.1,
     },
