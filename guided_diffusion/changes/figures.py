@@ -6,7 +6,9 @@ from the bootstrap over starts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from ..classifier.figures import (
 from .statistics import TimeChanges, columns_of, measure_correlation, summary
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Curves = Mapping[str, Sequence[TimeChanges]]
@@ -117,11 +120,21 @@ def _draw_against(
                 axes.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
             axes.plot(at, values, color=colour, marker="." if len(at) < 30 else "")
         axes.set(xlabel=x_label, xscale="log", yscale="log" if log_y else "linear")
+        _set_ticks(axes, sorted({row[x_column] for row in own}))
         if len(labels) > 1:
             axes.set_title(label, fontsize=7)
     panels[0].set_ylabel(words)
     add_colorbar(figure, panels, first, max(last, first + 0.01), TIME_LABEL, pad=0.02)
     return figure
+
+
+def _set_ticks(axes: Axes, at: Sequence[float]) -> None:
+    """Ticks of a logarithmic axis as plain numbers: at the points, or at 1, 2, 5, 10, ... if these would be crowded."""
+    if any(b < 1.4 * a for a, b in pairwise(at)):
+        decades = range(math.floor(math.log10(at[0])), math.ceil(math.log10(at[-1])) + 1)
+        at = [tick for e in decades for d in (1, 2, 5) if at[0] <= (tick := d * 10.0**e) <= at[-1]]
+    axes.set_xticks(at, [f"{tick:g}" for tick in at])
+    axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
 def _or(row: Mapping[str, Any], column: str, end: str) -> float:

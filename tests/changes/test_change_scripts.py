@@ -13,16 +13,19 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-from guided_diffusion.changes.figures import figures_of
+from guided_diffusion.changes.figures import draw_correlations, figures_of
 from guided_diffusion.changes.results import changes_file, read_changes
+from guided_diffusion.changes.statistics import changes_at
 from guided_diffusion.classifier.figures import style
-from guided_diffusion.correlations import correlation_function, covariances, susceptibility
+from guided_diffusion.correlations import TablePairs, correlation_function, covariances, susceptibility
 from guided_diffusion.errors import UserError
+from random_hierarchy_model import Grammar
 
 import numpy as np
 import pytest
 import torch
 from conftest import REPOSITORY, as_flags, environment, launcher, load_script, start_script
+from figure_texts import check_texts
 from PIL import Image
 from torch import nn
 
@@ -372,6 +375,24 @@ def test_two_kinds_of_tokens_in_a_figure_and_undefined_numbers(measured, tmp_pat
         assert row["chi"] == row["chi_low"] == row["correlation_length"] == "" and row["change"] == 0
     assert {row["relative"] for row in points if row["tokens"] == "still"} == {""}
     assert {row["tokens"] for row in powers} == {"pixels"}
+
+
+GRID = np.stack(np.divmod(np.arange(49), 7), axis=1)
+DISTANCES = {  # of all pairs of tokens, and the numbers on the axis
+    "3 15 63": TablePairs(4.0 ** Grammar(4, 4, 3, 5).ancestor_levels() - 1),
+    "1 2 5": TablePairs(np.linalg.norm(GRID[:, None] - GRID, axis=2)),
+}
+
+
+@pytest.mark.parametrize("numbers", DISTANCES)
+def test_the_distances_can_be_read(numbers):
+    """Those of a tree themselves, and some of those in a grid, in two panels next to each other."""
+    pairs, rng = DISTANCES[numbers], np.random.default_rng(0)
+    times = [changes_at(k, 20, rng.choice([-1.0, 1.0], (8, 5, pairs.tokens)), pairs) for k in (5, 10)]
+    with style():
+        figure, _ = draw_correlations({"one": times, "other": times})
+        check_texts(figure)
+    assert [text.get_text() for text in figure.axes[1].get_xticklabels()] == numbers.split()
 
 
 @pytest.mark.parametrize(
