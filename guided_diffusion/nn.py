@@ -114,12 +114,12 @@ class GroupNorm32(nn.GroupNorm):
 
 
 def stored(x: Tensor) -> Tensor:
-    """x itself, which a compiler stores for inference, in the memory format that it has without compilation.
+    """x itself, which a compiler stores for inference on a GPU, in the memory format that it has without compilation.
 
     It would otherwise recompute small tensors in every element of a large one, and choose memory formats by itself.
     """
-    inference = not torch.is_grad_enabled()
-    return x.as_strided(x.shape, x.stride()) if torch.compiler.is_compiling() and inference else x
+    inference_on_gpu = x.device.type == "cuda" and not torch.is_grad_enabled()
+    return x.as_strided(x.shape, x.stride()) if inference_on_gpu and torch.compiler.is_compiling() else x
 
 
 def _is_channels_last(x: Tensor) -> bool:
