@@ -125,7 +125,9 @@ def names_in(folder: str) -> list[str]:
     names = sorted({match[1] for match in matches if match})
     if not names:
         found = "has no changes" if bf.isdir(folder) else "does not exist"
-        raise UserError(f"the folder {folder} {found}; expected files changes_NAME-t_K_N.npz of change_correlations.py")
+        raise UserError(
+            f"--changes: the folder {folder} {found}; expected files changes_NAME-t_K_N.npz of change_correlations.py"
+        )
     return names
 
 

@@ -398,7 +398,7 @@ def test_the_distances_can_be_read(numbers):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nowhere"], "the folder nowhere does not exist; expected files changes_NAME-t_K_N.npz"),
+        (["nowhere"], "--changes: the folder nowhere does not exist; expected files changes_NAME-t_K_N.npz"),
         (["{}", "--timestep_respacing", "250"], "has no changes of pixels for N = 250, only for N = 20"),
         (["{}", "{}"], "--changes has changes of pixels, pixels: expected at most 4 different tokens"),
     ],
