@@ -39,7 +39,7 @@ class GroupNorm32(nn.GroupNorm):
         self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         dtype = dtype or x.dtype
-        if x.device.type == "cuda" and x.dtype != torch.float64 and x.ndim > 2 and not torch.is_grad_enabled():
+        if infers_on_gpu(x) and x.dtype != torch.float64 and x.ndim > 2:
             return self._as_affine_map(x, scale, shift, dtype)
         compiling = torch.compiler.is_compiling()
         half_on_cpu = x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not compiling
@@ -113,13 +113,17 @@ class GroupNorm32(nn.GroupNorm):
         return torch.cat(images) if len(images) > 1 else images[0]
 
 
+def infers_on_gpu(x: Tensor) -> bool:
+    """Whether x is on a GPU, and autograd needs nothing of what is computed from it."""
+    return x.device.type == "cuda" and not torch.is_grad_enabled()
+
+
 def stored(x: Tensor) -> Tensor:
     """x itself, which a compiler stores for inference on a GPU, in the memory format that it has without compilation.
 
     It would otherwise recompute small tensors in every element of a large one, and choose memory formats by itself.
     """
-    inference_on_gpu = x.device.type == "cuda" and not torch.is_grad_enabled()
-    return x.as_strided(x.shape, x.stride()) if inference_on_gpu and torch.compiler.is_compiling() else x
+    return x.as_strided(x.shape, x.stride()) if infers_on_gpu(x) and torch.compiler.is_compiling() else x
 
 
 def _is_channels_last(x: Tensor) -> bool:
@@ -166,13 +170,16 @@ class PointwiseConv1d(nn.Conv1d):
         return nn.functional.linear(x.mT, self.weight.squeeze(2), self.bias).mT
 
 
+CAN_SUM_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm(out_dtype=...), from PyTorch 2.8 on
+
+
 def conv3x3_of_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """A padded 3x3 convolution in float32 with few output channels, by products of float16 matrices: (B, C, H, W) ->
     (B, D, H, W).
 
     Inputs and weights are sums of a high and a low float16 part, and products are accumulated in float32, so the error
     is that of float32. The product of two low parts is negligible. GPUs have fast units for float16, but not for
-    float32.
+    float32. Requires `CAN_SUM_IN_FLOAT32`.
     """
     (batch, channels, height, width), outputs = x.shape, conv.out_channels
     weight = conv.weight.permute(2, 3, 0, 1).reshape(9 * outputs, channels)  # of all shifts

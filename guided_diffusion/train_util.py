@@ -173,8 +173,7 @@ class TrainLoop:
         self._request = StopRequest()
         self._stop_signal = 0  # signal that all processes have agreed to obey
         self._load_start()
-        self.channels_last = self._prefers_channels_last()
-        if self.channels_last:
+        if self._prefers_channels_last():
             self._use_channels_last()
         self._expected_step = self.step
         self.ddp_model = self._distributed(model)
@@ -493,8 +492,7 @@ class TrainLoop:
         numbered = {index: states[name] for index, name in enumerate(names) if name in states}
         # With the current param_groups, since learning rate and weight decay may have changed.
         self.opt.load_state_dict({"state": numbered, "param_groups": self.opt.state_dict()["param_groups"]})
-        for param, entry in self.opt.state.items():
-            entry |= {moment: laid_out_as(param, entry[moment]) for moment in MOMENTS}
+        self._lay_out_moments()
         if "training" not in state:  # guided-diffusion numbers its files one step lower
             taken = steps_taken(states)
             self.step = max(start.number, taken)
@@ -582,6 +580,10 @@ class TrainLoop:
         self.model.to(memory_format=torch.channels_last)
         params = self.mp_trainer.master_params
         self.ema_params = [list(map(laid_out_as, params, average)) for average in self.ema_params]
+        self._lay_out_moments()
+
+    def _lay_out_moments(self) -> None:
+        """Give the optimizer's moments the memory layout of the weights, which fused steps require."""
         for param, entry in self.opt.state.items():
             entry |= {moment: laid_out_as(param, entry[moment]) for moment in MOMENTS}
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .fp16_util import convert_module_to_f16, convert_module_to_f32, half_precision_dtype
 from .nn import (
+    CAN_SUM_IN_FLOAT32,
     NormActConv,
     PointwiseConv1d,
     SiLU,
@@ -27,14 +28,13 @@ from .nn import (
     checkpoint,
     conv3x3_of_halves,
     conv_nd,
+    infers_on_gpu,
     linear,
     normalization,
     stored,
     timestep_embedding,
     zero_module,
 )
-
-HALVES_TO_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm(out_dtype=...), from PyTorch 2.8 on
 
 
 class TimestepBlock(nn.Module):
@@ -470,8 +470,7 @@ class _Output(NormActConv):
 
     def forward(self, h: Tensor) -> Tensor:
         *_, conv = self
-        inference_on_gpu = h.device.type == "cuda" and not torch.is_grad_enabled()
-        if h.dtype == torch.float16 and inference_on_gpu and HALVES_TO_FLOAT32 and isinstance(conv, nn.Conv2d):
+        if h.dtype == torch.float16 and infers_on_gpu(h) and CAN_SUM_IN_FLOAT32 and isinstance(conv, nn.Conv2d):
             return conv3x3_of_halves(self.activate(stored(h), dtype=torch.float32), conv)
         return self.convolve(self.activate(h, dtype=torch.float32))
 

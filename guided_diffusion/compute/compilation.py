@@ -28,7 +28,7 @@ SECONDS_SAVED_PER_ELEMENT = 0.120 / (32 * 800e6)  # in or out of a normalisation
 def should_compile(
     choice: bool | str, model: UNetModel, batch_size: int, steps: int, recorded: bool | None = None
 ) -> bool:
-    """Whether a run compiles its network, the same on all ranks. All ranks must call this.
+    """Whether a sampling run compiles its network, the same on all ranks: see `decide_on_compilation`.
 
     Args:
         choice: --compile: True, False or "auto".
@@ -37,32 +37,34 @@ def should_compile(
         steps: denoising steps of all processes.
         recorded: whether the run on record was compiled; None for a new run.
 
-    "auto" follows the record, since a compiled network rounds differently. It compiles a new run on a GPU if this saves
-    more time than it takes and every rank can compile; if one cannot, it warns. Call this before touching the output
-    folder.
+    "auto" compiles a new run if this saves more time than it takes. Call this before touching the output folder.
+    """
+
+    def pays() -> bool:
+        return steps / dist_util.get_world_size() >= steps_to_pay(model, batch_size)
+
+    return decide_on_compilation(choice, recorded, pays, "choose another --output")
+
+
+def decide_on_compilation(
+    choice: bool | str, recorded: bool | None, pays: Callable[[], bool], start_again: str
+) -> bool:
+    """Whether a run compiles its network, the same on all ranks. All ranks must call this.
+
+    Args:
+        choice: --compile: True, False or "auto".
+        recorded: whether the run on record was compiled; None for a new run.
+        pays: whether compiling a new run on a GPU pays, asked on rank 0.
+        start_again: how to start another run, for the message.
+
+    "auto" follows the record, since a compiled network rounds differently. It compiles a new run on a GPU if this pays
+    and every rank can compile; if one cannot, it warns.
 
     Raises UserError if the flag or the record requires compilation and a rank cannot compile.
     """
     required = recorded if choice == "auto" else choice
-
-    def decide() -> bool:
-        if required is not None:
-            return required
-        return on_gpu() and steps / dist_util.get_world_size() >= steps_to_pay(model, batch_size)
-
-    return dist_util.on_main(decide) and all_can_compile(required, recorded, "choose another --output")
-
-
-def all_can_compile(required: bool | None, recorded: bool | None, start_again: str) -> bool:
-    """Whether every rank can compile. If not, warns, or raises UserError if compilation is `required`.
-
-    All ranks must call this.
-
-    Args:
-        required: whether the flag or the record requires compilation; None: neither.
-        recorded: whether the run on record was compiled.
-        start_again: how to start another run, for the message.
-    """
+    if not dist_util.on_main(lambda: on_gpu() and pays() if required is None else required):
+        return False
     problems = dist_util.gather_objects(compilation_problem())
     rank = next((rank for rank, problem in enumerate(problems) if problem), None)
     if rank is None:
@@ -111,8 +113,8 @@ def compilation_problem() -> str:
 
 def compile_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`torch.compile` with static shapes, without graph breaks, and with the same kernels in every run."""
-    # Autotuning may choose other kernels in the next run, which sum in another order.
     warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")  # advice to compute less precisely
+    # Autotuning may choose other kernels in the next run, which sum in another order.
     fixed = {"deterministic": True} if "deterministic" in torch._inductor.list_options() else {}
     return torch.compile(function, fullgraph=True, dynamic=False, options=fixed)
 

@@ -1,10 +1,10 @@
 """Resumable runs: locks, settings, the units of work that this process takes, and the record.
 
 A run computes units of work, which are batches of fixed composition, and writes the output of each immediately. So a
-stopped run loses at most one unit per process, and rerunning the same command resumes it. Of several
-processes, each takes the longest unit that is left when it is ready for more. In the forward-backward experiment, the
-output is samples, see `sample_folders`. Other results (NAME.npz) are combined from parts, a file per unit in
-NAME_parts, once all parts exist.
+stopped run loses at most one unit per process, and rerunning the same command resumes it. Of several processes, each
+takes the longest unit that is left when it is ready for more. In the forward-backward experiment, the output is
+samples, see `sample_folders`. Other results (NAME.npz) are combined from parts, a file per unit in NAME_parts, once all
+parts exist.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dist_util, logger
-from ..compute.compilation import all_can_compile, compile_function, failure_line, on_gpu
+from .. import logger
+from ..compute.compilation import compile_function, decide_on_compilation, failure_line
 from ..errors import UserError, is_out_of_memory
 
 MANY_STEPS = 5_000  # number of steps of a run from which compilation pays
@@ -18,22 +18,14 @@ NEW_RUN = "start a new run with --compile False and another --output"
 
 
 def choose_compilation(choice: bool | str, recorded: bool | None, steps: int | None) -> bool:
-    """Whether a training run compiles its network, the same on all ranks. All ranks must call this.
+    """Whether a training run compiles its network, the same on all ranks: see `decide_on_compilation`.
 
     Args:
         choice: --compile: True, False or "auto".
         recorded: whether the run on record was compiled; None for a new run.
         steps: number of steps of a new run; None: no limit.
-
-    "auto" follows the record, since a compiled network rounds differently. It compiles a new run on a GPU if there are
-    many steps and every rank can compile; if one cannot, it warns.
-
-    Raises UserError if the flag or the record requires compilation and a rank cannot compile.
     """
-    required = recorded if choice == "auto" else choice
-    pays = steps is None or steps >= MANY_STEPS
-    chosen = dist_util.on_main(lambda: on_gpu() and pays if required is None else required)
-    return chosen and all_can_compile(required, recorded, NEW_RUN)
+    return decide_on_compilation(choice, recorded, lambda: steps is None or steps >= MANY_STEPS, NEW_RUN)
 
 
 def batch_sizes(batch_size: int, microbatch: int) -> set[int]:

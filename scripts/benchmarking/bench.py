@@ -53,6 +53,11 @@ class Bench:
         """The flags of the network."""
         return args_to_dict(self.args, FLAGS)
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the compiled network is measured, too."""
+        return self.device.type == "cuda" if self.args.compile == "auto" else self.args.compile
+
     def checkpoint(self) -> str:
         """A checkpoint file of random weights; those initialised to zero are random, too."""
         path = self.folder / "model.pt"

@@ -30,7 +30,7 @@ def network(bench: Bench) -> list[Row]:
     precisions = list(dict.fromkeys(["float32", dtype_name(half_precision_dtype(bench.device))]))
     ways = ["plain", "this project", "diffusers", "matrix product"]
     contenders = [(way, precision) for precision in precisions for way in ways]
-    if bench.args.compile is True or (bench.args.compile == "auto" and bench.device.type == "cuda"):
+    if bench.compiles:
         contenders += [("this project, compiled", precision) for precision in precisions[1:]]
     runs: dict[tuple[str, str], list[Row]] = {contender: [] for contender in contenders}
     flags = bench.flags | {"batch_size": bench.args.batch_size, "num_threads": bench.threads}

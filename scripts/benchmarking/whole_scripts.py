@@ -35,7 +35,7 @@ def loop(bench: Bench) -> list[Row]:
     clock = Clock(bench.device)
     script.sample = clock.around(script.sample)
     flags = {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": bench.threads}
-    flags = sampling_flags(bench, images, "loop") | flags
+    flags = sampling_flags(bench, images, "loop") | flags | {"compile": bench.compiles}
     run_quietly(script, as_flags(flags))
     return [
         {
@@ -67,7 +67,13 @@ def several_against_one(bench: Bench) -> list[Row]:
     images = 2 * count * bench.args.batch_size
     steps = bench.args.steps or (125 if on_gpu else 4)  # enough to amortize the first pass, which is slow
     flags = sampling_flags(bench, images, "processes")
-    flags |= {"num_classes": 1, "num_per_class": images, "step_reverse": steps, "num_threads": 1}
+    flags |= {
+        "num_classes": 1,
+        "num_per_class": images,
+        "step_reverse": steps,
+        "num_threads": 1,
+        "compile": bench.compiles,
+    }
     seconds: dict[int, list[float]] = {1: [], count: []}
     for turn in range(bench.args.repeats):
         for number, each in seconds.items():
@@ -202,8 +208,7 @@ def compare_pair_by_pair(classifier, pairs: dict[int, list[tuple[str, str]]], si
 def sampling_flags(bench: Bench, images: int, output: str) -> dict[str, Any]:
     """Flags of forward_backward_dataset_sample.py."""
     flags = bench.flags | {"model_path": bench.checkpoint(), "data_dir": bench.pictures(images)}
-    compiled = bench.device.type == "cuda" if bench.args.compile == "auto" else bench.args.compile
-    flags |= {"device": bench.args.device, "compile": compiled}
+    flags["device"] = bench.args.device
     return flags | {"output": bench.folder / output, "timestep_respacing": N, "batch_size": bench.args.batch_size}
 
 

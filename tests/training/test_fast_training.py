@@ -139,10 +139,10 @@ def test_compiling_leaves_no_trace():
 
 
 def test_auto_is_for_long_runs_on_a_gpu(monkeypatch, traced, capfd):
-    monkeypatch.setattr(compiled, "on_gpu", lambda: False)
+    monkeypatch.setattr(compilation, "on_gpu", lambda: False)
     assert not choose_compilation("auto", None, None) and not choose_compilation("auto", False, 10**6)
     assert choose_compilation(True, None, 1) and choose_compilation("auto", True, 1)
-    monkeypatch.setattr(compiled, "on_gpu", lambda: True)
+    monkeypatch.setattr(compilation, "on_gpu", lambda: True)
     many = compiled.MANY_STEPS
     assert choose_compilation("auto", None, None) and choose_compilation("auto", None, many)
     assert not choose_compilation("auto", None, many - 1) and not choose_compilation("auto", False, many)
@@ -159,7 +159,7 @@ def test_auto_is_for_long_runs_on_a_gpu(monkeypatch, traced, capfd):
 
 def test_a_run_begun_uncompiled_stays_so(tmp_path, monkeypatch, traced, capfd):
     train(tmp_path, 1)  # an earlier version recorded the same
-    monkeypatch.setattr(compiled, "on_gpu", lambda: True)
+    monkeypatch.setattr(compilation, "on_gpu", lambda: True)
     capfd.readouterr()
     loop = train(tmp_path, 2, compile="auto")
     assert not loop.compiled and not traced and "record" not in capfd.readouterr().err
