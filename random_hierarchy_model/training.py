@@ -66,28 +66,34 @@ class ExactTargetLoop(TrainLoop):
         |model(x_t) - x_0|^2 = |model(x_t) - E[x_0 | x_t]|^2 + a constant.
 
     Both losses have the same expected gradient and the same minimum, but the second has less noisy gradients (none for
-    the optimal model), and its minimum is 0. The same applies to eps.
+    the optimal model), and its minimum is 0. The same applies to eps. A learned variance depends on the images
+    themselves: its loss is the usual one, "vb".
 
     Args:
         images: rendering of the derivations.
         kwargs: see `TrainLoop`.
 
-    Raises UserError if the model predicts something else, or also a variance.
+    Raises UserError if the model predicts something else.
     """
 
     def __init__(self, *, images: TreeImages, diffusion: GaussianDiffusion, **kwargs: Any):
         if diffusion.model_mean_type is ModelMeanType.PREVIOUS_X or diffusion.loss_type.is_vb():
             raise UserError("--use_kl True: expected a squared error of the image or of the noise as the loss")
-        if diffusion.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
-            raise UserError("--learn_sigma True: expected a model that learns no variance")
         self.images = images
         super().__init__(diffusion=diffusion, **kwargs)
         self._signal = torch.from_numpy(diffusion.alphas_cumprod).to(self.device)
 
     def compute_losses(self, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> dict[str, Tensor]:
-        """The mean squared error "loss", (B,), of images x (B, 3, H, W) at timesteps t (B,)."""
+        """Losses of images x (B, 3, H, W) at timesteps t (B,), each (B,).
+
+        "loss" is the mean squared error; if the variance is learned, it is the sum of "mse" and the rescaled "vb".
+        """
         x_t = self.diffusion.q_sample(x, t, noise)
         optimum = posterior_mean if self.diffusion.model_mean_type is ModelMeanType.START_X else optimal_eps
         target = optimum(self.images, x_t, self._signal[t]).to(x.dtype)
-        prediction = self.ddp_model(x_t, self.diffusion.scale_timesteps(t), **cond)
-        return {"loss": mean_flat((prediction - target) ** 2)}
+        output = self.ddp_model(x_t, self.diffusion.scale_timesteps(t), **cond)
+        mse = mean_flat((output[:, : x.shape[1]] - target) ** 2)
+        if self.diffusion.model_var_type not in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
+            return {"loss": mse}
+        usual = self.diffusion.training_losses(lambda *_: output, x, t, noise=noise)
+        return {"loss": mse + (usual["loss"] - usual["mse"]), "mse": mse, "vb": usual["vb"]}
