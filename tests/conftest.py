@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 # The networks here are so small that threads would only wait for each other, and several tests run at a time, which use
@@ -24,7 +25,7 @@ from guided_diffusion.system.other_scripts import load_script as load_script
 import pytest
 import torch
 import torchvision
-from fork_server import Forked, start
+from fork_server import Forked, rank_command, start
 from PIL import Image
 from reference import fill_weights
 from slurm import Slurm, missing
@@ -176,12 +177,14 @@ def photographs(tmp_path_factory) -> Path:
     return lay_out_photographs(tmp_path_factory.mktemp("datasets") / "ILSVRC2012" / "validation")
 
 
-def launcher(kind: str, processes: int) -> list[str]:
-    """The words of a command line before the script's name."""
+def launcher(kind: str, processes: int, python: Sequence[str] = (sys.executable,)) -> list[str]:
+    """The words of a command line before the script's name; `python` starts the launcher's processes."""
     if kind == "mpiexec":
-        return [str(Path(sys.executable).with_name("mpiexec")), "--oversubscribe", "-n", str(processes), sys.executable]
+        return [str(Path(sys.executable).with_name("mpiexec")), "--oversubscribe", "-n", str(processes), *python]
     if kind == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        options = ["--standalone", "--nproc_per_node", str(processes)]
+        no_python = [] if python == (sys.executable,) else ["--no-python", *python]
+        return [sys.executable, "-m", "torch.distributed.run", *options, *no_python]
     return [sys.executable]
 
 
@@ -189,13 +192,19 @@ MAIN_SCRIPT = "forward_backward_dataset_sample.py"
 
 
 def start_script(
-    *flags: str, script: str = MAIN_SCRIPT, kind: str = "python", processes: int = 1, **options
+    *flags: str,
+    script: str = MAIN_SCRIPT,
+    kind: str = "python",
+    processes: int = 1,
+    python: Sequence[str] = (sys.executable,),
+    **options,
 ) -> subprocess.Popen | Forked:
     """Start a script, named by its path in the repository, in a process group of its own; its output is text.
 
-    One process is forked from a server that has imported PyTorch, see fork_server.py; launchers are executed.
+    One process is forked from a server that has imported PyTorch, see fork_server.py; the processes of mpiexec and
+    torchrun only if `python` says so.
     """
-    command = [*launcher(kind, processes), str(REPOSITORY / script), *map(str, flags)]
+    command = [*launcher(kind, processes, python), str(REPOSITORY / script), *map(str, flags)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
     return start(command, **options)
 
@@ -207,8 +216,9 @@ def run_python(*words: str, **options) -> subprocess.CompletedProcess:
 
 
 def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
-    """Run a script to its end; arguments as those of `start_script`."""
-    return completed(start_script(*flags, **options))
+    """Run a script to its end, with forked processes; arguments as those of `start_script`."""
+    python = rank_command(options.get("env", environment()))
+    return completed(start_script(*flags, python=python, **options))
 
 
 def completed(process: subprocess.Popen | Forked) -> subprocess.CompletedProcess:

@@ -8,8 +8,12 @@ exceptions, exit statuses, signals, threads and `atexit` are Python's own. It ca
 tests/test_fork_server.py compares such processes with those that Python starts itself.
 
 What differs: the packages are already in memory, hashes of strings are the same in all of them, and /proc/PID/cmdline
-names the server. Tests about starting and importing do without it, and so do all launchers (mpiexec, torchrun, srun).
-If the environment differs from the server's in more than `FREE` variables, `start` executes Python.
+and environ are the server's. Tests about starting and importing do without it. If the environment differs from the
+server's in more than `FREE` variables, `start` executes Python.
+
+Launchers (mpiexec, torchrun, srun) are executed, and so are the processes that they start if a test sends signals or is
+about launching. In other tests, mpiexec and torchrun start `rank_command`, a process that has its work done by one of
+the server, passes signals on to it and ends as it does.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 from collections.abc import Mapping, Sequence
@@ -67,7 +72,7 @@ class Forked:
             theirs.append(fd)
             ours.append(mine)
         self.stdin, self.stdout, self.stderr = ours
-        request = json.dumps({"words": args[1:], "cwd": str(cwd), "env": dict(env)}).encode()
+        request = json.dumps({"words": args[1:], "cwd": str(cwd), "env": dict(env), "cores": None}).encode()
         self._reply, server_s = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         socket.send_fds(control, [request], [server_s.fileno(), *theirs])
         server_s.close()
@@ -141,10 +146,17 @@ class _Server:
     def __init__(self, env: Mapping[str, str]):
         self._env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        options = {"env": self._env, "pass_fds": [theirs.fileno()], "start_new_session": True}
+        self._folder = tempfile.TemporaryDirectory()
+        self.address = os.path.join(self._folder.name, "ranks")
+        ranks = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ranks.bind(self.address)
+        ranks.listen()
+        options = {"env": self._env, "pass_fds": [theirs.fileno(), ranks.fileno()], "start_new_session": True}
         options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        self._process = subprocess.Popen([sys.executable, __file__, str(theirs.fileno())], **options)
+        command = [sys.executable, __file__, "serve", str(theirs.fileno()), str(ranks.fileno())]
+        self._process = subprocess.Popen(command, **options)
         theirs.close()
+        ranks.close()
 
     def lives(self) -> bool:
         """Whether it still runs. If not, one process could not be started, and its test failed."""
@@ -166,19 +178,31 @@ def start(
 ) -> Forked | subprocess.Popen:
     """Start a command as the leader of a new session; options as those of `subprocess.Popen`.
 
-    `[sys.executable, SCRIPT, ...]` and `[sys.executable, "-c", CODE, ...]` are forked from the server if possible.
+    `[sys.executable, SCRIPT, ...]`, `[sys.executable, "-c", CODE, ...]` and `[sys.executable, "-m", MODULE, ...]` are
+    forked from the server if possible.
     """
-    global _server
     env = os.environ if env is None else env
     args = [str(word) for word in args]
-    python = args[0] == sys.executable and args[1] != "-m"
-    if AVAILABLE and python and set(options) <= {"stdin", "stdout", "stderr"}:
-        if _server is None or not _server.lives():
-            _server = _Server(env)
-        if _server.suits(env):
-            streams = [options.get(name) for name in ("stdin", "stdout", "stderr")]
-            return _server.start(args, cwd or os.getcwd(), env, text, streams)
+    if args[0] == sys.executable and set(options) <= {"stdin", "stdout", "stderr"} and (server := _server_for(env)):
+        streams = [options.get(name) for name in ("stdin", "stdout", "stderr")]
+        return server.start(args, cwd or os.getcwd(), env, text, streams)
     return subprocess.Popen(args, cwd=cwd, env=env, text=text, start_new_session=True, **options)
+
+
+def rank_command(env: Mapping[str, str]) -> list[str]:
+    """Words that replace sys.executable for mpiexec or torchrun with the environment `env`."""
+    server = _server_for(env)
+    return [sys.executable, "-E", "-S", __file__, "rank", server.address] if server else [sys.executable]
+
+
+def _server_for(env: Mapping[str, str]) -> _Server | None:
+    """The server, if processes with the environment `env` can be forked from it."""
+    global _server
+    if not AVAILABLE:
+        return None
+    if _server is None or not _server.lives():
+        _server = _Server(env)
+    return _server if _server.suits(env) else None
 
 
 # The server itself, and what is forked from it.
@@ -199,14 +223,19 @@ def import_packages() -> None:
         raise RuntimeError("an import has started threads or CUDA: processes cannot be forked")
 
 
-def serve(control: socket.socket) -> dict[str, Any]:
+def serve(control: socket.socket, ranks: socket.socket) -> dict[str, Any]:
     """Fork a process per request. It tells the caller its id, and the server tells its status when it has ended.
+
+    Requests come from the pytest process through `control`, and from processes of launchers, each of which connects to
+    `ranks`. If one of these is killed, the server kills the process that it has started.
 
     Returns the request, in the forked processes only. The server ends with the pytest process.
     """
     running: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor that tells that the process has ended
+    callers: dict[int, tuple[socket.socket, int]] = {}  # processes of launchers, and what they have started
     poll = select.poll()
-    poll.register(control, select.POLLIN)
+    for end in (control, ranks):
+        poll.register(end, select.POLLIN)
     while True:
         for fd, _ in poll.poll():
             if fd in running:
@@ -214,27 +243,40 @@ def serve(control: socket.socket) -> dict[str, Any]:
                 poll.unregister(fd)
                 os.close(fd)
                 _tell(reply, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+                if callers.pop(reply.fileno(), None):
+                    poll.unregister(reply)
                 reply.close()
                 continue
-            request, fds, _, _ = socket.recv_fds(control, 1 << 20, 4)
-            if not request:
+            if fd in callers:  # its caller is gone
+                poll.unregister(fd)
+                os.kill(callers.pop(fd)[1], signal.SIGKILL)
+                continue
+            end = control if fd == control.fileno() else ranks.accept()[0]
+            request, fds, _, _ = socket.recv_fds(end, 1 << 20, 4)
+            if not request and end is control:
                 os._exit(0)
-            reply, streams = socket.socket(fileno=fds[0]), fds[1:]
+            if not request:
+                end.close()
+                continue
+            reply = socket.socket(fileno=fds.pop(0)) if end is control else end
             pid = os.fork()
             if pid == 0:
                 os.setsid()
                 _tell(reply, os.getpid())
-                for number, stream in enumerate(streams):
+                for number, stream in enumerate(fds):
                     os.dup2(stream, number)
-                for end in (control, reply, *(reply for _, reply in running.values())):
+                for end in (control, ranks, reply, *(reply for _, reply in running.values())):
                     end.close()
                 os.closerange(3, 1 << 20)
                 return json.loads(request)
-            for stream in streams:
+            for stream in fds:
                 os.close(stream)
             process = os.pidfd_open(pid)
             running[process] = pid, reply
             poll.register(process, select.POLLIN)
+            if reply is end:
+                callers[reply.fileno()] = reply, pid
+                poll.register(reply, select.POLLHUP)
 
 
 def _tell(reply: socket.socket, number: int) -> None:
@@ -242,15 +284,17 @@ def _tell(reply: socket.socket, number: int) -> None:
         reply.send(str(number).encode())
 
 
-def become(words: list[str], cwd: str, env: dict[str, str]) -> None:
-    """Make this process look to the script as if `python WORDS` had been executed."""
+def become(words: list[str], cwd: str, env: dict[str, str], cores: list[int] | None) -> None:
+    """Make this process look to the script as if `python WORDS` had been executed, on some cores if not None."""
     import numpy
 
     os.chdir(cwd)
+    if cores:
+        os.sched_setaffinity(0, cores)
     os.environ.clear()
     os.environ.update(env)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
-    first = "" if words[0] == "-c" else os.path.dirname(os.path.abspath(words[0]))
+    first = {"-c": "", "-m": os.getcwd()}.get(words[0], os.path.dirname(os.path.abspath(words[0])))
     others = [os.path.abspath(path) for path in env.get("PYTHONPATH", "").split(os.pathsep) if path]
     sys.path[:1] = [first, *others]
     numpy.random.seed()  # noqa: NPY002 (Python's own generator is seeded anew after a fork)
@@ -264,6 +308,9 @@ def run(words: list[str]) -> None:
             sys.argv = ["-c", *words[2:]]
             main = sys.modules["__main__"] = types.ModuleType("__main__")
             exec(words[1], vars(main))
+        elif words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = words
             runpy.run_path(words[0], run_name="__main__")
@@ -277,19 +324,49 @@ def run(words: list[str]) -> None:
 
 
 def skip_destruction() -> None:
-    """End the process once everything else has ended. Python would now destroy its modules, for half a second."""
+    """End the process once everything else has ended. Python would now destroy its modules, for half a second.
+
+    MPI is finalized as mpi4py does it.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     if status is not None:
+        mpi = sys.modules.get("mpi4py.MPI")
+        if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
+            mpi.Finalize()
         os._exit(status & 0xFF)
 
 
 status: int | None = None  # of the process; None: another exception, such as KeyboardInterrupt, ends it
 
+
+def run_as_rank(address: str, words: list[str]) -> None:
+    """In a process of a launcher: have the server at `address` run `python WORDS`, and end as that does."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(address)
+    cores = sorted(os.sched_getaffinity(0))
+    request = {"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "cores": cores}
+    passed_on = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT
+    signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
+    socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
+    pid = int(connection.recv(100))
+    for signum in passed_on:
+        signal.signal(signum, lambda signum, _: os.kill(pid, signum))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
+    status = int(connection.recv(100))
+    if status < 0:
+        if -status in passed_on:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "rank":
+        run_as_rank(sys.argv[2], sys.argv[3:])
     atexit.register(skip_destruction)  # the first one to be registered is the last one to be called
     import_packages()
     gc.freeze()
-    request = serve(socket.socket(fileno=int(sys.argv[1])))
+    request = serve(*(socket.socket(fileno=int(fd)) for fd in sys.argv[2:]))
     become(**request)
     run(request["words"])

@@ -1,4 +1,4 @@
-"""Processes of the fork server behave like those that Python starts itself."""
+"""Processes of the fork server behave like those that Python starts itself, and so do those that launchers start."""
 
 import json
 import os
@@ -48,37 +48,72 @@ ENDINGS = {
 }
 
 
-def both(words, stdin="", **options):
-    """What a process of the server and one of Python's own print, and their status."""
+def start_rank(command, **options):
+    """Start a command as a launcher does whose processes are forked."""
+    rank = fork_server.rank_command(options["env"])
+    assert len(rank) > 1
+    return subprocess.Popen([*rank, *command[1:]], text=True, start_new_session=True, **options)
+
+
+def results(words, stdin="", **options):
+    """What a process of the server, one of a launcher and one of Python's own print, and their status."""
     command = [sys.executable, *map(str, words)]
     options = {"env": environment(), "stdin": PIPE, "stdout": PIPE, "stderr": PIPE, **options}
     forked = fork_server.start(command, **options)
     own = subprocess.Popen(command, text=True, start_new_session=True, **options)
     assert type(forked) is fork_server.Forked
-    return [(*process.communicate(stdin), process.returncode) for process in (forked, own)]
+    processes = forked, start_rank(command, **options), own
+    return [(*process.communicate(stdin), process.returncode) for process in processes]
 
 
-@pytest.mark.parametrize("how", ["script", "-c"])
+@pytest.mark.parametrize("how", ["script", "-c", "-m"])
 def test_what_a_process_finds(how, tmp_path):
     script = tmp_path / "folder" / "script.py"
     script.parent.mkdir()
     script.write_text(SCRIPT)
-    words = [script, "a b", "-c"] if how == "script" else ["-c", SCRIPT, "a b", "-c"]
-    forked, own = both(words, "line\n", cwd=tmp_path, env=environment(RANK="3", OPENAI_LOGDIR="/x"))
-    assert json.loads(forked[0]) == json.loads(own[0])
-    assert forked[1:] == own[1:] == ("", 0)
+    words = {"script": [script], "-c": ["-c", SCRIPT], "-m": ["-m", "folder.script"]}[how]
+    forked, rank, own = results(
+        [*words, "a b", "-c"], "line\n", cwd=tmp_path, env=environment(RANK="3", OPENAI_LOGDIR="/x")
+    )
+    assert json.loads(forked[0]) == json.loads(rank[0]) == json.loads(own[0])
+    assert forked[1:] == rank[1:] == own[1:] == ("", 0)
 
 
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_how_a_process_ends(ending):
-    (out, err, status), own = both(["-c", ENDINGS[ending]])
-    assert (out, status) == (own[0], own[2])
-    assert err.splitlines()[-1:] == own[1].splitlines()[-1:]  # a traceback has more lines
+    *others, own = results(["-c", ENDINGS[ending]])
+    for out, err, status in others:
+        assert (out, status) == (own[0], own[2])
+        assert err.splitlines()[-1:] == own[1].splitlines()[-1:]  # a traceback has more lines
 
 
 def test_numpy_is_not_seeded_alike():
     code = "import numpy, random; print(numpy.random.rand(), random.random())"
-    assert len({word for _ in range(2) for word in both(["-c", code])[0][0].split()}) == 4
+    assert len({word for _ in range(2) for out, _, _ in results(["-c", code])[:2] for word in out.split()}) == 8
+
+
+WAITING = """
+import os, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: print("one", flush=True))
+print(os.getpid(), sorted(os.sched_getaffinity(0)), flush=True)
+while True:
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGKILL])
+def test_signals_to_the_process_of_a_launcher(last):
+    core = min(os.sched_getaffinity(0))
+    command = [sys.executable, "-c", WAITING]
+    options = {"env": environment(), "stdout": PIPE, "preexec_fn": lambda: os.sched_setaffinity(0, {core})}
+    with start_rank(command, **options) as rank:
+        pid, cores = rank.stdout.readline().split(maxsplit=1)
+        assert int(pid) != rank.pid and json.loads(cores) == [core]
+        rank.send_signal(signal.SIGUSR1)
+        assert rank.stdout.readline() == "one\n"
+        rank.send_signal(last)
+        assert rank.wait(timeout=60) == -last
+        assert rank.stdout.read() == ""  # nobody holds the pipe any more
 
 
 def test_a_process_is_killed_and_awaited_like_any_other():

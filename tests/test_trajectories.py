@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from conftest import (
     SMALL_MODEL,
     as_flags,
     environment,
-    launcher,
     load_script,
     run_script,
     save_checkpoint,
@@ -173,15 +171,9 @@ def test_a_slow_process_takes_fewer_units(flags, eight, tmp_path):
     """Ten units of two turns. One process stays in its first until the other has begun all but the two that it took."""
     script, output = tmp_path / "slow.py", tmp_path / "output"
     script.write_text(SLOW_RANK)
-    words = [*launcher("mpiexec", 2), script, tmp_path, *flags, "--num_trajectories", 3, "--num_turns", 2]
+    words = [tmp_path, *flags, "--num_trajectories", 3, "--num_turns", 2, "--output", output]
     paths = os.pathsep.join([str(Path(__file__).parent), environment()["PYTHONPATH"]])
-    done = subprocess.run(
-        [*map(str, words), "--output", str(output)],
-        env=environment(PYTHONPATH=paths),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_script(*words, script=script, kind="mpiexec", processes=2, env=environment(PYTHONPATH=paths))
     assert done.returncode == 0, done.stderr
     assert samples(output) == {name: eight[name] for name in expected_names(3, 2)}
     fast, slow = ([line.split() for line in (tmp_path / f"rank{rank}").read_text().splitlines()] for rank in range(2))

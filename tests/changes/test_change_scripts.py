@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from random_hierarchy_model import Grammar
 import numpy as np
 import pytest
 import torch
-from conftest import REPOSITORY, as_flags, environment, launcher, load_script, start_script
+from conftest import as_flags, load_script, run_script, start_script
 from figure_texts import check_texts
 from PIL import Image
 from torch import nn
@@ -210,9 +209,9 @@ def test_tokens_of_one_s_own(data, tmp_path, monkeypatch):
 
 
 def test_equal_results_from_three_processes(data, measured, tmp_path):
-    words = [*launcher("mpiexec", 3), str(REPOSITORY / "scripts" / "change_correlations.py")]
-    words += [*as_flags(flags(data, output=tmp_path / "pixels")), "--spectra"]
-    subprocess.run(words, check=True, env=environment(), capture_output=True)
+    words = [*as_flags(flags(data, output=tmp_path / "pixels")), "--spectra"]
+    done = run_script(*words, script="scripts/change_correlations.py", kind="mpiexec", processes=3)
+    assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "pixels") == contents(measured)
 
 

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import PHOTOGRAPHS, as_flags, environment, launcher, load_script, run_script, start_script
+from conftest import PHOTOGRAPHS, as_flags, environment, load_script, run_script, start_script
 from PIL import Image
 
 NAME = "regnet_x_400mf"  # the quickest of the families
@@ -403,13 +403,8 @@ def test_equal_results_from_several_processes(processes, flags, statistics_flags
     output = tmp_path / "output"
     words = [*as_flags({**statistics_flags, "output": output}), "--", *as_flags({**flags, "output": output})]
     paths = os.pathsep.join([str(PHOTOGRAPHS.parent), environment()["PYTHONPATH"]])
-    done = subprocess.run(
-        [*launcher("mpiexec", processes), str(script), *words],
-        env=environment(PYTHONPATH=paths),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    launch = {"kind": "mpiexec", "processes": processes, "env": environment(PYTHONPATH=paths)}
+    done = run_script(*words, script=script, **launch)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("are to be done") == 1  # one process speaks
     assert json.loads((output / f"act_diff_{NAME}-t_5_20.json").read_text())["last_run"]["processes"] == processes

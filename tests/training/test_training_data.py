@@ -21,7 +21,7 @@ from guided_diffusion.training.data import training_stream
 import numpy as np
 import pytest
 import torch
-from conftest import environment, launcher, run_python
+from conftest import environment, run_python, run_script
 from fork_server import start
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -285,10 +285,7 @@ def test_real_processes_share_a_batch(pictures, tmp_path):
         "torch.save([next(stream) for _ in range(3)], f'{sys.argv[2]}/rank{dist_util.get_rank()}')\n"
         "dist_util.barrier()\n"
     )
-    command = [*launcher("mpiexec", 2), script, pictures, tmp_path]
-    done = subprocess.run(
-        command, env=environment(OMP_NUM_THREADS="1"), capture_output=True, text=True, check=False, timeout=300
-    )
+    done = run_script(pictures, tmp_path, script=script, kind="mpiexec", processes=2)
     assert done.returncode == 0, done.stderr
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in (0, 1)]
     whole = stream_of(pictures, class_cond=True)

@@ -19,7 +19,7 @@ from guided_diffusion.errors import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import as_flags, environment, launcher, load_script, run_script, start_script
+from conftest import as_flags, environment, load_script, run_script, start_script
 from fork_server import start
 from PIL import Image
 
@@ -714,8 +714,7 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
     given = {**TRAINING, **CLASSIFIER, "data_dir": pictures, "val_data_dir": pictures, "output": tmp_path / "run"}
     del given["ema_rate"]
     given |= {"eval_interval": 1, "iterations": 5, "batch_size": 2, "log_interval": 100, "save_interval": 1}
-    command = [*launcher("torchrun", 2), tmp_path / "script.py", *as_flags(given)]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    done = run_script(*as_flags(given), script=tmp_path / "script.py", kind="torchrun", processes=2)
     assert done.returncode == 1
     assert done.stderr.count("error: training has diverged: at step 1 val_loss is nan. This step is not saved") == 1
     assert not list((tmp_path / "run").glob("*.pt"))
