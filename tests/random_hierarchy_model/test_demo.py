@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from pathlib import Path
 
 from guided_diffusion.checkpoints import load_model
@@ -20,8 +21,9 @@ from random_hierarchy_model.training import images_from_flags
 import numpy as np
 import pytest
 import torch
-from conftest import load_script, run_script
+from conftest import environment, launcher, load_script, run_script
 from figure_texts import check_texts
+from fork_server import rank_command
 from PIL import Image
 from torchvision.models.convnext import CNBlock
 
@@ -105,16 +107,24 @@ def test_which_leaves_change_together(tmp_path, capsys):
         assert {row["r"] for row in csv.DictReader(file)} == {"0", "3", "15", "63"}
 
 
-def test_again_and_in_two_processes(demo, tmp_path):
+def test_again_and_in_two_processes(demo, tmp_path, monkeypatch, capfd):
     """The same table and the same curves; what is there is not made again."""
     first = run_script(*SMALL, "--output", demo, script="scripts/demo.py")
-    second = run_script(*SMALL, "--output", tmp_path, "--processes", "2", script="scripts/demo.py")
-    for done in (first, second):
-        assert done.returncode == 0, done.stderr
-        assert "  k/N  exact   loop  U-Net  ConvNeXt  exact" in done.stdout
-    assert first.stdout == second.stdout
+    assert first.returncode == 0, first.stderr
+    assert "  k/N  exact   loop  U-Net  ConvNeXt  exact" in first.stdout
     assert f"0 samples to make, {4 * COUNT} are there" in first.stderr and "nothing to do" in first.stderr
-    assert "2 process(es) of 1 thread(s)" in second.stderr
+
+    script = load_script("scripts/demo.py")
+    _, *options, python = script.launcher(2)
+    assert (*options, python) == ("-n", "2", sys.executable)
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    forked = launcher("mpiexec", 2, rank_command(environment()))
+    monkeypatch.setattr(script, "launcher", lambda _: forked)
+    assert script.main([*SMALL, "--output", str(tmp_path), "--processes", "2"]) == 0
+    second = capfd.readouterr()
+    assert second.out.endswith(first.stdout)
+    assert "2 process(es) of 1 thread(s)" in second.err
     assert (tmp_path / "figures/retention.csv").read_bytes() == (demo / "figures/retention.csv").read_bytes()
 
 

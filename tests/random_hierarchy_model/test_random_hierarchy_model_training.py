@@ -89,9 +89,9 @@ class Wrong(nn.Module):
         return self.conv(x)
 
 
-def a_loop(tmp_path, diffusion):
+def a_loop(tmp_path, diffusion, model=None):
     return ExactTargetLoop(
-        **{"images": IMAGES, "model": Wrong(), "diffusion": diffusion, "data": ImageStream(IMAGES, 4, 0)},
+        **{"images": IMAGES, "model": model or Wrong(), "diffusion": diffusion, "data": ImageStream(IMAGES, 4, 0)},
         **{"batch_size": 4, "microbatch": -1, "lr": 1e-3, "ema_rate": "", "log_interval": 1, "save_interval": 1},
         output=str(tmp_path),
     )
@@ -122,10 +122,31 @@ def test_the_exact_target_takes_away_a_constant(predict_xstart, tmp_path):
         loop.ddp_model = loop.model
 
 
-@pytest.mark.parametrize("flag", ["use_kl", "learn_sigma"])
-def test_what_has_no_exact_target_is_refused(flag, tmp_path):
-    with pytest.raises(UserError, match=f"--{flag} True"):
-        a_loop(tmp_path, create_gaussian_diffusion(steps=1000, **{flag: True}))
+class WithVariance(Wrong):
+    """Also predicts a variance."""
+
+    def forward(self, x, t):
+        return torch.cat([self.conv(x), self.conv(-x)], dim=1)
+
+
+@pytest.mark.parametrize("rescale", [False, True])
+def test_a_learned_variance_has_the_usual_loss(rescale, tmp_path):
+    options = {"timestep_respacing": "100", "predict_xstart": True}
+    learned = create_gaussian_diffusion(learn_sigma=True, rescale_learned_sigmas=rescale, **options)
+    loop = a_loop(tmp_path, learned, WithVariance())
+    x, t = IMAGES.render(IMAGES.grammar.sample(8, 5)[0]), torch.arange(0, 80, 10)
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
+    here = loop.compute_losses(x, t, noise, {})
+    usual = learned.training_losses(loop.model, x, t, noise=noise)
+    assert torch.equal(here["vb"], usual["vb"])
+    fixed = a_loop(tmp_path, create_gaussian_diffusion(**options), Wrong()).compute_losses(x, t, noise, {})
+    assert torch.equal(here["mse"], fixed["loss"])
+    assert torch.allclose(here["loss"], here["mse"] + here["vb"], rtol=1e-4)
+
+
+def test_what_has_no_exact_target_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--use_kl True"):
+        a_loop(tmp_path, create_gaussian_diffusion(steps=1000, use_kl=True))
 
 
 # The classifier's training
