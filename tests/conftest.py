@@ -183,7 +183,7 @@ def launcher(kind: str, processes: int, python: Sequence[str] = (sys.executable,
         return [str(Path(sys.executable).with_name("mpiexec")), "--oversubscribe", "-n", str(processes), *python]
     if kind == "torchrun":
         options = ["--standalone", "--nproc_per_node", str(processes)]
-        no_python = [] if python == (sys.executable,) else ["--no-python", *python]
+        no_python = [] if list(python) == [sys.executable] else ["--no-python", *python]
         return [sys.executable, "-m", "torch.distributed.run", *options, *no_python]
     return [sys.executable]
 

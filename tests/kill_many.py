@@ -34,10 +34,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from guided_diffusion.system.other_scripts import REPOSITORY, as_flags, environment, find_mpiexec
+from guided_diffusion.system.other_scripts import REPOSITORY, as_flags, environment
 
 import numpy as np
 import torch
+from conftest import launcher
+from fork_server import rank_command
 from PIL import Image
 from slurm import Slurm, missing, until
 
@@ -107,8 +109,8 @@ class Training:
 
     # Starting and ending
 
-    def start(self, output: Path, iterations: int = 0) -> tuple[subprocess.Popen, Path]:
-        """Start or resume a run. Returns the launcher's process and the file with what it says."""
+    def start(self, output: Path, iterations: int = 0, forked: bool = False) -> tuple[subprocess.Popen, Path]:
+        """Start or resume a run. Returns the launcher's process, and the file with what it says."""
         self.starts += 1
         said = self.folder / f"said-{self.starts:03d}.txt"
         flags = as_flags({**FLAGS, "data_dir": self.data, "output": output, "iterations": iterations})
@@ -118,21 +120,12 @@ class Training:
             options = ["-N2", "-n2", f"--job-name={self.token}"]
             command = [*options, sys.executable, SCRIPT, *flags]
             return self.slurm.srun(*command, output=said, cwd=self.folder, env=variables), said
-        prefix = {
-            "python": [sys.executable],
-            "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        }.get(self.launcher)
-        if prefix is None:
-            prefix = [find_mpiexec(), "--oversubscribe", "-n", "2", sys.executable]
+        kind = "mpiexec" if self.launcher == "rough" else self.launcher
+        env = environment(**variables)
+        command = [*launcher(kind, 2, rank_command(env) if forked else [sys.executable]), SCRIPT, *flags]
         with open(said, "w") as file:
-            process = subprocess.Popen(
-                [*prefix, SCRIPT, *flags],
-                stdout=file,
-                stderr=file,
-                env=environment(**variables),
-                cwd=self.folder,
-                start_new_session=True,
-            )
+            streams = {"stdout": file, "stderr": file}
+            process = subprocess.Popen(command, env=env, cwd=self.folder, start_new_session=True, **streams)
         return process, said
 
     def processes(self) -> list[int]:
@@ -248,7 +241,7 @@ class Training:
         last = (self.newest() or 0) + 3
         undisturbed = self.folder / "undisturbed"
         for output in (self.output, undisturbed):
-            process, said = self.start(output, last)
+            process, said = self.start(output, last, forked=output == undisturbed)
             check(process.wait(PATIENCE) == 0, said.read_text())
         until(lambda: not self.processes(), "the end", 30)
         for name, digest in self.digests.items():
