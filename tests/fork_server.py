@@ -237,46 +237,46 @@ def serve(control: socket.socket, ranks: socket.socket) -> dict[str, Any]:
     for end in (control, ranks):
         poll.register(end, select.POLLIN)
     while True:
-        for fd, _ in poll.poll():
-            if fd in running:
-                pid, reply = running.pop(fd)
-                poll.unregister(fd)
-                os.close(fd)
-                _tell(reply, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-                if callers.pop(reply.fileno(), None):
-                    poll.unregister(reply)
-                reply.close()
-                continue
-            if fd in callers:  # its caller is gone
-                poll.unregister(fd)
-                os.kill(callers.pop(fd)[1], signal.SIGKILL)
-                continue
-            end = control if fd == control.fileno() else ranks.accept()[0]
-            request, fds, _, _ = socket.recv_fds(end, 1 << 20, 4)
-            if not request and end is control:
-                os._exit(0)
-            if not request:
+        fd, _ = poll.poll()[0]  # one at a time: each changes which of them exist
+        if fd in running:
+            pid, reply = running.pop(fd)
+            poll.unregister(fd)
+            os.close(fd)
+            _tell(reply, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            if callers.pop(reply.fileno(), None):
+                poll.unregister(reply)
+            reply.close()
+            continue
+        if fd in callers:  # its caller is gone
+            poll.unregister(fd)
+            os.kill(callers.pop(fd)[1], signal.SIGKILL)
+            continue
+        end = control if fd == control.fileno() else ranks.accept()[0]
+        request, fds, _, _ = socket.recv_fds(end, 1 << 20, 4)
+        if not request and end is control:
+            os._exit(0)
+        if not request:
+            end.close()
+            continue
+        reply = socket.socket(fileno=fds.pop(0)) if end is control else end
+        pid = os.fork()
+        if pid == 0:
+            os.setsid()
+            _tell(reply, os.getpid())
+            for number, stream in enumerate(fds):
+                os.dup2(stream, number)
+            for end in (control, ranks, reply, *(reply for _, reply in running.values())):
                 end.close()
-                continue
-            reply = socket.socket(fileno=fds.pop(0)) if end is control else end
-            pid = os.fork()
-            if pid == 0:
-                os.setsid()
-                _tell(reply, os.getpid())
-                for number, stream in enumerate(fds):
-                    os.dup2(stream, number)
-                for end in (control, ranks, reply, *(reply for _, reply in running.values())):
-                    end.close()
-                os.closerange(3, 1 << 20)
-                return json.loads(request)
-            for stream in fds:
-                os.close(stream)
-            process = os.pidfd_open(pid)
-            running[process] = pid, reply
-            poll.register(process, select.POLLIN)
-            if reply is end:
-                callers[reply.fileno()] = reply, pid
-                poll.register(reply, select.POLLHUP)
+            os.closerange(3, 1 << 20)
+            return json.loads(request)
+        for stream in fds:
+            os.close(stream)
+        process = os.pidfd_open(pid)
+        running[process] = pid, reply
+        poll.register(process, select.POLLIN)
+        if reply is end:
+            callers[reply.fileno()] = reply, pid
+            poll.register(reply, select.POLLHUP)
 
 
 def _tell(reply: socket.socket, number: int) -> None:
