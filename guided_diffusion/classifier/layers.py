@@ -98,20 +98,28 @@ def find_layers(
         the layers, in the order of the network, and the number of logits.
 
     Raises:
-        UserError: a pattern matches no layer that can be watched, or a named layer cannot be watched.
+        UserError: the output is not logits, or not that of a layer although none is named; a pattern matches no layer
+            that can be watched, or a named layer cannot be watched.
     """
     calls = _calls_of_modules(model, 2, size)
+    shape = calls[""].shape
+    if len(shape) != 2 or shape[0] != 2:
+        found = f"of shape {shape} for two images" if shape else "not a tensor"
+        expected = "expected logits, a tensor of shape (images, classes)"
+        raise UserError(f"--classifier_name: the classifier's output is {found}; {expected}")
     try:
         smaller = _calls_of_modules(model, 1, 3 * size // 4)
     except Exception:  # the network takes images of one size only; the exception depends on its layers
         smaller = defaultdict(_Calls)
     logits = [name for name, _ in model.named_modules() if name and calls[name].address == calls[""].address]
+    if not patterns and not logits:
+        raise UserError(f"{flag}: no layer's output is the classifier's output, so name the layers to watch")
     names = _matching_layers(model, patterns, calls, flag) if patterns else default_layers(model, logits[0], calls)
     layers = []
     for name in sorted(names, key=list(calls).index):
         axis = _channel_axis(model.get_submodule(name), calls[name].shape, smaller[name].shape)
         layers.append(WatchedLayer(name, axis, name in logits, calls[name].shape[axis]))
-    return tuple(layers), calls[""].shape[-1]
+    return tuple(layers), shape[1]
 
 
 def _problem(calls: _Calls) -> str:

@@ -3,6 +3,7 @@
 import os
 import re
 
+from guided_diffusion.classifier.layers import find_layers
 from guided_diffusion.classifier.preprocessing import as_preset
 from guided_diffusion.errors import UserError
 from guided_diffusion.torch_classifiers import open_classifier
@@ -13,6 +14,7 @@ import torch
 import torchvision
 from conftest import PHOTOGRAPHS
 from PIL import Image
+from torch import nn
 from torchvision.transforms import functional
 
 PAPER = ["features.0"]
@@ -97,6 +99,35 @@ def test_layers_by_name_and_pattern_come_in_the_order_of_the_network():
 def test_layers_that_cannot_be_watched(name, pattern, message):
     with pytest.raises(UserError, match=message):
         open_classifier(name, "untrained", [pattern])
+
+
+class Changed(nn.Module):
+    """A network whose output is changed after its last layer."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.layers, self.change = nn.Sequential(nn.Flatten(), nn.LazyLinear(5)), change
+
+    def forward(self, x):
+        return self.change(self.layers(x[..., :4, :4]))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: {"logits": x}, "classifier_name: the classifier's output is not a tensor; expected logits"),
+        (lambda x: (x, x), "classifier_name: the classifier's output is not a tensor; expected logits"),
+        (lambda x: x[:, :, None], r"classifier_name: the classifier's output is of shape \(2, 5, 1\) for two images;"),
+        (lambda x: x.sum(0), r"classifier_name: the classifier's output is of shape \(5,\) for two images;"),
+        (lambda x: x.log_softmax(1), "layers: no layer's output is the classifier's output, so name the layers"),
+    ],
+)
+def test_outputs_that_are_no_logits_of_a_layer(change, message):
+    with pytest.raises(UserError, match=f"^--{message}"):
+        find_layers(Changed(change), 8)
+    if message.startswith("layers"):
+        ((layer,), classes) = find_layers(Changed(change), 8, ["layers.1"])
+        assert (layer.name, layer.is_logits, classes) == ("layers.1", False, 5)
 
 
 @pytest.mark.parametrize(
