@@ -98,7 +98,7 @@ def measure_contender(args: argparse.Namespace, device: torch.device, threads: i
 
 def matrix_side(device: torch.device) -> int:
     """Side of the square matrices whose product is timed."""
-    return 8192 if device.type == "cuda" else 2048
+    return 8192 if device.type == "cuda" else 4096
 
 
 def count_flops(bench: Bench) -> int:
