@@ -14,7 +14,8 @@ from pathlib import Path
 # the cores: kernels are compiled without a pool of processes. Before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")  # instead of compiling for each: 8 seconds
+# The CPU's flags tell its vector instructions; PyTorch would compile a test of each in every process, for 8 seconds.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from guided_diffusion import dist_util
 from guided_diffusion.script_util import model_defaults, model_from_flags
@@ -177,14 +178,14 @@ def photographs(tmp_path_factory) -> Path:
     return lay_out_photographs(tmp_path_factory.mktemp("datasets") / "ILSVRC2012" / "validation")
 
 
-def launcher(kind: str, processes: int, python: Sequence[str] = (sys.executable,)) -> list[str]:
-    """The words of a command line before the script's name; `python` starts the launcher's processes."""
+def launcher(kind: str, processes: int, rank: Sequence[str] = ()) -> list[str]:
+    """The words of a command line before the script's name; `rank` starts the launcher's processes, if not Python."""
     if kind == "mpiexec":
-        return [str(Path(sys.executable).with_name("mpiexec")), "--oversubscribe", "-n", str(processes), *python]
+        mpiexec = str(Path(sys.executable).with_name("mpiexec"))
+        return [mpiexec, "--oversubscribe", "-n", str(processes), *(rank or [sys.executable])]
     if kind == "torchrun":
         options = ["--standalone", "--nproc_per_node", str(processes)]
-        no_python = [] if list(python) == [sys.executable] else ["--no-python", *python]
-        return [sys.executable, "-m", "torch.distributed.run", *options, *no_python]
+        return [sys.executable, "-m", "torch.distributed.run", *options, *(["--no-python", *rank] if rank else [])]
     return [sys.executable]
 
 
@@ -196,16 +197,17 @@ def start_script(
     script: str = MAIN_SCRIPT,
     kind: str = "python",
     processes: int = 1,
-    python: Sequence[str] = (sys.executable,),
+    forked: bool = False,
     **options,
 ) -> subprocess.Popen | Forked:
     """Start a script, named by its path in the repository, in a process group of its own; its output is text.
 
     One process is forked from a server that has imported PyTorch, see fork_server.py; the processes of mpiexec and
-    torchrun only if `python` says so.
+    torchrun only if `forked`.
     """
-    command = [*launcher(kind, processes, python), str(REPOSITORY / script), *map(str, flags)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **options}
+    rank = rank_command(options["env"]) if forked else ()
+    command = [*launcher(kind, processes, rank), str(REPOSITORY / script), *map(str, flags)]
     return start(command, **options)
 
 
@@ -217,8 +219,7 @@ def run_python(*words: str, **options) -> subprocess.CompletedProcess:
 
 def run_script(*flags: str, **options) -> subprocess.CompletedProcess:
     """Run a script to its end, with forked processes; arguments as those of `start_script`."""
-    python = rank_command(options.get("env", environment()))
-    return completed(start_script(*flags, python=python, **options))
+    return completed(start_script(*flags, forked=True, **options))
 
 
 def completed(process: subprocess.Popen | Forked) -> subprocess.CompletedProcess:

@@ -44,13 +44,10 @@ AVAILABLE = hasattr(os, "pidfd_open") and hasattr(socket, "SOCK_SEQPACKET")  # L
 class Forked:
     """A process that the server forked. It offers what the tests use of `subprocess.Popen`.
 
-    Raises:
-        RuntimeError: the server is gone.
+    Unlike with `Popen`, the process is killed when the object is deleted. Raises RuntimeError if the server is gone.
     """
 
-    def __init__(
-        self, control: socket.socket, args: Sequence[str], cwd: str, env: Mapping[str, str], text: bool, streams: list
-    ):
+    def __init__(self, address: str, args: Sequence[str], cwd: str, env: Mapping[str, str], text: bool, streams: list):
         self.args = args
         self.returncode: int | None = None
         ours: list[IO[Any] | None] = []
@@ -72,19 +69,9 @@ class Forked:
             theirs.append(fd)
             ours.append(mine)
         self.stdin, self.stdout, self.stderr = ours
-        request = json.dumps({"words": args[1:], "cwd": str(cwd), "env": dict(env), "cores": None}).encode()
-        self._reply, server_s = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        socket.send_fds(control, [request], [server_s.fileno(), *theirs])
-        server_s.close()
+        self._connection, self.pid = request_process(address, args[1:], cwd, env, theirs)
         for fd in opened:
             os.close(fd)
-        self.pid = self._receive()
-
-    def _receive(self) -> int:
-        number = self._reply.recv(100)
-        if not number:
-            raise RuntimeError("the fork server has ended, see its output")
-        return int(number)
 
     def poll(self) -> int | None:
         with suppress(subprocess.TimeoutExpired):
@@ -92,9 +79,9 @@ class Forked:
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._reply], [], [], timeout)[0]:
+            if not select.select([self._connection], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout)
-            self.returncode = self._receive()
+            self.returncode = receive(self._connection)
         return self.returncode
 
     def communicate(self, input: str | bytes | None = None, timeout: float | None = None) -> tuple:
@@ -140,23 +127,47 @@ class Forked:
         self.wait()
 
 
+def request_process(
+    address: str, words: Sequence[str], cwd: str, env: Mapping[str, str], streams: Sequence[int]
+) -> tuple[socket.socket, int]:
+    """Have the server at `address` run `python WORDS` with these standard streams, on the cores of this process.
+
+    Returns a connection, which later receives the status, and the id of the process. The server kills the process if
+    the connection is closed before.
+    """
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect(address)
+    cores = sorted(os.sched_getaffinity(0))
+    request = {"words": words, "cwd": str(cwd), "env": dict(env), "cores": cores}
+    socket.send_fds(connection, [json.dumps(request).encode()], streams)
+    return connection, receive(connection)
+
+
+def receive(connection: socket.socket) -> int:
+    """A number from the server. Raises RuntimeError if the server is gone."""
+    number = connection.recv(100)
+    if not number:
+        raise RuntimeError("the fork server has ended, see its output")
+    return int(number)
+
+
 class _Server:
     """The server of this pytest process."""
 
     def __init__(self, env: Mapping[str, str]):
         self._env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._folder = tempfile.TemporaryDirectory()
-        self.address = os.path.join(self._folder.name, "ranks")
-        ranks = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        ranks.bind(self.address)
-        ranks.listen()
-        options = {"env": self._env, "pass_fds": [theirs.fileno(), ranks.fileno()], "start_new_session": True}
+        self.address = os.path.join(self._folder.name, "requests")
+        requests = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        requests.bind(self.address)
+        requests.listen()
+        self._open, theirs = os.pipe()[::-1]  # closed when this process ends
+        options = {"env": self._env, "pass_fds": [theirs, requests.fileno()], "start_new_session": True}
         options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
-        command = [sys.executable, __file__, "serve", str(theirs.fileno()), str(ranks.fileno())]
+        command = [sys.executable, __file__, "serve", str(requests.fileno()), str(theirs)]
         self._process = subprocess.Popen(command, **options)
-        theirs.close()
-        ranks.close()
+        os.close(theirs)
+        requests.close()
 
     def lives(self) -> bool:
         """Whether it still runs. If not, one process could not be started, and its test failed."""
@@ -165,9 +176,6 @@ class _Server:
     def suits(self, env: Mapping[str, str]) -> bool:
         names = {name for name, _ in self._env.items() ^ env.items()}
         return all(name.startswith(FREE) for name in names)
-
-    def start(self, *args) -> Forked:
-        return Forked(self._control, *args)
 
 
 _server: _Server | None = None
@@ -185,14 +193,14 @@ def start(
     args = [str(word) for word in args]
     if args[0] == sys.executable and set(options) <= {"stdin", "stdout", "stderr"} and (server := _server_for(env)):
         streams = [options.get(name) for name in ("stdin", "stdout", "stderr")]
-        return server.start(args, cwd or os.getcwd(), env, text, streams)
+        return Forked(server.address, args, cwd or os.getcwd(), env, text, streams)
     return subprocess.Popen(args, cwd=cwd, env=env, text=text, start_new_session=True, **options)
 
 
 def rank_command(env: Mapping[str, str]) -> list[str]:
-    """Words that replace sys.executable for mpiexec or torchrun with the environment `env`."""
+    """Words with which mpiexec or torchrun, with the environment `env`, start forked processes; [] if they cannot."""
     server = _server_for(env)
-    return [sys.executable, "-E", "-S", __file__, "rank", server.address] if server else [sys.executable]
+    return [sys.executable, "-E", "-S", __file__, "rank", server.address] if server else []
 
 
 def _server_for(env: Mapping[str, str]) -> _Server | None:
@@ -223,60 +231,57 @@ def import_packages() -> None:
         raise RuntimeError("an import has started threads or CUDA: processes cannot be forked")
 
 
-def serve(control: socket.socket, ranks: socket.socket) -> dict[str, Any]:
+def serve(requests: socket.socket, parent: int) -> dict[str, Any]:
     """Fork a process per request. It tells the caller its id, and the server tells its status when it has ended.
 
-    Requests come from the pytest process through `control`, and from processes of launchers, each of which connects to
-    `ranks`. If one of these is killed, the server kills the process that it has started.
+    If a caller is gone before, the server kills the process. The server ends when the pipe `parent` is closed.
 
-    Returns the request, in the forked processes only. The server ends with the pytest process.
+    Returns the request, in the forked processes only.
     """
     running: dict[int, tuple[int, socket.socket]] = {}  # by the file descriptor that tells that the process has ended
-    callers: dict[int, tuple[socket.socket, int]] = {}  # processes of launchers, and what they have started
+    callers: dict[int, int] = {}  # file descriptor of the connection -> process
     poll = select.poll()
-    for end in (control, ranks):
-        poll.register(end, select.POLLIN)
+    poll.register(parent, select.POLLHUP)
+    poll.register(requests, select.POLLIN)
     while True:
         fd, _ = poll.poll()[0]  # one at a time: each changes which of them exist
+        if fd == parent:
+            os._exit(0)
+        if fd in callers:
+            poll.unregister(fd)
+            os.kill(callers.pop(fd), signal.SIGKILL)
+            continue
         if fd in running:
-            pid, reply = running.pop(fd)
+            pid, caller = running.pop(fd)
             poll.unregister(fd)
             os.close(fd)
-            _tell(reply, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-            if callers.pop(reply.fileno(), None):
-                poll.unregister(reply)
-            reply.close()
+            _tell(caller, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+            if callers.pop(caller.fileno(), None):
+                poll.unregister(caller)
+            caller.close()
             continue
-        if fd in callers:  # its caller is gone
-            poll.unregister(fd)
-            os.kill(callers.pop(fd)[1], signal.SIGKILL)
+        caller, _ = requests.accept()
+        request, streams, _, _ = socket.recv_fds(caller, 1 << 20, 3)
+        if not request:  # killed before it could ask
+            caller.close()
             continue
-        end = control if fd == control.fileno() else ranks.accept()[0]
-        request, fds, _, _ = socket.recv_fds(end, 1 << 20, 4)
-        if not request and end is control:
-            os._exit(0)
-        if not request:
-            end.close()
-            continue
-        reply = socket.socket(fileno=fds.pop(0)) if end is control else end
         pid = os.fork()
         if pid == 0:
             os.setsid()
-            _tell(reply, os.getpid())
-            for number, stream in enumerate(fds):
+            _tell(caller, os.getpid())
+            for number, stream in enumerate(streams):
                 os.dup2(stream, number)
-            for end in (control, ranks, reply, *(reply for _, reply in running.values())):
+            for end in (requests, caller, *(caller for _, caller in running.values())):
                 end.close()
             os.closerange(3, 1 << 20)
             return json.loads(request)
-        for stream in fds:
+        for stream in streams:
             os.close(stream)
         process = os.pidfd_open(pid)
-        running[process] = pid, reply
+        running[process] = pid, caller
+        callers[caller.fileno()] = pid
         poll.register(process, select.POLLIN)
-        if reply is end:
-            callers[reply.fileno()] = reply, pid
-            poll.register(reply, select.POLLHUP)
+        poll.register(caller, select.POLLHUP)
 
 
 def _tell(reply: socket.socket, number: int) -> None:
@@ -284,13 +289,12 @@ def _tell(reply: socket.socket, number: int) -> None:
         reply.send(str(number).encode())
 
 
-def become(words: list[str], cwd: str, env: dict[str, str], cores: list[int] | None) -> None:
-    """Make this process look to the script as if `python WORDS` had been executed, on some cores if not None."""
+def become(words: list[str], cwd: str, env: dict[str, str], cores: list[int]) -> None:
+    """Make this process look to the script as if `python WORDS` had been executed on these cores."""
     import numpy
 
     os.chdir(cwd)
-    if cores:
-        os.sched_setaffinity(0, cores)
+    os.sched_setaffinity(0, cores)
     os.environ.clear()
     os.environ.update(env)
     sys.stdout.reconfigure(line_buffering=os.isatty(1))
@@ -342,18 +346,13 @@ status: int | None = None  # of the process; None: another exception, such as Ke
 
 def run_as_rank(address: str, words: list[str]) -> None:
     """In a process of a launcher: have the server at `address` run `python WORDS`, and end as that does."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    connection.connect(address)
-    cores = sorted(os.sched_getaffinity(0))
-    request = {"words": words, "cwd": os.getcwd(), "env": dict(os.environ), "cores": cores}
     passed_on = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT
     signal.pthread_sigmask(signal.SIG_BLOCK, passed_on)
-    socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])
-    pid = int(connection.recv(100))
+    connection, pid = request_process(address, words, os.getcwd(), os.environ, [0, 1, 2])
     for signum in passed_on:
         signal.signal(signum, lambda signum, _: os.kill(pid, signum))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
-    status = int(connection.recv(100))
+    status = receive(connection)
     if status < 0:
         if -status in passed_on:
             signal.signal(-status, signal.SIG_DFL)
@@ -367,6 +366,6 @@ if __name__ == "__main__":
     atexit.register(skip_destruction)  # the first one to be registered is the last one to be called
     import_packages()
     gc.freeze()
-    request = serve(*(socket.socket(fileno=int(fd)) for fd in sys.argv[2:]))
+    request = serve(socket.socket(fileno=int(sys.argv[2])), int(sys.argv[3]))
     become(**request)
     run(request["words"])

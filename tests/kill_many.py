@@ -122,7 +122,8 @@ class Training:
             return self.slurm.srun(*command, output=said, cwd=self.folder, env=variables), said
         kind = "mpiexec" if self.launcher == "rough" else self.launcher
         env = environment(**variables)
-        command = [*launcher(kind, 2, rank_command(env) if forked else [sys.executable]), SCRIPT, *flags]
+        rank = rank_command(environment()) if forked else ()  # the token must not reach the server
+        command = [*launcher(kind, 2, rank), SCRIPT, *flags]
         with open(said, "w") as file:
             streams = {"stdout": file, "stderr": file}
             process = subprocess.Popen(command, env=env, cwd=self.folder, start_new_session=True, **streams)

@@ -51,7 +51,7 @@ ENDINGS = {
 def start_rank(command, **options):
     """Start a command as a launcher does whose processes are forked."""
     rank = fork_server.rank_command(options["env"])
-    assert len(rank) > 1
+    assert rank
     return subprocess.Popen([*rank, *command[1:]], text=True, start_new_session=True, **options)
 
 
