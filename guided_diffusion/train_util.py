@@ -662,9 +662,9 @@ class LossMeter:
 
     def add_number(self, name: str, number: Tensor, taken: Tensor | None = None) -> None:
         """Add a number (0-d) of the whole step, equal on all processes (`SKIPPED`: summed); `taken` as in `add`."""
-        total = torch.zeros(2, 5, dtype=torch.float64, device=self.device)
-        total[0, 0], total[1, 0] = number, float(name != SKIPPED)
-        self._add(name, total, taken)
+        number = number.double()
+        count = torch.full_like(number, float(name != SKIPPED))  # assigning a number to a GPU's element would wait
+        self._add(name, nn.functional.pad(torch.stack([number, count])[:, None], (0, 4)), taken)
 
     def _add(self, name: str, total: Tensor, taken: Tensor | None) -> None:
         if taken is not None:
