@@ -23,6 +23,7 @@ from .errors import LostPeer, UserError, first_line, print_to_stderr
 from .system.checkpoint_files import read_checkpoint, read_file, read_remote, read_saved
 from .system.device import check_device
 from .system.files import is_remote
+from .system.gpus import View, cuda_is_initialized, gpu_of, only_own
 from .system.launchers import World, find_world, is_first
 from .system.peers import Peers
 from .system.rendezvous import Meeting, meet
@@ -49,8 +50,9 @@ def setup_dist(device: str = "auto") -> None:
     3. MPI, through mpi4py: if `mpiexec` left its variables, or if no known launcher did. Loading it takes a second.
     4. One process: mpi4py or its MPI library is missing, or MPI counts one rank.
 
-    A rank's GPU index is its local rank; or 0 if every rank sees a different first GPU (as with Slurm's
-    --gpus-per-task). CPU tensors use Gloo, CUDA tensors NCCL. `device` is "cpu", "cuda", or "auto" (a GPU if there is
+    A rank's GPU is the one of its local rank; the others are hidden from it (CUDA_VISIBLE_DEVICES), unless CUDA is
+    already initialized. If every rank sees a different first GPU (as with Slurm's --gpus-per-task), each uses its
+    first. CPU tensors use Gloo, CUDA tensors NCCL. `device` is "cpu", "cuda", or "auto" (a GPU if there is
     one).
 
     Ranks must meet within 15 minutes (GUIDED_DIFFUSION_MEETING_TIMEOUT, in seconds). Collectives of torch.distributed
@@ -76,24 +78,31 @@ def _join(world: World, device: str) -> None:
     """Meet the other ranks, start monitoring them, and initialize torch.distributed."""
     global _peers, _store
     timeout = timedelta(seconds=seconds_from("GUIDED_DIFFUSION_COLLECTIVE_TIMEOUT", 1800))
-    backend = "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
     try:
         if world.size == 1:
             loopback = next(iter({"lo", "lo0"} & {name for _, name in socket.if_nameindex()}), None)
             with _gloo_interface(loopback):
-                dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+                store = dist.HashStore()
+                dist.init_process_group(_backend(device), store=store, rank=0, world_size=1, timeout=timeout)
             return
         meeting = meet(world)
         _store = meeting.open_store
         _peers = Peers(world.rank, meeting.hosts, meeting.connect, _exit_stuck)
+        if device != "cpu":
+            _hide_other_gpus(_peers, world)
         with _gloo_interface(meeting.interface):
-            _init_process_group(backend, world, meeting, timeout)
+            _init_process_group(_backend(device), world, meeting, timeout)
     except LostPeer:
         raise
     except RuntimeError as error:
         if world.size > 1:
             raise UserError(f"the {world.size} ranks of {world.launcher} did not meet: {first_line(error)}") from error
         # A single process needs no network, not even a loopback interface.
+
+
+def _backend(device: str) -> str:
+    """Backends of torch.distributed. Initializes CUDA."""
+    return "cpu:gloo,cuda:nccl" if device != "cpu" and torch.cuda.is_available() else "gloo"
 
 
 def _init_process_group(backend: str, world: World, meeting: Meeting, timeout: timedelta) -> None:
@@ -439,6 +448,16 @@ def load_weights(
 # GPUs
 
 
+def _hide_other_gpus(peers: Peers, world: World) -> None:
+    """Make this rank's GPU its only one, if all ranks can, so that all compile the same code."""
+    variable = "CUDA_VISIBLE_DEVICES"
+    count = torch.cuda.device_count()  # initializes CUDA only if NVML does not work
+    view = View(socket.gethostname(), world.local_rank, os.environ.get(variable), count, not cuda_is_initialized())
+    own = only_own(world.rank, peers.gather(view))
+    if own is not None:
+        os.environ[variable] = own
+
+
 def _with_gpu(world: World) -> World:
     """`world` with this rank's GPU and the number of ranks on its node."""
     visible = torch.cuda.device_count() if _device != "cpu" and torch.cuda.is_available() else 0
@@ -447,26 +466,9 @@ def _with_gpu(world: World) -> World:
         first = f"{torch.cuda.get_device_properties(0).uuid} {os.environ.get('CUDA_VISIBLE_DEVICES')}"
     ranks = gather_objects((socket.gethostname(), world.local_rank, visible, first))
     try:
-        gpu = _gpu_of(world.rank, ranks)
+        gpu = gpu_of(world.rank, ranks)
     except UserError as error:
         raise_together(error)
     if gpu is not None:
         torch.cuda.set_device(gpu)
     return replace(world, gpu=gpu, num_local_ranks=sum(host == socket.gethostname() for host, *_ in ranks))
-
-
-def _gpu_of(rank: int, ranks: list[tuple[str, int, int, str | None]]) -> int | None:
-    """Index of a rank's GPU, from each rank's (host, local rank, number of visible GPUs, identity of the first)."""
-    if not any(visible for _, _, visible, _ in ranks):
-        return None
-    firsts = {first for _, _, _, first in ranks if first}
-    if len(firsts) == len(ranks):
-        return 0
-    for host, local_rank, visible, _ in ranks:
-        if local_rank >= visible:
-            here = sum(other == host for other, *_ in ranks)
-            raise UserError(
-                f"{here} rank(s) on node {host}, but {visible} GPU(s) visible there (CUDA_VISIBLE_DEVICES).\n"
-                "Start at most one rank per GPU (mpiexec -n, torchrun --nproc_per_node, srun --ntasks-per-node)."
-            )
-    return ranks[rank][1]

@@ -34,6 +34,7 @@ def tell(folder):
         "place": (rank, dist_util.get_world_size(), dist_util._world.local_rank, dist_util._world.num_local_ranks),
         "is_main": dist_util.is_main(),
         "device": str(dist_util.dev()),
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "gloo_interface": os.environ.get("GLOO_SOCKET_IFNAME"),
         "broadcast": dist_util.broadcast_object({"from": rank}),
         "gather": dist_util.gather_objects(rank * 10),
@@ -163,6 +164,9 @@ def main():
     if "other_nodes" in tasks:  # as if MPI's ranks were not on one node
         find_world = dist_util.find_world
         dist_util.find_world = lambda: replace(find_world(), one_node=False)
+    if "four_gpus" in tasks:  # as if the node had four, until ranks use them
+        torch.cuda.device_count, torch.cuda.is_available = lambda: 4, lambda: False
+        dist_util.cuda_is_initialized = lambda: "too_late" in tasks
     dist_util.setup_dist()
     dist_util.setup_dist()
     results = {name: TASKS[name](folder, *arguments) for name in tasks.split(",") if name in TASKS}

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from guided_diffusion import dist_util
 from guided_diffusion.errors import UserError
-from guided_diffusion.system import launchers
+from guided_diffusion.system import gpus, launchers
 
 import fork_server
 import pytest
@@ -78,7 +78,7 @@ def assert_told(folder, ranks, *, launcher_is_mpi=False, torch_works=True):
         assert told["place"] == [rank, ranks, rank, ranks]
         assert told["is_main"] == (rank == 0)
         assert told["gloo_interface"] is None  # processes that this one starts would inherit it
-        assert told["device"] == ("cpu" if not torch.cuda.is_available() else f"cuda:{rank}")
+        assert told["device"] == "cpu"
         assert told["broadcast"] == {"from": 0}
         assert told["gather"] == [10 * r for r in range(ranks)]
         assert told["on_main"] == "by 0"
@@ -320,16 +320,76 @@ def test_node_list_that_is_cut_off():
 
 def test_each_rank_has_its_own_gpu():
     node = [("a", i, 4, "GPU-0 0,1,2,3") for i in range(4)]
-    assert [dist_util._gpu_of(i, node) for i in range(4)] == [0, 1, 2, 3]
+    assert [gpus.gpu_of(i, node) for i in range(4)] == [0, 1, 2, 3]
     two_nodes = [(host, i, 2, f"GPU-{host}") for host in "ab" for i in range(2)]
-    assert [dist_util._gpu_of(i, two_nodes) for i in range(4)] == [0, 1, 0, 1]
+    assert [gpus.gpu_of(i, two_nodes) for i in range(4)] == [0, 1, 0, 1]
     one_each = [("a", i, 1, f"GPU-{i} 0") for i in range(4)]
-    assert [dist_util._gpu_of(i, one_each) for i in range(4)] == [0, 0, 0, 0]
-    assert dist_util._gpu_of(1, [("a", i, 0, None) for i in range(2)]) is None
+    assert [gpus.gpu_of(i, one_each) for i in range(4)] == [0, 0, 0, 0]
+    assert gpus.gpu_of(1, [("a", i, 0, None) for i in range(2)]) is None
     with pytest.raises(UserError, match=r"3 rank\(s\) on node a, but 2 GPU\(s\)"):
-        dist_util._gpu_of(0, [("a", i, 2, "GPU-0") for i in range(3)])
+        gpus.gpu_of(0, [("a", i, 2, "GPU-0") for i in range(3)])
     with pytest.raises(UserError, match=r"1 rank\(s\) on node b, but 0 GPU\(s\)"):
-        dist_util._gpu_of(0, [("a", 0, 1, "GPU-0"), ("b", 0, 0, None)])
+        gpus.gpu_of(0, [("a", 0, 1, "GPU-0"), ("b", 0, 0, None)])
+
+
+def test_all_but_its_own_gpu_are_hidden_from_a_rank():
+    def own(*ranks, visible="0,1,2,3", count=4, can_hide=True):
+        views = [gpus.View(host, local, visible, count, can_hide) for host, local in ranks]
+        return [gpus.only_own(rank, views) for rank in range(len(views))]
+
+    two_nodes = [(host, local) for host in "ab" for local in range(2)]
+    assert own(*two_nodes) == ["0", "1", "0", "1"]
+    assert own(*two_nodes, visible=None) == ["0", "1", "0", "1"]
+    assert own(*two_nodes, visible="GPU-8a, GPU-03", count=2) == ["GPU-8a", "GPU-03"] * 2
+    assert own(*two_nodes, visible="6,5,4", count=3) == ["6", "5", "6", "5"]
+    assert own(("a", 1), ("a", 0), visible="6,5,4", count=3) == ["5", "6"]
+    nobody = [None] * 4
+    assert own(*two_nodes, count=1, visible="0") == nobody, "each rank has a GPU 0 of its own, or there are too few"
+    assert own(*two_nodes, count=0, visible=None) == nobody
+    assert own(*two_nodes, can_hide=False) == nobody
+    assert own(("a", 0), ("a", 0), ("b", 0), ("b", 1)) == nobody, "ranks of two launchers"
+    other_numbers = [gpus.View("a", i, visible, 2, True) for i, visible in enumerate(["0,1", "1,0"])]
+    assert [gpus.only_own(rank, other_numbers) for rank in range(2)] == [None, None]
+    one_late = [gpus.View("a", 0, None, 2, True), gpus.View("a", 1, None, 2, False)]
+    assert [gpus.only_own(rank, one_late) for rank in range(2)] == [None, None]
+
+
+@pytest.mark.parametrize("launcher", [MPIEXEC, TORCHRUN], ids=["mpiexec", "torchrun"])
+@pytest.mark.parametrize("visible", [None, "7,5,3,1"])
+def test_ranks_hide_the_gpus_of_others_before_they_use_theirs(tmp_path, monkeypatch, launcher, visible):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    chosen = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    finish(start([*launcher, "3", *PYTHON, "tell,four_gpus", tmp_path], **chosen))
+    expected = ["0", "1", "2"] if visible is None else ["7", "5", "3"]
+    assert [result["tell"]["visible_gpus"] for result in results(tmp_path, 3)] == expected
+
+
+def test_ranks_do_not_hide_gpus_from_a_cuda_that_has_started(tmp_path):
+    finish(start([*MPIEXEC, "2", *PYTHON, "tell,four_gpus,too_late", tmp_path], CUDA_VISIBLE_DEVICES="2,1"))
+    assert [result["tell"]["visible_gpus"] for result in results(tmp_path, 2)] == ["2,1", "2,1"]
+
+
+@pytest.mark.gpu
+def test_cuda_notices_that_gpus_are_hidden():
+    code = """if True:
+        import os
+        from guided_diffusion.system.gpus import cuda_is_initialized
+        import torch
+        assert torch.cuda.device_count() and not cuda_is_initialized()
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        assert not torch.cuda.is_available() and torch.cuda.device_count() == 0
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.gpu
+def test_a_cuda_that_has_started_is_noticed():
+    code = """if True:
+        from guided_diffusion.system.gpus import cuda_is_initialized
+        import torch
+        assert torch.cuda.is_available() and cuda_is_initialized()
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_error_on_rank_0_ends_all_and_is_said_once(tmp_path):
