@@ -105,8 +105,11 @@ def compilation_problem() -> str:
             os.makedirs(cache, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True)
         with temporary as folder, fresh_inductor_cache(dir=folder, delete=False):
-            compile_function(tiny)(torch.ones(8, 64, device=dist_util.dev())).sum().item()
-    except Exception as error:  # compilers fail in many ways; so does the import if its cache cannot be written
+            try:
+                compile_function(tiny)(torch.ones(8, 64, device=dist_util.dev())).sum().item()
+            except Exception as error:  # compilers fail in many ways; caught here, since the cache would warn about it
+                return failure_line(error)
+    except Exception as error:  # the import fails if its cache cannot be written
         return failure_line(error)
     return ""
 
@@ -127,7 +130,7 @@ def failure_line(error: Exception) -> str:
         return f"{failed[1]} failed, its message is above" if os.path.exists(header) else missing
     errors = [line.strip() for line in str(error).splitlines() if re.match(r"\s*[\w.]*(Error|Exception): ", line)]
     if errors:
-        return errors[-1][:300]
+        return errors[-1][:300].rstrip(".")
     # In PyTorch 2.6, the message for a missing compiler (InvalidCxxCompiler: ...) follows this first line.
     return first_line(RuntimeError(re.sub(r"\Abackend='\w+' raised:\s*", "", str(error)) or type(error).__name__))
 
