@@ -68,7 +68,11 @@ LONGEST = [
 ]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            reason = "PyTorch finds no GPU" if on_gpu(config) else "only run by pytest -m gpu"
+            item.add_marker(pytest.mark.skip(reason))
     order = {TESTS / name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
@@ -81,8 +85,17 @@ def save_checkpoint(path: Path, settings: dict) -> Path:
     return path
 
 
-def pytest_configure() -> None:
-    """Handle signals as in the foreground: nohup, and a shell that runs the tests in the background, ignore these."""
+def on_gpu(config: pytest.Config) -> bool:
+    """Whether this is `pytest -m gpu`, the only way to use a GPU: the other tests are about numbers of a CPU."""
+    return config.getoption("markexpr") == "gpu"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide GPUs, and handle signals as in the foreground: nohup, and a shell that runs the tests in the background,
+    ignore these."""
+    config.addinivalue_line("markers", "gpu: needs a GPU, and is skipped unless pytest -m gpu runs it")
+    if not on_gpu(config):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for signum in (signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, signal.SIG_DFL)

@@ -586,7 +586,7 @@ def operations_off_device(device, run_loop, whole):
     return recorder.seen
 
 
-DEVICES = ["meta"] + ["cuda"] * torch.cuda.is_available()
+DEVICES = ["meta", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("respaced", [False, True])

@@ -168,13 +168,12 @@ def test_the_flag_decides_nothing_of_a_result():
     assert "--device" not in settings_of(args, model_path="digest")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU that PyTorch can use")
 @pytest.mark.parametrize(
     ("script", "flags"), [("scripts/image_sample.py", {"model_path": "missing.pt"}), ("scripts/demo.py", {})]
 )
 def test_a_script_stops_before_it_reads_or_writes_anything(tmp_path, script, flags):
     flags = as_flags({**flags, "output": tmp_path / "out"})
-    process = start_script(*flags, script=script, env=environment(SLURM_JOB_GPUS="0"))
+    process = start_script(*flags, script=script, env=environment(SLURM_JOB_GPUS="0", CUDA_VISIBLE_DEVICES="99"))
     _, stderr = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "has a GPU (SLURM_JOB_GPUS=0), but PyTorch" in stderr and "Traceback" not in stderr
