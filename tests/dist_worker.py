@@ -12,6 +12,7 @@ from pathlib import Path
 from guided_diffusion import dist_util, logger
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.errors import UserError
+from guided_diffusion.training.compiled import CompiledForTraining
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -153,7 +154,23 @@ def train(folder):
         (folder / f"working{dist_util.get_rank()}").touch()
 
 
-TASKS = (tell, load, load_anything, fail_together, fail_on_last, fail_alone, speak)
+def compile_for_training(folder):
+    """When this rank compiled a network for training: from when to when."""
+    network, times = torch.nn.Linear(1, 1), []
+
+    def compiled(x):  # takes a while, as a compiler does
+        times.append(time.time())
+        time.sleep(0.2)
+        times.append(time.time())
+        return network(x)
+
+    wrapped = CompiledForTraining(network, {2})
+    wrapped._compiled = compiled
+    wrapped(torch.ones(2, 1))
+    return times[:2]
+
+
+TASKS = (compile_for_training, tell, load, load_anything, fail_together, fail_on_last, fail_alone, speak)
 TASKS += (die_first, run_of, where, until_told, train)
 TASKS = {f.__name__: f for f in TASKS}
 

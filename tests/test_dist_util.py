@@ -48,6 +48,11 @@ def no_launcher(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
+def forked():
+    """The words that start dist_worker.py in tests that are not about launching: forked, see fork_server.py."""
+    return [*(fork_server.rank_command(os.environ) or PYTHON[:1]), PYTHON[1]]
+
+
 def start(command, **environment):
     """Start a launcher, or a rank without one, which is forked: see fork_server.py."""
     pipe = subprocess.PIPE
@@ -93,6 +98,12 @@ def fake_mpi4py(folder, code):
     (folder / "mpi4py").mkdir()
     (folder / "mpi4py" / "__init__.py").write_text(code)
     return {"PYTHONPATH": f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"}
+
+
+def test_one_rank_of_a_node_compiles_for_training_first(tmp_path):
+    finish(start([*MPIEXEC, "3", *forked(), "compile_for_training", tmp_path]))
+    times = [result["compile_for_training"] for result in results(tmp_path, 3)]
+    assert all(times[0][1] <= start for start, _ in times[1:])
 
 
 # ------------------------------------------------------------------------------------------------ launchers
@@ -359,13 +370,13 @@ def test_all_but_its_own_gpu_are_hidden_from_a_rank():
 def test_ranks_hide_the_gpus_of_others_before_they_use_theirs(tmp_path, monkeypatch, launcher, visible):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     chosen = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    finish(start([*launcher, "3", *PYTHON, "tell,four_gpus", tmp_path], **chosen))
-    expected = ["0", "1", "2"] if visible is None else ["7", "5", "3"]
-    assert [result["tell"]["visible_gpus"] for result in results(tmp_path, 3)] == expected
+    finish(start([*launcher, "2", *forked(), "tell,four_gpus", tmp_path], **chosen))
+    expected = ["0", "1"] if visible is None else ["7", "5"]
+    assert [result["tell"]["visible_gpus"] for result in results(tmp_path, 2)] == expected
 
 
 def test_ranks_do_not_hide_gpus_from_a_cuda_that_has_started(tmp_path):
-    finish(start([*MPIEXEC, "2", *PYTHON, "tell,four_gpus,too_late", tmp_path], CUDA_VISIBLE_DEVICES="2,1"))
+    finish(start([*MPIEXEC, "2", *forked(), "tell,four_gpus,too_late", tmp_path], CUDA_VISIBLE_DEVICES="2,1"))
     assert [result["tell"]["visible_gpus"] for result in results(tmp_path, 2)] == ["2,1", "2,1"]
 
 
@@ -470,7 +481,7 @@ def test_remote_checkpoint(checkpoint, state, url):
 
 def test_ranks_load_together_or_fail_together(tmp_path, checkpoint, state, url):
     paths = [address(url, "model.pt"), checkpoint, address(url, "gone.pt"), tmp_path / "gone.pt"]
-    finish(start([*MPIEXEC, "2", *PYTHON, "load", tmp_path, "1000", *paths]))
+    finish(start([*MPIEXEC, "2", *forked(), "load", tmp_path, "1000", *paths]))
     expected = {name: [str(w.dtype), list(w.shape), w.double().sum().item()] for name, w in state.items()}
     for result in results(tmp_path, 2):
         assert result["load"][:2] == [expected, expected]
@@ -484,7 +495,7 @@ def test_ranks_load_anything_together(tmp_path, checkpoint, url):
     torch.save(anything, checkpoint.with_name("anything.pt"))
     checkpoint.with_name("empty.pt").touch()
     paths = [address(url, "anything.pt"), checkpoint.with_name("anything.pt"), address(url, "empty.pt")]
-    finish(start([*MPIEXEC, "2", *PYTHON, "load_anything", tmp_path, *paths]))
+    finish(start([*MPIEXEC, "2", *forked(), "load_anything", tmp_path, *paths]))
     for result in results(tmp_path, 2):
         assert result["load_anything"][:2] == [repr(anything)] * 2
         assert result["load_anything"][2] == f"the checkpoint {paths[2]} (0 bytes) is empty: not a checkpoint"

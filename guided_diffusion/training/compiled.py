@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import logger
+from .. import dist_util, logger
 from ..compute.compilation import compile_function, decide_on_compilation, failure_line
 from ..errors import UserError, is_out_of_memory
 
@@ -56,11 +57,14 @@ class CompiledForTraining(nn.Module):
         self._compiled = compile_function(call)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The network's output. Raises UserError if the network cannot be compiled."""
+        """The network's output. All ranks must call this, with the same sizes: one rank of each node compiles first.
+
+        Raises UserError if the network cannot be compiled.
+        """
         if not torch.is_grad_enabled() or len(x) not in self._sizes or any(self._hooks):
             return self.network(x, *args, **kwargs)
         if len(x) not in self._ready:
-            self._compile_for(x, *args, **kwargs)
+            dist_util.first_on_each_node(partial(self._compile_for, x, *args, **kwargs))
         return self._compiled(x, *args, **kwargs)
 
     def _compile_for(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
