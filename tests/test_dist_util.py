@@ -368,9 +368,10 @@ def test_all_but_its_own_gpu_are_hidden_from_a_rank():
 @pytest.mark.parametrize("launcher", [MPIEXEC, TORCHRUN], ids=["mpiexec", "torchrun"])
 @pytest.mark.parametrize("visible", [None, "7,5,3,1"])
 def test_ranks_hide_the_gpus_of_others_before_they_use_theirs(tmp_path, monkeypatch, launcher, visible):
+    rank = forked()  # before its environment differs from the server's
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     chosen = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    finish(start([*launcher, "2", *forked(), "tell,four_gpus", tmp_path], **chosen))
+    finish(start([*launcher, "2", *rank, "tell,four_gpus", tmp_path], **chosen))
     expected = ["0", "1"] if visible is None else ["7", "5"]
     assert [result["tell"]["visible_gpus"] for result in results(tmp_path, 2)] == expected
 
