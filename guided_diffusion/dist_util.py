@@ -52,8 +52,7 @@ def setup_dist(device: str = "auto") -> None:
 
     A rank's GPU is the one of its local rank; the others are hidden from it (CUDA_VISIBLE_DEVICES), unless CUDA is
     already initialized. If every rank sees a different first GPU (as with Slurm's --gpus-per-task), each uses its
-    first. CPU tensors use Gloo, CUDA tensors NCCL. `device` is "cpu", "cuda", or "auto" (a GPU if there is
-    one).
+    first. CPU tensors use Gloo, CUDA tensors NCCL. `device` is "cpu", "cuda", or "auto" (a GPU if there is one).
 
     Ranks must meet within 15 minutes (GUIDED_DIFFUSION_MEETING_TIMEOUT, in seconds). Collectives of torch.distributed
     time out after 30 minutes (GUIDED_DIFFUSION_COLLECTIVE_TIMEOUT). `barrier`, `broadcast_object`, `gather_objects` and

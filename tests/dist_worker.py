@@ -155,7 +155,7 @@ def train(folder):
 
 
 def compile_for_training(folder):
-    """When this rank compiled a network for training: from when to when."""
+    """When this rank compiled a network for training: from when to when. First, one with a hook on rank 0 alone."""
     network, times = torch.nn.Linear(1, 1), []
 
     def compiled(x):  # takes a while, as a compiler does
@@ -163,6 +163,17 @@ def compile_for_training(folder):
         time.sleep(0.2)
         times.append(time.time())
         return network(x)
+
+    hooked = torch.nn.Linear(1, 1)
+    hook = hooked.register_forward_hook(lambda *_: None) if dist_util.is_main() else None
+    wrapped = CompiledForTraining(hooked, {2})
+    wrapped._compiled = hooked
+    wrapped(torch.ones(2, 1))
+    assert wrapped._ready == (set() if hook else {2})
+    if hook:  # it compiles when it can, and waits for nobody
+        hook.remove()
+        wrapped(torch.ones(2, 1))
+        assert wrapped._ready == {2}
 
     wrapped = CompiledForTraining(network, {2})
     wrapped._compiled = compiled

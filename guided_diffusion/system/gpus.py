@@ -43,10 +43,9 @@ def only_own(rank: int, views: list[View]) -> str | None:
     """
     for view in views:
         node = [other for other in views if other.host == view.host]
-        same_numbers = len({other.visible for other in node}) == 1
-        if not view.can_hide or not same_numbers or {other.local_rank for other in node} != set(range(len(node))):
-            return None
-        if view.count < len(node):
+        same_numbers = all(other.visible == view.visible for other in node)
+        local_ranks = sorted(other.local_rank for other in node)
+        if not (view.can_hide and same_numbers and view.count >= len(node) and local_ranks == list(range(len(node)))):
             return None
     mine = views[rank]
     names = [str(i) for i in range(mine.count)] if mine.visible is None else mine.visible.split(",")

@@ -48,7 +48,8 @@ class CompiledForTraining(nn.Module):
     def __init__(self, network: nn.Module, sizes: Collection[int]):
         super().__init__()
         self.network = network
-        self._sizes, self._ready = frozenset(sizes), set()
+        self._sizes = frozenset(sizes)
+        self._met, self._ready = set(), set()  # sizes that were passed, on all ranks; that are compiled, on this one
         self._hooks = [getattr(module, kind) for module in network.modules() for kind in HOOKS]
 
         def call(*args: Any, **kwargs: Any) -> Tensor:  # the compiler skips a bound __call__
@@ -61,11 +62,23 @@ class CompiledForTraining(nn.Module):
 
         Raises UserError if the network cannot be compiled.
         """
-        if not torch.is_grad_enabled() or len(x) not in self._sizes or any(self._hooks):
+        if not torch.is_grad_enabled() or len(x) not in self._sizes:
             return self.network(x, *args, **kwargs)
+        prepare = partial(self._prepare, x, *args, **kwargs)
+        if len(x) in self._met:
+            use_compiled = prepare()
+        else:  # the first pass of this size, on all ranks, even if only some have hooks
+            self._met.add(len(x))
+            use_compiled = dist_util.first_on_each_node(prepare)
+        return (self._compiled if use_compiled else self.network)(x, *args, **kwargs)
+
+    def _prepare(self, x: Tensor, *args: Any, **kwargs: Any) -> bool:
+        """Compile for these inputs, if that is still to be done. Returns whether to use the compiled network."""
+        if any(self._hooks):
+            return False
         if len(x) not in self._ready:
-            dist_util.first_on_each_node(partial(self._compile_for, x, *args, **kwargs))
-        return self._compiled(x, *args, **kwargs)
+            self._compile_for(x, *args, **kwargs)
+        return True
 
     def _compile_for(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Compile for the shapes of these inputs, by a pass that leaves neither gradients nor used random numbers."""

@@ -9,7 +9,7 @@ import copy
 import io
 import json
 import re
-import subprocess
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -19,14 +19,13 @@ from guided_diffusion.compute.compilation import compile_network
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import create_gaussian_diffusion, model_and_diffusion_defaults, model_defaults
 
-import fork_server
 import numpy as np
 import pytest
 import torch
 from benchmarking import timing
 from benchmarking.other_networks import float64_network, plain
 from benchmarking.whole_scripts import makespan, simulate_processes
-from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, completed, load_script, run_script, save_checkpoint
+from conftest import MAIN_SCRIPT, SMALL_MODEL, as_flags, load_script, run_python, run_script, save_checkpoint
 from PIL import Image
 from reference import golden, reference_inputs, reference_model, relative_error
 from torch import nn
@@ -188,9 +187,9 @@ def test_same_bytes_with_channels_last(compiled, photographs, tmp_path):
 def test_benchmark(tmp_path, monkeypatch, capsys):
     """On a network of no size; the parts that take minutes are left out. Single processes are forked."""
 
-    def run(command, **options):
-        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": options["env"]}
-        return completed(fork_server.start(command, **options))
+    def run(command, env, **_):
+        assert command[0] == sys.executable
+        return run_python(*command[1:], env=env)
 
     monkeypatch.setattr(timing, "subprocess", SimpleNamespace(run=run))
     script, output = load_script("scripts/benchmark.py"), tmp_path / "benchmark.json"
