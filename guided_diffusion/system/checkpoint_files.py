@@ -21,6 +21,7 @@ from .. import logger
 from ..errors import UserError, first_line, is_out_of_memory
 from .files import LFS_POINTER, is_remote
 
+ALIGNMENT = 64  # of PyTorch's allocations on CPUs, in bytes
 Shapes = Mapping[str, tuple[int, ...]]  # shape of each entry of a state dict, by name
 
 
@@ -71,7 +72,7 @@ def _open_url(url: str, _mode: str) -> http.client.HTTPResponse:
 def read_checkpoint(
     path: str | os.PathLike, flag: str, kwargs: dict[str, Any], expected: Shapes | None = None
 ) -> dict[str, torch.Tensor]:
-    """The state dict in the file `path`.
+    """The state dict in the file `path`: contiguous tensors in aligned memory.
 
     Args:
         path: file written by torch.save or safetensors.
@@ -89,7 +90,19 @@ def read_checkpoint(
             f"{flag} {path} contains {_describe(saved)}; expected a dict of tensors, as from "
             "torch.save(model.state_dict(), path)"
         )
+    for name, w in state.items():  # in place, to keep the version that a state dict may have as an attribute
+        state[name] = _in_aligned_memory(w)
     return state if expected is None else _unwrapped(state, expected)
+
+
+def _in_aligned_memory(w: torch.Tensor) -> torch.Tensor:
+    """`w` as PyTorch would allocate it: contiguous, from a multiple of 64 bytes on.
+
+    The kernels that compute a product, and so its last digits, may depend on where and how a matrix is stored. In files
+    it may start anywhere (safetensors), be part of another tensor, or have been channels last.
+    """
+    w = w.flatten().view(w.shape)  # unlike contiguous(), also sets the strides of dimensions of size 1
+    return w if w.data_ptr() % ALIGNMENT == 0 else w.clone()
 
 
 def read_saved(path: str | os.PathLike, flag: str, **kwargs: Any) -> Any:

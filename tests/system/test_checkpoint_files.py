@@ -211,6 +211,23 @@ def test_counts_of_batches_in_another_shape(tmp_path):
     assert_loaded("resnet18", tmp_path / "x.pth", model)
 
 
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_where_and_how_a_tensor_is_stored_does_not_matter(suffix, tmp_path):
+    """The last digits of a matrix product may depend on both."""
+    model = make("resnet18")
+    path = tmp_path / f"x.{suffix}"
+    if suffix == "pth":  # parts of larger tensors, channels last
+        state = {
+            name: torch.cat([w.flatten()[:1], w.flatten()])[1:].view(w.shape) for name, w in model.state_dict().items()
+        }
+        torch.save({n: w.to(memory_format=torch.channels_last) if w.ndim == 4 else w for n, w in state.items()}, path)
+    else:  # starts at a multiple of 8 bytes
+        pytest.importorskip("safetensors.torch").save_file(model.state_dict(), path)
+    found = assert_loaded("resnet18", path, model)
+    for w in found.state_dict().values():
+        assert w.is_contiguous() and w.data_ptr() % 64 == 0
+
+
 def test_a_vision_transformer_with_the_names_of_its_first_version(tmp_path):
     model = make("vit_b_32")
     names = {"mlp.0.": "mlp.linear_1.", "mlp.3.": "mlp.linear_2."}
