@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from pathlib import Path
@@ -30,7 +31,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # this clone's packages, before any other
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from guided_diffusion import dist_util, logger
-from guided_diffusion.command_line.flags import FILE, NATURAL, POSITIVE, TEXT, Flag, add_flags, flag
+from guided_diffusion.command_line.flags import FILE, FLOAT, NATURAL, POSITIVE, TEXT, Flag, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import compute_reproducibly, describe_machine
@@ -52,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     parts = args.parts.split(",") if args.parts else list(PARTS)
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: expected some of {','.join(PARTS)}")
+    if not 0 < args.seconds < math.inf:
+        raise UserError(f"--seconds {args.seconds:g}: expected a positive number")
 
     logger.make_dir()
     threads = compute_reproducibly(args.num_threads)
@@ -96,6 +99,7 @@ def create_argparser() -> argparse.ArgumentParser:
         output=Flag(FILE, "file for all results, rewritten after each part", "benchmark.json"),
         batch_size=flag("batch_size", kind=NATURAL, help="images per batch; 0: 32 on a GPU, 1 on a CPU", default=0),
         repeats=Flag(POSITIVE, "number of rounds", 3),
+        seconds=Flag(FLOAT, "least time per contender and round of network, in seconds", 2.0),
         steps=Flag(NATURAL, "denoising steps of loop and processes; 0: 125 on a GPU, 2 or 4 on a CPU", 0),
         compile=flag("compile", help="also measure the compiled network; auto: on a GPU"),
     )

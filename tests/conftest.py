@@ -51,17 +51,18 @@ SMALL_MODEL = {
 }
 
 
-# The files that take longest come first, so that none of them runs alone at the end. Paths are relative to this folder.
+# The files that take longest come first, so that none of them runs alone at the end. Those whose tests mostly wait, for
+# Slurm and for other processes, are (W); between them are others that use the cores. Paths are relative to this folder.
 LONGEST = [
-    "system/test_slurm.py",
-    "training/test_training_scripts.py",
-    "test_dist_util.py",
+    "system/test_slurm.py",  # W
     "compute/test_performance.py",
-    "training/test_kill_many.py",
-    "classifier/test_classifier_scripts.py",
-    "training/test_train_util.py",
-    "random_hierarchy_model/test_demo.py",
     "test_forward_backward_dataset_sample.py",
+    "training/test_training_scripts.py",  # W
+    "training/test_train_util.py",
+    "test_dist_util.py",  # W
+    "random_hierarchy_model/test_demo.py",
+    "training/test_kill_many.py",  # W
+    "classifier/test_classifier_scripts.py",
     "random_hierarchy_model/test_theory_figures.py",
     "random_hierarchy_model/test_random_hierarchy_model.py",
     "system/test_installation.py",

@@ -110,17 +110,20 @@ class Training:
     # Starting and ending
 
     def start(self, output: Path, iterations: int = 0, forked: bool = False) -> tuple[subprocess.Popen, Path]:
-        """Start or resume a run. Returns the launcher's process, and the file with what it says."""
+        """Start or resume a run. Returns the launcher's process, and the file with what it says.
+
+        If `forked`, mpiexec or torchrun start its processes, which are forked, see fork_server.py.
+        """
         self.starts += 1
         said = self.folder / f"said-{self.starts:03d}.txt"
         flags = as_flags({**FLAGS, "data_dir": self.data, "output": output, "iterations": iterations})
         variables = {TOKEN: self.token, "OMP_NUM_THREADS": "1"}
-        if self.launcher == "srun":
+        if self.launcher == "srun" and not forked:
             # As a job of its own, for scancel; the name is that of the token.
             options = ["-N2", "-n2", f"--job-name={self.token}"]
             command = [*options, sys.executable, SCRIPT, *flags]
             return self.slurm.srun(*command, output=said, cwd=self.folder, env=variables), said
-        kind = "mpiexec" if self.launcher == "rough" else self.launcher
+        kind = "mpiexec" if self.launcher in ("rough", "srun") else self.launcher
         env = environment(**variables)
         rank = rank_command(environment()) if forked else ()  # the token must not reach the server
         command = [*launcher(kind, 2, rank), SCRIPT, *flags]

@@ -34,7 +34,7 @@ def network(bench: Bench) -> list[Row]:
         contenders += [("this project, compiled", precision) for precision in precisions[1:]]
     runs: dict[tuple[str, str], list[Row]] = {contender: [] for contender in contenders}
     flags = bench.flags | {"batch_size": bench.args.batch_size, "num_threads": bench.threads}
-    flags["device"] = bench.args.device
+    flags |= {"device": bench.args.device, "seconds": bench.args.seconds}
     failed: list[Row] = []
     for _ in range(bench.args.repeats):
         for way, precision in list(runs):
@@ -75,7 +75,7 @@ def measure_contender(args: argparse.Namespace, device: torch.device, threads: i
     dtype, batch, size = getattr(torch, precision), args.batch_size, args.image_size
     if way == "matrix product":
         m = torch.randn(matrix_side(device), matrix_side(device), device=device).to(dtype)
-        return time_and_memory(partial(torch.mm, m, m, out=torch.empty_like(m)), device)
+        return time_and_memory(partial(torch.mm, m, m, out=torch.empty_like(m)), device, args.seconds)
     model = load_network(path, args_to_dict(args, FLAGS)).to(device)
     x = torch.randn(batch, 3, size, size, device=device)
     t = torch.full((batch,), 500, device=device)
@@ -93,7 +93,7 @@ def measure_contender(args: argparse.Namespace, device: torch.device, threads: i
             network = compile_network(network, create_gaussian_diffusion(timestep_respacing=str(N)), batch, size)
             facts["compilation"] = synchronized_seconds() - start
     del model
-    return time_and_memory(partial(network, x, t), device) | facts
+    return time_and_memory(partial(network, x, t), device, args.seconds) | facts
 
 
 def matrix_side(device: torch.device) -> int:

@@ -43,9 +43,12 @@ def interleaved_seconds(calls: Mapping[Key, Callable[[], Any]], rounds: int) -> 
     return seconds
 
 
-def time_and_memory(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds per call, and this process's peak memory in bytes: GPU memory on a GPU, else its RAM (Linux only)."""
-    result = {"seconds": seconds_per_call(call, least=2.0)}
+def time_and_memory(call: Callable[[], Any], device: torch.device, least: float) -> dict[str, float]:
+    """Seconds per call, measured for at least `least` seconds, and this process's peak memory in bytes.
+
+    That is GPU memory on a GPU, else its RAM (Linux only).
+    """
+    result = {"seconds": seconds_per_call(call, least)}
     if device.type == "cuda":
         result["memory"] = torch.cuda.max_memory_allocated()
     elif (status := Path("/proc/self/status")).exists():

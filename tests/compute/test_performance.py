@@ -193,7 +193,7 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(timing, "subprocess", SimpleNamespace(run=run))
     script, output = load_script("scripts/benchmark.py"), tmp_path / "benchmark.json"
-    flags = [*as_flags(SMALL_MODEL), "--repeats", "1", "--num_threads", "1", "--output", str(output)]
+    flags = as_flags({**SMALL_MODEL, "repeats": 1, "seconds": 0.2, "num_threads": 1, "output": output})
     assert script.main([*flags, "--parts", "network,loop,processes,startup"]) == 0
     report = json.loads(output.read_text())
     rows = {(row["network"], row["precision"]): row for row in report["network"] if "share of peak" in row}
@@ -215,6 +215,8 @@ def test_benchmark(tmp_path, monkeypatch, capsys):
 
     with pytest.raises(UserError, match="--parts speed: expected some of network,"):
         script.main([*flags, "--parts", "speed"])
+    with pytest.raises(UserError, match="--seconds nan: expected a positive number"):
+        script.main([*flags, "--seconds", "nan"])
     blocked = str(output / "benchmark.json")  # a file is in the way
     with pytest.raises(UserError, match=f"cannot write {re.escape(blocked)}: "):
         script.main([*flags, "--parts", "network", "--output", blocked])

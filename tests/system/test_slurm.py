@@ -334,8 +334,8 @@ srun {sys.executable} {TRAINING_SCRIPT} {shlex.join(training_flags(pictures, out
     assert {path.name for path in output.glob("progress*")} == {"progress.csv", "progress.json"}
 
     flags = training_flags(pictures, tmp_path / "undisturbed", iterations=saved + 2)
-    command = ["-N2", "-n2", sys.executable, TRAINING_SCRIPT, *flags]
-    assert slurm.srun(*command, output=tmp_path / "out", cwd=tmp_path).wait(TIMEOUT) == 0
+    done = run_script(*flags, script=TRAINING_SCRIPT, kind="mpiexec", processes=2)
+    assert done.returncode == 0, done.stderr
     for name in (f"model{saved + 2:06d}.pt", "progress.csv"):
         assert (output / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
