@@ -16,6 +16,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # The CPU's flags tell its vector instructions; PyTorch would compile a test of each in every process, for 8 seconds.
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+# PyTorch asks for the name of every address that it connects to. Many processes do at a time, and if the name server
+# drops a query, each would wait for 5 seconds before it asks again, longer than some ranks here wait for each other.
+os.environ.setdefault("RES_OPTIONS", "timeout:1")
 
 from guided_diffusion import dist_util
 from guided_diffusion.script_util import model_defaults, model_from_flags

@@ -11,9 +11,11 @@ from typing import Any
 
 from guided_diffusion.errors import LostPeer
 from guided_diffusion.system.peers import CHUNK_SIZE, Peers
+from guided_diffusion.system.waiting import in_background
 
 import pytest
 import torch.distributed as dist
+from slurm import until
 
 HOSTS = ["gpu-a", "gpu-a", "gpu-b"]
 
@@ -41,9 +43,9 @@ def ranks(store, monkeypatch) -> Iterator[list[Peers]]:
 
 
 def on_all(ranks: list[Peers], action: Callable[[Peers], Any]) -> list:
-    """What the action gives on every rank, all at the same time."""
+    """What the action gives on every rank, all at the same time. Raises TimeoutError if a rank still waits after 60 s."""
     with ThreadPoolExecutor(len(ranks)) as pool:
-        return list(pool.map(action, ranks))
+        return list(pool.map(lambda peer: in_background(action, peer, seconds=60), ranks))
 
 
 @pytest.mark.parametrize("size", [0, 1, CHUNK_SIZE, 3 * CHUNK_SIZE + 1])
@@ -51,13 +53,12 @@ def test_messages_of_any_size_arrive_and_leave_nothing_in_the_store(ranks, store
     def exchange(peer: Peers) -> Any:
         return peer.broadcast(bytes([peer.rank]) * size), peer.gather((peer.rank, bytes(size)))
 
-    on_all(ranks, lambda peer: peer.gather(None))  # all heartbeats are there
-    before = store.num_keys()
+    until(lambda: store.num_keys() == 4, "three heartbeats and the number of endings")
     for _ in range(3):
         for first, both in on_all(ranks, exchange):
             assert first == bytes(size)
             assert both == [(rank, bytes(size)) for rank in range(3)]
-    assert store.num_keys() == before
+    assert store.num_keys() == 4
 
 
 def test_every_number_goes_to_one_rank_and_rank_0_hears_of_the_work(ranks):
