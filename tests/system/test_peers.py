@@ -43,7 +43,7 @@ def ranks(store, monkeypatch) -> Iterator[list[Peers]]:
 
 
 def on_all(ranks: list[Peers], action: Callable[[Peers], Any]) -> list:
-    """What the action gives on every rank, all at the same time. Raises TimeoutError if a rank still waits after 60 s."""
+    """What the action gives on every rank, all at the same time. Raises TimeoutError if a rank waits for 60 s."""
     with ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(lambda peer: in_background(action, peer, seconds=60), ranks))
 
