@@ -29,7 +29,7 @@ from guided_diffusion.system.other_scripts import load_script as load_script
 import pytest
 import torch
 import torchvision
-from fork_server import Forked, rank_command, start
+from fork_server import Forked, rank_command, share_server, start
 from PIL import Image
 from reference import fill_weights
 from slurm import Slurm, missing
@@ -103,6 +103,8 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for signum in (signal.SIGHUP, signal.SIGQUIT):
         signal.signal(signum, signal.SIG_DFL)
+    if getattr(config.option, "numprocesses", None):
+        share_server()
 
 
 def pytest_collection_finish() -> None:

@@ -33,11 +33,13 @@ import threading
 import types
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 # Variables that no package reads when it is imported: their names begin with these. PYTHONPATH is seen to by `become`.
 FREE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "SLURM_", "PMI", "OMPI_", "OPENAI_", "GUIDED_DIFFUSION_")
-FREE += ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_", "PYTHONPATH", "no_proxy")
+FREE += ("COLUMNS", "LINES", "PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "_TORCHINDUCTOR_", "PYTHONPATH", "no_proxy")
+SHARED = "PYTEST_FORK_SERVER"  # variable: address of the server that the workers of pytest-xdist share
 AVAILABLE = hasattr(os, "pidfd_open") and hasattr(socket, "SOCK_SEQPACKET")  # Linux
 
 
@@ -152,12 +154,20 @@ def receive(connection: socket.socket) -> int:
 
 
 class _Server:
-    """The server of this pytest process."""
+    """A server that ends with this pytest process; or the one that pytest-xdist's workers share, if it lives."""
 
     def __init__(self, env: Mapping[str, str]):
         self._env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
+        self.address = os.environ.get(SHARED, "")
+        if self.lives():
+            self._env = json.loads(Path(self.address).with_name("environment.json").read_text())
+        else:
+            self._start()
+
+    def _start(self) -> None:
         self._folder = tempfile.TemporaryDirectory()
         self.address = os.path.join(self._folder.name, "requests")
+        Path(self._folder.name, "environment.json").write_text(json.dumps(self._env))
         requests = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         requests.bind(self.address)
         requests.listen()
@@ -171,7 +181,8 @@ class _Server:
 
     def lives(self) -> bool:
         """Whether it still runs. If not, one process could not be started, and its test failed."""
-        return self._process.poll() is None
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+            return connection.connect_ex(self.address) == 0
 
     def suits(self, env: Mapping[str, str]) -> bool:
         names = {name for name, _ in self._env.items() ^ env.items()}
@@ -179,6 +190,14 @@ class _Server:
 
 
 _server: _Server | None = None
+
+
+def share_server() -> None:
+    """Start a server that the workers of pytest-xdist share, if they are started by this process afterwards."""
+    global _server
+    if AVAILABLE:
+        _server = _Server(os.environ)
+        os.environ[SHARED] = _server.address
 
 
 def start(
@@ -223,6 +242,7 @@ def import_packages() -> None:
     import PIL.Image  # noqa: F401
     import torch
     import torch._dynamo
+    import torch._inductor.compile_fx
     import torch.nn.parallel
     import torchvision  # noqa: F401
     import tqdm  # noqa: F401
