@@ -1,5 +1,7 @@
 """Moments and similarities of activations, against computations that keep everything, in NumPy's float64."""
 
+from contextlib import ExitStack
+
 from guided_diffusion import logger
 from guided_diffusion.classifier.activations import (
     ActivationMoments,
@@ -131,10 +133,13 @@ def check_against_everything_kept(classifier, tmp_path, size, number, kinds=("st
         np.testing.assert_allclose(arrays[f"second_moment/{layer.name}"], (values**2).mean(0), rtol=1e-6)
     times, x = 3, pairs(4, 3, size)
     kept = kept_activations(classifier, x)
-    for kind in kinds:
-        normalization = load_normalization(str(tmp_path / "s.npz"), classifier, kind)
-        with torch.inference_mode(), Similarities(classifier, normalization, times) as watch:
-            output = classifier.model(x)
+    with torch.inference_mode(), ExitStack() as stack:
+        watches = {}
+        for kind in kinds:
+            normalization = load_normalization(str(tmp_path / "s.npz"), classifier, kind)
+            watches[kind] = stack.enter_context(Similarities(classifier, normalization, times))
+        output = classifier.model(x)
+    for kind, watch in watches.items():
         expected = directly(kept, classifier.layers, statistics, kind, times)
         assert watch.latest().cosine.shape == (times, 4, len(classifier.layers))
         assert watch.latest().cosine.dtype == np.float64
