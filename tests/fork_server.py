@@ -157,14 +157,14 @@ class _Server:
     """A server that ends with this pytest process; or the one that pytest-xdist's workers share, if it lives."""
 
     def __init__(self, env: Mapping[str, str]):
-        self._env = {name: value for name, value in env.items() if name != "PYTHONPATH"}
         self.address = os.environ.get(SHARED, "")
         if self.lives():
             self._env = json.loads(Path(self.address).with_name("environment.json").read_text())
         else:
-            self._start()
+            self._start({name: value for name, value in env.items() if name != "PYTHONPATH"})
 
-    def _start(self) -> None:
+    def _start(self, env: Mapping[str, str]) -> None:
+        self._env = env
         self._folder = tempfile.TemporaryDirectory()
         self.address = os.path.join(self._folder.name, "requests")
         Path(self._folder.name, "environment.json").write_text(json.dumps(self._env))

@@ -7,7 +7,6 @@ disappears with the processes. Needs root and Debian's slurm-wlm, munge, iproute
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -269,8 +268,9 @@ class Slurm:
 
         Slurm looks at time limits every 30 s. Meanwhile the scripts of the job leave the cores to other tests.
         """
-        for pid in itertools.chain.from_iterable(self.processes(node, r"\.py\b") for node in NODES):
-            os.setpriority(os.PRIO_PROCESS, pid, 10)
+        for node in NODES:
+            for pid in self.processes(node, r"\.py\b"):
+                os.setpriority(os.PRIO_PROCESS, pid, 10)
         self.command(f"scontrol update jobid={job} EndTime=now+{left}")
 
     def processes(self, node: str, pattern: str) -> dict[int, str]:
