@@ -81,7 +81,7 @@ def read_checkpoint(
         expected: names and shapes of the network's state dict, if known. Then the file may contain other entries, and
             the prefix that a wrapper has added to the names is removed.
 
-    Raises UserError if the file has no state dict, or several that could be meant.
+    Raises UserError if the file has no state dict or several that could be meant, or if a tensor is not dense and real.
     """
     saved = read_saved(path, flag, **kwargs)
     state = saved if expected is None or _is_state_dict(saved) else _only_fitting(saved, expected, f"{flag} {path}")
@@ -91,6 +91,9 @@ def read_checkpoint(
             "torch.save(model.state_dict(), path)"
         )
     for name, w in state.items():  # in place, to keep the version that a state dict may have as an attribute
+        if w.layout != torch.strided or w.is_quantized or w.is_complex() or w.is_meta:
+            kind = "meta" if w.is_meta else f"{w.layout}, {w.dtype}".replace("torch.", "")
+            raise UserError(f"{flag} {path} contains a tensor of kind {kind}, {name}; expected dense, real tensors")
         state[name] = _in_aligned_memory(w)
     return state if expected is None else _unwrapped(state, expected)
 

@@ -10,7 +10,7 @@ import shutil
 from collections import OrderedDict
 from pathlib import Path
 
-from guided_diffusion.checkpoints import build
+from guided_diffusion.checkpoints import DIFFUSION_MODEL, build
 from guided_diffusion.classifier.networks import open_classifier
 from guided_diffusion.errors import UserError
 from guided_diffusion.images.io import UnreadableImage, read_image
@@ -226,6 +226,24 @@ def test_where_and_how_a_tensor_is_stored_does_not_matter(suffix, tmp_path):
     found = assert_loaded("resnet18", path, model)
     for w in found.state_dict().values():
         assert w.is_contiguous() and w.data_ptr() % 64 == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*(sparse csr|quantize)")
+@pytest.mark.parametrize(
+    ("kind", "convert"),
+    {
+        "sparse_coo, float32": torch.Tensor.to_sparse,
+        "sparse_csr, float32": torch.Tensor.to_sparse_csr,
+        "strided, qint8": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
+        "strided, complex64": lambda w: w * 1j,
+        "meta": lambda w: w.to("meta"),
+    }.items(),
+)
+def test_tensors_that_are_not_dense_and_real(kind, convert, models, tmp_path):
+    weights = models[DIFFUSION_MODEL].state_dict()
+    torch.save({**weights, "time_embed.0.weight": convert(weights["time_embed.0.weight"])}, tmp_path / "odd.pt")
+    with pytest.raises(UserError, match=f"tensor of kind {kind}, time_embed.0.weight; expected dense, real"):
+        LOADERS[DIFFUSION_MODEL](str(tmp_path / "odd.pt"), flags_of(DIFFUSION_MODEL))
 
 
 def test_a_vision_transformer_with_the_names_of_its_first_version(tmp_path):
