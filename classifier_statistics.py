@@ -2,12 +2,12 @@
 
 evaluate_classifier.py standardises activations with these statistics, which are per channel for feature maps and
 tokens, and over all classes for the logits. The images are spread evenly over the sorted list of the folder. The result
-does not depend on --batch_size or the number of processes; under mpiexec, torchrun or srun, images are split across
-processes. Rerun the same command to resume a run that was stopped.
+does not depend on the number of processes, and on --batch_size only by rounding; under mpiexec, torchrun or srun,
+images are split across processes. Rerun the same command to resume a run that was stopped.
 
   python classifier_statistics.py --data_dir datasets/ILSVRC2012/validation --classifier_name convnext_base
 
-writes classifier_statistics/convnext_base/act_stat_convnext_base.npz.
+This writes classifier_statistics/convnext_base/act_stat_convnext_base.npz.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     inputs, folder = {IMAGES: Inputs(args.data_dir, "--data_dir")}, f"{path.removesuffix('.npz')}_parts"
     with ResultRun([result], folder, settings, machine, inputs, args, shard) as measurement:
         if not measurement.unfinished:
-            logger.info(f"{path} is there already, made with the same settings: nothing to do")
+            logger.info(f"{path} exists already, with the same settings: nothing to do")
             return 0
         size = images_per_unit(len(images), args.batch_size)
         units = image_batches(images, size)
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         to_do = sum(len(unit.images) for unit in left)
         logger.info(
             f"{len(images)} images from {args.data_dir}, {len(classifier.layers)} layers of {classifier.name}: {to_do} "
-            f"images are to be measured{f' by {shard}' if shard.count > 1 else ''}"
+            f"images to measure{f' by {shard}' if shard.count > 1 else ''}"
         )
         measurement.log_machine(f"; the result will be {path}")
         measure(classifier, autocast, left, measurement, args)
@@ -172,7 +172,7 @@ def write(measurement: ResultRun, classifier: Classifier, num_units: int, facts:
     if "top1" in arrays:
         accuracy = f"accuracy {arrays['top1']:.2%} (top 1), {arrays['top5']:.2%} (top 5)"
     logger.info(f"{classifier.name} on {arrays['num_images']} images: {accuracy}. Statistics are in {result.path}")
-    return report_unreadable(total.unreadable, "the statistics are without them", chosen)
+    return report_unreadable(total.unreadable, "the statistics exclude them", chosen)
 
 
 def create_argparser() -> argparse.ArgumentParser:

@@ -1,18 +1,17 @@
 """Compare samples with their starting images by a classifier's activations, layer by layer, and by its logits.
 
-For every starting image, time and layer: cosine similarity and distance of standardised activations; and the logits of
-both images. A time series takes one pass: a batch consists of starting images and their samples at all times. If images
-have several samples (--num_trajectories of forward_backward_dataset_sample.py), every pair of an image and one of its
-samples has a row in the results; samples of later turns are left out. Rerun
-the same command to resume a run that was stopped; finished times are kept. Under mpiexec, torchrun or srun, images are
-split across processes.
+Writes, for every starting image, time and layer, the cosine similarity and the distances of standardised activations;
+and the logits of both images. All times are computed together: a batch has starting images and their samples at all
+times. If images have several samples (--num_trajectories of forward_backward_dataset_sample.py), every pair of an image
+and one of its samples has a row in the results; samples of later turns are ignored. Rerun the same command to resume a
+run that was stopped; finished times are kept. Under mpiexec, torchrun or srun, images are split across processes.
 
   python evaluate_classifier.py --starting_data_dir datasets/ILSVRC2012/validation --time_series 25 50 75 100 125 \\
       --timestep_respacing 250 --classifier_name convnext_base
 
-reads the samples in results/diffused_ILSVRC2012_validation and the statistics written by classifier_statistics.py in
-classifier_statistics/convnext_base, and writes act_diff_convnext_base-t_K_N.npz and logits_convnext_base-t_K_N.npz
-there.
+This reads the samples in results/diffused_ILSVRC2012_validation and the statistics that classifier_statistics.py wrote
+to classifier_statistics/convnext_base, and writes act_diff_convnext_base-t_K_N.npz and
+logits_convnext_base-t_K_N.npz there.
 """
 
 from __future__ import annotations
@@ -162,7 +161,7 @@ def compare(
         for batch, pictures in comparison.read(batches, readers, blank, *work):
             watch.num_samples = len(batch.samples)
             x = torch.stack(pictures.values)  # ((1 + S) B, 3, H, W)
-            advice = f",\nand remove {comparison.parts.folder}, which was begun with this one"
+            advice = f",\nand remove {comparison.parts.folder}, which was started with this batch size"
             with autocast, enough_memory(len(x), advice):
                 classifier.model(classifier.preprocess.on_device(upload(x, dist_util.dev())))
             write()  # the previous batch, while a GPU works on this one
@@ -211,7 +210,7 @@ def write_results(
     for t, (k, result) in enumerate(results.items()):
         count = write_time(comparison, batches, t, k, result, classifier, facts)
         logger.info(f"k = {k}: {count} of {len(result.files[SAMPLES])} pairs are in {result.path}")
-    return report_unreadable(comparison.unreadable, "the results are without them")
+    return report_unreadable(comparison.unreadable, "the results exclude them")
 
 
 def write_time(

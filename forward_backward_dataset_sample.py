@@ -54,7 +54,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-EXTENSIBLE = ("step_reverse", "num_trajectories", "num_turns")  # a later run of the same experiment may have others
+EXTENSIBLE = ("step_reverse", "num_trajectories", "num_turns")  # a later run of the same experiment may change these
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -117,7 +117,7 @@ def forward_backward(
     device, k = dist_util.dev(), unit.step_reverse
     x_start = upload(from_pixels(pixels), device)  # (B, 3, H, W)
     noise = unit.noise(args.seed, device)
-    eps = noise.randn(x_start.shape, device=device)
+    eps = noise.randn(x_start.shape, device=device)  # drawn in any case, so that --share_noise keeps trajectory 1
     if args.share_noise == "start":
         eps = unit.forward_noise(args.seed, device).randn(x_start.shape, device=device)
     x = noised_image(diffusion, x_start, k, eps)
@@ -160,7 +160,7 @@ def check_trajectories(args: argparse.Namespace) -> None:
             "Give only one of the two"
         )
     if args.num_turns > 1 and args.image_format == "jpeg":
-        logger.warn("each turn starts from the JPEG file of the last one: --image_format png loses nothing in between")
+        logger.warn("each turn starts from the JPEG file that the previous one wrote: --image_format png is lossless")
 
 
 def describe_samples(args: argparse.Namespace) -> str:
@@ -173,7 +173,7 @@ def describe_work(experiment: SampleRun, shard: Shard) -> str:
     """The number of samples to make, in words."""
     if shard.count > 1:
         return f"{experiment.to_do} samples to make for {shard}"
-    return f"{experiment.to_do} samples to make, {experiment.total - experiment.to_do} are there"
+    return f"{experiment.to_do} samples to make, {experiment.total - experiment.to_do} exist already"
 
 
 def create_argparser() -> argparse.ArgumentParser:

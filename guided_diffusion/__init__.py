@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-# PyTorch would warn of every connection from a node whose address has no name in DNS. It reads this at its import.
+# Otherwise PyTorch warns about every connection from a node without a reverse DNS entry. Read when it is imported.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 _needed = {"numpy": "numpy", "PIL": "pillow", "torch": "torch", "blobfile": "blobfile", "tqdm": "tqdm"}

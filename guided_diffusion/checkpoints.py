@@ -36,7 +36,7 @@ class Network:
     size_flag: str = "image_size"
 
     def flag(self, name: str) -> str:
-        """Name that this network has for a flag of the U-Net."""
+        """This network's name for a flag of the U-Net."""
         return CLASSIFIER_FLAGS.get(name, name) if self is CLASSIFIER else name
 
 
@@ -172,12 +172,12 @@ def network_in(shapes: Shapes) -> Network | str:
 
 
 def read_flags(shapes: Shapes) -> dict[str, Any]:
-    """Infer flags from the names and shapes of a network, under the names that this network has for them.
+    """Infer a network's flags from the names and shapes of its weights.
 
-    Returns those that can be inferred of `num_channels`, `num_res_blocks`, `channel_mult` (a tuple),
-    `attention_factors` (the downsampling factors with attention), `resblock_updown` and `use_scale_shift_norm`; for a
-    model that generates images, `learn_sigma` and `class_cond`; for a classifier, `classifier_pool`. The image size and
-    the number and order of attention heads cannot be inferred.
+    Returns `num_channels`, `num_res_blocks`, `channel_mult` (a tuple), `attention_factors` (the downsampling factors
+    with attention), `resblock_updown` and `use_scale_shift_norm`, as far as they can be inferred, under this network's
+    names for them; for a model that generates images, also `learn_sigma` and `class_cond`; for a classifier,
+    `classifier_pool`. The image size and the number and order of attention heads cannot be inferred.
     """
     flags: dict[str, Any] = {}
     channels = flags["num_channels"] = shapes["time_embed.0.weight"][1]

@@ -1,7 +1,7 @@
 """Correlations of changes: which parts of a start change together in its samples.
 
-For one start and M samples of it, sigma_i is the change of token i: +1 or -1 for symbols that have changed or not, a
-size for patches of images. With averages over the samples of one start, then over starts,
+For one start and M samples of it, sigma_i is the change of token i: for symbols, +1 if it changed and -1 if not; for
+patches of images, the size of the change. With averages over the samples of one start,
 
     C_ij = <sigma_i sigma_j> - <sigma_i><sigma_j>,    chi = sum_ij C_ij / sum_i C_ii.
 
@@ -43,7 +43,7 @@ def correlation_function(covariance: np.ndarray, distance: np.ndarray) -> tuple[
 
     Args:
         covariance: (starts, tokens, tokens).
-        distance: of each pair of tokens, (tokens, tokens).
+        distance: distance of each pair of tokens, (tokens, tokens).
 
     Returns:
         the distances r that occur, ascending, (R,), and C(r) of each start, (starts, R). C(0) is the mean variance.
@@ -59,7 +59,7 @@ def variances(changes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def susceptibility(changes: np.ndarray, convention: str = "all") -> float:
-    """chi, the number of tokens that change together: 1 if they are independent, their number if they all do as one.
+    """chi, the number of tokens that change together: 1 if they are independent, n if all n tokens change as one.
 
     Args:
         changes: (starts, samples, tokens).
@@ -115,7 +115,9 @@ class TablePairs:
     """Pairs of tokens with any distance; products are a matrix (n, n). See `Pairs`.
 
     Args:
-        distance: of each pair of tokens, (n, n). Raises UserError for another shape.
+        distance: distance of each pair of tokens, (n, n).
+
+    Raises UserError if `distance` is not a square matrix.
     """
 
     def __init__(self, distance: np.ndarray):
@@ -167,7 +169,7 @@ class GridPairs:
 def grouped(
     squared: np.ndarray, weights: np.ndarray, grid: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Lengths on a grid in groups: each its own up to 32 x 32, else in bins one unit wide.
+    """Group lengths on a grid: by value on grids of up to 32 x 32, otherwise in bins one unit wide.
 
     Args:
         squared: squared lengths, integers.
@@ -234,7 +236,7 @@ def bootstrap(
 
     Returns:
         the statistic and both ends of its interval. An end is NaN for a single start, or if the statistic is undefined
-        (NaN) in a resample that decides it.
+        (NaN) in the resample at that quantile.
     """
     starts = len(per_start)
     value = np.asarray(statistic(per_start.mean(axis=0)))

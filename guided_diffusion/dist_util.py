@@ -231,7 +231,7 @@ def gather_objects(value: Any, meanwhile: Callable[[], None] | None = None) -> l
 
 
 def claimed(items: Sequence[Item]) -> Iterator[Item]:
-    """The items that this rank takes, in order: the next one that no rank has taken, when it is asked for.
+    """Yield the items that this rank takes, in order: each time, the next one that no rank has taken yet.
 
     All ranks must call this, with the same items.
     """

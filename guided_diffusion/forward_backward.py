@@ -167,11 +167,11 @@ class Unit:
     samples: tuple[str, ...] = ()
 
     def forward_noise(self, seed: int, device: torch.device | str) -> NoiseStreams:
-        """The streams of the first trajectory of each row's start."""
+        """Streams for x_k if all trajectories of an image share it (--share_noise start): those of trajectory 1."""
         return NoiseStreams(seed, self.starts, self.step_reverse, device)
 
     def noise(self, seed: int, device: torch.device | str) -> NoiseStreams:
-        """The rows' streams. From the second turn on, the names of the starts already contain the trajectories."""
+        """One stream per row. From the second turn on, the names of the starts already contain the trajectories."""
         trajectories = self.trajectories if self.turn == 1 else None
         return NoiseStreams(seed, self.starts, self.step_reverse, device, trajectories)
 
@@ -182,8 +182,8 @@ def cut_units(
     """The units of the first turn, all rows to do.
 
     The list of images is cut, in order, every `batch_size` images. The pairs (2, first image), (2, second image), ...,
-    (3, first image), ... of trajectories and images are cut in the same way. The last batch is completed by the pairs
-    that follow, which are not to be done: then adding trajectories does not change any batch.
+    (3, first image), ... of trajectories and images are cut in the same way. The last batch is filled up with the pairs
+    that would follow, which are computed but not written, so that adding trajectories does not change any batch.
 
     Args:
         images: the chosen images.
@@ -215,7 +215,7 @@ class Chain(NamedTuple):
     folder: SampleFolder
 
     def at(self, unit: Unit) -> Chain:
-        """A single one of the turns."""
+        """This chain with `unit` as its only turn."""
         return Chain([unit], self.folder)
 
     @property
@@ -341,10 +341,10 @@ def parse_sample(stem: str) -> SampleName | None:
 
 
 def in_order_of_starts(images: Sequence[LabelledImage], data_dir: str) -> list[LabelledImage]:
-    """If a run starts from a folder of samples, put them into the order of the images that these started from.
+    """Order the samples of another run by the images that they started from; leave other images in their order.
 
-    The names alone have another order: image_1.png is before image_10.png, image_1_t0500.png after image_10_t0500.png.
-    With this order, a run that starts from the samples of another has the batches of a run of two turns.
+    By name alone, image_1.png comes before image_10.png, but image_1_t0500.png after image_10_t0500.png. With this
+    order, a run that starts from the samples of another one has the same batches as one run of two turns.
     """
     if not re.fullmatch(r"t_\d+_\d+_images", os.path.basename(data_dir.rstrip("/"))):
         return list(images)

@@ -221,12 +221,11 @@ class GaussianDiffusion:
 
     @property
     def fixed_large_log_variance(self) -> np.ndarray:
-        first = self.posterior_variance[1] if len(self.betas) > 1 else self.betas[0]
-        return np.log(np.append(first, self.betas[1:]))
+        return np.append(self.posterior_log_variance_clipped[0], np.log(self.betas[1:]))
 
     @property
     def extrapolation(self) -> np.ndarray:
-        """h[t] / (2 h[t+1]), if step t raises log(sqrt(abar) / sqrt(1 - abar)) by h[t]; 0 at both ends.
+        """h[t] / (2 h[t+1]), where h[t] is the increase of log(sqrt(abar) / sqrt(1 - abar)) in step t; 0 at both ends.
 
         See `sde_dpmsolver_sample`.
         """
@@ -516,9 +515,9 @@ class GaussianDiffusion:
             x_{t-1} = sigma'/sigma e^(-h) x_t + alpha' (1 - e^(-2h)) x_0 + sigma' sqrt(1 - e^(-2h)) z,
 
         with alpha = sqrt(abar), sigma = sqrt(1 - abar), primes for t - 1, and h the increase of log(alpha / sigma). It
-        is a draw from q(x_{t-1} | x_t, x_0), the step of DDPM. At second order, x_0 is the line through the last two
-        predictions, half a step ahead: x_0(t) + h[t] / (2 h[t+1]) (x_0(t) - x_0(t+1)). At t = 0, the sample is the
-        prediction. Learned variances have no effect.
+        is a draw from q(x_{t-1} | x_t, x_0), the step of DDPM. At second order, x_0 is extrapolated linearly from
+        the last two predictions to the middle of the step: x_0(t) + h[t] / (2 h[t+1]) (x_0(t) - x_0(t+1)). At t = 0,
+        the sample is the prediction. Learned variances have no effect.
 
         Args:
             model, x, t, clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.
@@ -681,7 +680,7 @@ class GaussianDiffusion:
         return _last(self.sde_dpmsolver_sample_loop_progressive(model, shape, **options))
 
     def loop_of(self, sampler: str) -> Callable[..., Iterator[Output]]:
-        """The forward-backward loop of a sampler that yields every step. Raises UserError unless `SAMPLERS` has it."""
+        """The forward-backward loop of a sampler, which yields every step. Raises UserError if `sampler` is unknown."""
         if sampler not in SAMPLERS:
             raise UserError(f"sampler {sampler}: expected {', '.join(SAMPLERS)}")
         return getattr(self, f"{SAMPLERS[sampler]}_loop_forw_back_progressive")
@@ -700,7 +699,7 @@ class GaussianDiffusion:
         multistep: bool = False,
         **options: Any,
     ) -> Iterator[Output]:
-        """Denoise x_k by k steps of `sample`, which also receives the `options`."""
+        """Denoise x_k by k steps of `sample`, with `options`. Checks its arguments now, unlike a generator."""
         step = partial(sample, model, **options, **_if_given(generator))
         k = check_step_reverse(step_reverse, self.num_timesteps)
         x = _starting_point(model, shape, noise=noise, device=device, generator=generator)

@@ -68,7 +68,7 @@ class GroupNorm32(nn.GroupNorm):
         if torch.compiler.is_compiling():
             factor, offset = (stored(values).reshape(*values.shape, *[1] * (x.ndim - 2)) for values in (factor, offset))
             return torch.addcmul(offset, x.float(), factor).to(dtype)
-        # The only eager operation for factor * x + offset in half precision: it has "moments" of 0 and 1 here.
+        # batch_norm with mean 0 and variance 1: the only eager operation for factor * x + offset in half precision.
         channels, factor, offset = x.to(dtype).reshape(1, factor.numel(), -1), factor.flatten(), offset.flatten()
         zeros, ones = torch.zeros_like(offset), torch.ones_like(offset)
         h = torch.batch_norm(channels, factor, offset, zeros, ones, False, 0.0, 0.0, False)  # (1, B * C, ...)
@@ -81,7 +81,7 @@ class GroupNorm32(nn.GroupNorm):
             unused = x.new_zeros(2, groups.shape[1], dtype=torch.float32)  # running averages, a required argument
             mean, variance = torch.batch_norm_update_stats(groups, *unused, 0.0)
             return mean.view(len(x), -1), variance.view(len(x), -1)
-        # First of channels in channels-last memory, in chunks of about 4096 pixels that keep all of the GPU busy.
+        # First the moments of channels (channels-last), in chunks of about 4096 pixels that keep the whole GPU busy.
         pixels = x.movedim(1, -1).float().flatten(1, -2)  # (B, T, C)
         chunks = math.gcd(pixels.shape[1], 2 ** max(0, (pixels.shape[1] // 4096).bit_length() - 1))
         variance, mean = torch.var_mean(pixels.unflatten(1, (chunks, -1)), dim=2, correction=0)  # (B, chunks, C)
@@ -119,9 +119,9 @@ def infers_on_gpu(x: Tensor) -> bool:
 
 
 def stored(x: Tensor) -> Tensor:
-    """x itself, which a compiler stores for inference on a GPU, in the memory format that it has without compilation.
+    """x, which the compiler is made to materialise for inference on a GPU, in its uncompiled memory format.
 
-    It would otherwise recompute small tensors in every element of a large one, and choose memory formats by itself.
+    The compiler would recompute small tensors for every element of a large one, and choose memory formats itself.
     """
     return x.as_strided(x.shape, x.stride()) if infers_on_gpu(x) and torch.compiler.is_compiling() else x
 
@@ -195,7 +195,7 @@ def conv3x3_of_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
     """Float16 tensors whose sum is x (float32), to 21 bits."""
-    # Not x.half(), whose rounding a compiler leaves out if it needs the value in float32 again.
+    # Not x.half(): a compiler may skip its rounding where the value is used in float32 again.
     high = (x.view(torch.int32) & ~(2**13 - 1)).view(torch.float32)  # a significand of 11 bits
     return high.half(), (x - high).half()
 

@@ -302,7 +302,7 @@ class SampleRun(Run):
                 total, others = self.total // len(self.folders), len(missing) - len(lost)
                 logger.info(
                     f"k = {k}: {total - sum(map(len, lacking.values()))} of {total} samples are in {folder.path}"
-                    + (f"; {others} are for the other shards" if others else "")
+                    + (f"; {others} belong to other shards" if others else "")
                 )
         if disappeared:
             raise ResultError(

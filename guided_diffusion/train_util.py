@@ -612,12 +612,11 @@ class TrainLoop:
             self._raise_divergence(f"{infinite[0]} is {numbers[infinite[0]]}")
 
     def _raise_divergence(self, reason: str) -> None:
-        error = ResultError(
+        message = (
             f"training has diverged: at step {self.step} {reason}. This step is not saved. Lower --lr and start again "
             "with another --output, from scratch or from an earlier checkpoint (--resume_checkpoint)"
         )
-        error.on_all_ranks = True
-        raise error
+        dist_util.raise_together(ResultError(message))
 
 
 # Published names

@@ -66,7 +66,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            # The compiler's gradient of `interpolate` adds atomically, in any order, and is slow in half precision.
+            # The compiled gradient of `interpolate` uses atomic additions: nondeterministic, slow in half precision.
             for dim, factor in enumerate(self.scale_factor, start=2):
                 x = x.repeat_interleave(factor, dim)
         else:

@@ -68,7 +68,7 @@ class Posterior:
         """The probability of given symbols, a mean over each level's nodes: (B, L + 1), level 0 first.
 
         Args:
-            symbols: of every level, level 0 first: int64 (B, s^L), ..., (B, s), (B, 1).
+            symbols: symbols of every level, level 0 first: int64 (B, s^L), ..., (B, s), (B, 1).
         """
         levels = zip(self.marginals(), symbols, strict=True)
         return torch.stack([p.take_along_dim(a[..., None], dim=2).mean((1, 2)) for p, a in levels], dim=1)
@@ -172,7 +172,7 @@ def read_posterior(images: TreeImages, x: Tensor, noise: float = READING_NOISE) 
 def read_symbols(images: TreeImages, x: Tensor, noise: float = READING_NOISE) -> tuple[Tensor, ...]:
     """The symbols shown by images, level 0 first: int64 (B, 4^L), ..., (B, 1).
 
-    One wrong patch, and a sample of a diffusion model has no derivation, although nearly all of it may fit one class.
+    A single wrong patch leaves a sample of a diffusion model without a derivation, although the rest may fit one class.
     So symbols of level 1 and above are read as if the image were noisy: each is the most probable one given the pixels,
     which minimises the expected number of wrong symbols at this noise. For an image of the grammar this gives its
     derivation; for `noise` -> 0, the derivation of the nearest image of the grammar. A leaf is the symbol of the

@@ -23,8 +23,8 @@ def changes(leaves: Tensor, true: Tensor) -> Tensor:
     """sigma: +1 for leaves that have changed, -1 for the others. Float64 (B, M, n).
 
     Args:
-        leaves: of M samples of each image, (B, M, n).
-        true: of the images, (B, n).
+        leaves: leaves of M samples of each image, (B, M, n).
+        true: leaves of the images, (B, n).
     """
     return torch.where(leaves == true[:, None], -1.0, 1.0).double()
 

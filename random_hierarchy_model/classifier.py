@@ -11,7 +11,7 @@ from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from .demo import GRAMMAR_FLAGS
 
-# The stages of a tree with four levels of rules, one per level of symbols, leaves first. Smaller trees have the last.
+# Stages for a tree with four levels of rules, one per level of symbols, leaves first. Smaller trees use the last ones.
 WIDTHS = (24, 48, 96, 128, 192)  # channels
 BLOCKS = (2, 2, 2, 1, 1)
 STEM = 4  # side, in pixels, of the squares seen by torchvision's first layer; a multiple of the patch size

@@ -31,7 +31,7 @@ def probability_kept(images: TreeImages, x: Tensor, signal: float, true: Sequenc
 
 
 def fraction_kept(images: TreeImages, x: Tensor, true: Sequence[Tensor]) -> Tensor:
-    """Fraction of true symbols in images x (B, 3, H, W) without noise, by level: float64 (B, L + 1), the class first.
+    """Fraction of the true symbols that clean images x (B, 3, H, W) show, by level: float64 (B, L + 1), class first.
 
     `true` is as in `probability_kept`.
     """

@@ -15,7 +15,7 @@ GRAMMAR_FLAGS: dict[str, int] = {
 }
 
 # Changes to `model_and_diffusion_defaults`. The levels of the U-Net have sides 16 (pixels) and 8 to 1, as those of the
-# tree. With only a few patches, the image is learned faster than the noise.
+# tree. With so few distinct patches, x_0 is learned faster than the noise.
 MODEL_FLAGS: dict[str, Any] = {
     "image_size": 16,
     "num_channels": 32,

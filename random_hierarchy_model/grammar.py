@@ -126,7 +126,7 @@ class Grammar:
 def random_words(seed: int, stream: int, block: int, count: int) -> np.ndarray:
     """`count` random uint64 words of a seed's stream, starting at block number `block` of four words.
 
-    Philox is a function of key and counter (Salmon et al., SC 2011), so access is random.
+    Philox is a function of key and counter (Salmon et al., SC 2011), so any block can be computed directly.
     """
     check_seed(seed)
     return np.random.Philox(key=np.array([seed, stream], dtype=np.uint64), counter=block).random_raw(count)

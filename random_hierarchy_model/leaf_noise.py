@@ -58,7 +58,7 @@ def gaussian_log_likelihoods(x: Tensor, signal: Tensor | float) -> Tensor:
     """
     abar = torch.as_tensor(signal, dtype=torch.float64, device=x.device).expand(len(x)).view(-1, 1, 1)
     if not ((abar >= 0) & (abar < 1)).all():
-        raise UserError("noise levels abar: expected numbers from 0 up to, but not including, 1")
+        raise UserError("noise levels abar: expected numbers in [0, 1)")
     return (abar.sqrt() / (1 - abar) * x.double()).mT
 
 

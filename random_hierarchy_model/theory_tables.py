@@ -40,7 +40,7 @@ class Work:
 
     Attributes:
         pool: threads.
-        seed: of the data and all noise.
+        seed: seed of the data and of all noise.
         num_grammars, num_data, num_samples, num_images: how much is measured; see the flags of theory_figures.py.
         figure: name of the current figure, for the progress bar.
     """
@@ -65,7 +65,7 @@ class Work:
         return found
 
     def parts(self, grammar: Grammar, share: int = 1) -> list[theory.Part]:
-        """Data of this grammar and of those whose seeds follow, a part for each grammar, or for one of `share`."""
+        """A part for each of `num_grammars` / `share` grammars: this one, and those with the seeds that follow."""
         count = max(self.num_grammars // share, min(2, self.num_grammars))
         v, s, depth, m = grammar.num_symbols, grammar.branching, grammar.depth, grammar.num_synonyms
         grammars = (Grammar(v, s, depth, m, grammar.seed + i) for i in range(count))

@@ -1,15 +1,15 @@
 """Measure which parts of an image change together in its samples.
 
-For every starting image and time, from two samples or more: the change of every token, C(r), the covariance of the
-changes of two tokens at distance r, and the susceptibility chi = sum_ij C_ij / sum_i C_ii, the number of tokens that
+For every starting image and time, two or more samples give the change of every token; C(r), the covariance of the
+changes of two tokens at distance r; and the susceptibility chi = sum_ij C_ij / sum_i C_ii, the number of tokens that
 change together. Rerun the same command to resume a run that was stopped; finished times are kept. Under mpiexec,
 torchrun or srun, starting images are split across processes.
 
   python scripts/change_correlations.py --tokens clip --time_series 25 50 75 100 125 --timestep_respacing 250 \\
       --starting_data_dir datasets/ILSVRC2012/validation
 
-reads the samples in results/diffused_ILSVRC2012_validation, which forward_backward_dataset_sample.py --num_trajectories
-made, and writes changes_clip-t_K_N.npz and susceptibility_clip.csv to change_correlations/clip.
+This reads the samples in results/diffused_ILSVRC2012_validation, made by forward_backward_dataset_sample.py with
+--num_trajectories, and writes changes_clip-t_K_N.npz and susceptibility_clip.csv to change_correlations/clip.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def write_results(
         measurement.write_lists(result)
         write_result(result.path, result_arrays(joined, pairs, spectrum), record)
         logger.info(f"k = {k}: {len(joined.names)} of {len(result.files[STARTS])} starting images are in {result.path}")
-    return report_unreadable(measurement.unreadable, "the results are without them")
+    return report_unreadable(measurement.unreadable, "the results exclude them")
 
 
 def summarise(results: Mapping[int, Result], shard: Any, output: str, name: str, convention: str) -> None:

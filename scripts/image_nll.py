@@ -75,14 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     inputs = {IMAGES: Inputs(args.data_dir, "--data_dir")}
     with ResultRun([result], f"{output}/image_nll_parts", settings, machine, inputs, args) as nll:
         if not nll.unfinished:
-            logger.info(f"{result.path} is there already, made with the same settings: nothing to do")
+            logger.info(f"{result.path} exists already, with the same settings: nothing to do")
             dist_util.on_main(report, result.path)
             return 0
         batches = image_batches(images, args.batch_size)
         left = nll.remaining_units(batches)
-        logger.info(
-            f"{len(images)} images from {args.data_dir}: {len(left)} of {len(batches)} batches are to be measured"
-        )
+        logger.info(f"{len(images)} images from {args.data_dir}: {len(left)} of {len(batches)} batches to measure")
         nll.log_machine(f"; results in {output}")
         readers = {IMAGES: lambda path, check: read_image(path, args.image_size, check)}
         blank = np.zeros((args.image_size, args.image_size, 3), np.uint8)
@@ -165,7 +163,7 @@ def write_results(nll: ResultRun, result: Result, batches: Sequence[ImageBatch],
     arrays = {name: np.concatenate(pieces) for name, pieces in bits.items()}
     write_result(result.path, {"names": np.array(names), **arrays}, record)
     report(result.path)
-    return report_unreadable(nll.unreadable, "the numbers are without them", chosen)
+    return report_unreadable(nll.unreadable, "the results exclude them", chosen)
 
 
 def report(result: str) -> None:

@@ -13,7 +13,7 @@ CSV of the plotted points:
 
 transition.json has the time at which class retention falls fastest, and its uncertainty. class_agreement and
 class_entropy need several samples of each image (--num_trajectories of forward_backward_dataset_sample.py). Then all
-errors are those from drawing other images, each with its samples. The gallery shows the first sample.
+errors come from resampling images, each with all its samples. The gallery shows the first sample.
 
 With --changes, reads the results of change_correlations.py instead, and plots how parts of an image change together:
 

@@ -76,7 +76,7 @@ class WithSmallImages:
         return self.data.position
 
     def seek(self, position: int) -> None:
-        """Continue with the image at `position`."""
+        """Start the next batch at `position`."""
         self.data.seek(position)
 
 

@@ -8,7 +8,7 @@ Writes each figure as PNG and PDF, with a CSV of its points:
   depth             the class in trees of several depths: with a transition, and without
   correlations      of the changes of leaves, against their distance
   susceptibility    how many leaves change together
-  steps             what each sampler keeps beyond the exact posterior if it takes few steps
+  steps             deviation of each sampler from the exact posterior, against the number of steps
 
 The flags of the grammar apply to levels_*, correlations and susceptibility. Errors are standard errors over grammars
 (over data, with --num_grammars 1); susceptibility by masking, and the loop, use a quarter of the grammars.

@@ -195,7 +195,7 @@ def test_a_restart_does_only_what_is_missing(flags, reference_run, tmp_path, cap
     lost.unlink()
     capsys.readouterr()
     assert run_here(*flags, "--output", tmp_path) == 0
-    assert "1 samples to make, 20 are there" in capsys.readouterr().err
+    assert "1 samples to make, 20 exist already" in capsys.readouterr().err
     assert samples(tmp_path) == reference_run
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert run_here(*flags, "--output", tmp_path) == 0

@@ -232,7 +232,7 @@ def best_learned(variances, schedule):
 
 
 class BestModel(nn.Module):
-    """E[noise | x_t], given the original time steps; and the best variance where it is `learned`."""
+    """E[noise | x_t], given the original timesteps; and the optimal variance if it is `learned`."""
 
     def __init__(self, variances, schedule, learned):
         super().__init__()
@@ -367,7 +367,7 @@ def test_a_restart_does_only_what_is_missing(stub, images, tmp_path, capsys):
     assert run_main(*flags, "--output", tmp_path / "out") == 0
     assert len(stub.calls) == 6
     said = capsys.readouterr().err
-    assert "is there already" in said and "bits per dimension" in said
+    assert "exists already" in said and "bits per dimension" in said
     with pytest.raises(UserError, match="--num_samples was 6 and is now 5"):
         run_main(*flags, "--output", tmp_path / "out", "--num_samples", 5)
 

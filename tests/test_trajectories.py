@@ -80,7 +80,7 @@ def eight(flags, tmp_path_factory) -> dict[str, bytes]:
     output = tmp_path_factory.mktemp("eight")
     done = run_script(*flags, "--num_trajectories", 8, "--num_turns", 2, "--output", output)
     assert done.returncode == 0, done.stderr
-    assert "8 trajectories, 2 turns: 128 samples to make, 0 are there" in done.stderr
+    assert "8 trajectories, 2 turns: 128 samples to make, 0 exist already" in done.stderr
     assert "64 of 64 samples are in" in done.stderr
     return samples(output)
 
@@ -97,11 +97,11 @@ def test_a_folder_is_extended_without_recomputing_anything(flags, eight, one, tm
     record = tmp_path / "t_3_4_run.json"
     before: dict[str, int] = {}
     for trajectories, turns, words in (
-        (1, 1, "8 samples to make, 0 are there"),
-        (3, 1, "16 samples to make, 8 are there"),
-        (8, 1, "40 samples to make, 24 are there"),
-        (8, 2, "64 samples to make, 64 are there"),
-        (2, 1, "0 samples to make, 16 are there"),
+        (1, 1, "8 samples to make, 0 exist already"),
+        (3, 1, "16 samples to make, 8 exist already"),
+        (8, 1, "40 samples to make, 24 exist already"),
+        (8, 2, "64 samples to make, 64 exist already"),
+        (2, 1, "0 samples to make, 16 exist already"),
     ):
         more = ["--num_trajectories", trajectories, "--num_turns", turns]
         assert run_here(*flags, *more, "--output", tmp_path) == 0
@@ -200,7 +200,7 @@ def test_lost_samples_of_any_turn_come_back(flags, eight, tmp_path, capsys):
         (tmp_path / name).unlink()
     capsys.readouterr()
     assert run_here(*more) == 0
-    assert "3 samples to make, 125 are there" in capsys.readouterr().err
+    assert "3 samples to make, 125 exist already" in capsys.readouterr().err
     assert samples(tmp_path) == eight
 
 

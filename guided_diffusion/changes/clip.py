@@ -2,7 +2,7 @@
 
 Source: Radford et al., "Learning transferable visual models from natural language supervision", ICML 2021,
 arXiv:2103.00020. OpenAI's weights, and a few others, need the activation x sigmoid(1.702 x), QuickGELU, instead of
-GELU. They fit both networks: with the wrong one, the features are wrong and nothing says so.
+GELU. Weights load into either network: with the wrong activation, the features are wrong, without an error.
 """
 
 from __future__ import annotations

@@ -59,9 +59,8 @@ def draw_susceptibility(curves: Curves, convention: str = "all") -> tuple[Figure
 
 def _errors(row: Mapping[str, Any], column: str) -> list[float]:
     """The distances from a value to the ends of its interval; 0 for an end that is not known."""
-    value = row[column]
-    ends = [value if row[column + end] == "" else row[column + end] for end in ("_low", "_high")]
-    return [max(0.0, value - ends[0]), max(0.0, ends[1] - value)]
+    low, high = (_or(row, column, end) for end in ("_low", "_high"))
+    return [max(0.0, row[column] - low), max(0.0, high - row[column])]
 
 
 def draw_correlations(curves: Curves) -> tuple[Figure, Rows]:

@@ -46,8 +46,8 @@ class StartStatistics(NamedTuple):
 class ChangeSums:
     """Sums over the samples of one start, from which its statistics follow; memory does not grow with the samples.
 
-    The first sample is subtracted from all, so that a mean change that is large compared with its fluctuations costs no
-    digits, and a start that always changes in the same way has exactly no fluctuations.
+    The first sample is subtracted from all, so that precision is not lost if the mean change is large compared with its
+    fluctuations, and a start that always changes in the same way has exactly no fluctuations.
 
     Args:
         pairs: pairs of tokens.

@@ -28,8 +28,8 @@ class Moments:
     """Running mean and variance per channel, exact to float64 rounding for any batch size.
 
     Batches and processes are combined with the pairwise formula of Chan, Golub and LeVeque (1983). The first value is
-    subtracted from all, so that a mean that is large compared with the deviation costs no digits. The sums stay on the
-    device of the values.
+    subtracted from all, so that precision is not lost if the mean is large compared with the deviation. The sums
+    stay on the device of the values.
     """
 
     def __init__(self) -> None:

@@ -98,8 +98,8 @@ def find_layers(
         the layers, in the order of the network, and the number of logits.
 
     Raises:
-        UserError: the output is not logits, or not that of a layer although none is named; a pattern matches no layer
-            that can be watched, or a named layer cannot be watched.
+        UserError: the output is not logits; no layer is named, and no layer's output is the classifier's output; a
+            pattern matches no layer that can be watched; or a named layer cannot be watched.
     """
     calls = _calls_of_modules(model, 2, size)
     shape = calls[""].shape

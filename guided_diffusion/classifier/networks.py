@@ -76,8 +76,8 @@ def open_classifier(
 ) -> Classifier:
     """Load a classifier of torchvision, or the user's own.
 
-    A torchvision classifier is preprocessed as the torchvision weights of the same file name as `classifier_path`, else
-    as the default weights. The preprocessing is applied to Pillow images, as for torchvision's published accuracies.
+    Images for a torchvision classifier are preprocessed as for the torchvision weights with the file name of
+    `classifier_path`, or else the default weights. As for torchvision's published accuracies, Pillow resizes them.
 
     Args:
         name: torchvision's name, such as convnext_base; or "package.module:function" for a function that returns

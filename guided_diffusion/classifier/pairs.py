@@ -183,7 +183,7 @@ def read_sample(path: str, image_size: int, check: Check | None = None) -> np.nd
 
 
 def check_starts(inputs: Inputs, starts: Sequence[str], folders: Mapping[int, SampleFolder], data_dir: str) -> None:
-    """Raise UserError if the samples are on record as made from starting images with other contents."""
+    """Raise UserError if the samples were made, according to their records, from images with other contents."""
     for folder in folders.values():
         inputs.merge(recorded_inputs(folder) or {}, folder.path)
     inputs.known = inputs.entries(starts)
@@ -230,7 +230,7 @@ def batch_shape(counts: Sequence[int], batch_size: int) -> tuple[int, int]:
 
     Args:
         counts: M at each time.
-        batch_size: images per batch; exceeded if there are as many times.
+        batch_size: images per batch; exceeded if one starting image and its samples at all times are more.
     """
     trajectories = min(max(counts), max(1, (batch_size - 1) // len(counts)))
     samples = sum(min(count, trajectories) for count in counts)

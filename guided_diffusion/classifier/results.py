@@ -215,7 +215,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
 
 
 def prepare(model: torch.nn.Module, args: argparse.Namespace) -> tuple[AbstractContextManager, dict[str, Any]]:
-    """Move a network to this rank's device. All ranks must call this; returns what `set_up` does, less the classifier.
+    """Move a network to this rank's device. All ranks must call this. Returns the last two results of `set_up`.
 
     `args` has the flags classifier_use_fp16 and num_threads.
     """

@@ -1,7 +1,7 @@
 """Statistics for the figures: how much of an image, and of its class, survives noising and denoising.
 
 Errors of modes and transitions are from the bootstrap over images: Efron, Annals of Statistics 7, 1 (1979). Several
-samples of an image are not independent: all errors here are those from drawing other images, each with its samples.
+samples of one image are not independent, so images are resampled, each with all its samples.
 """
 
 from __future__ import annotations

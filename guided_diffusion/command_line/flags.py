@@ -125,7 +125,7 @@ FLAGS = {
     "use_scale_shift_norm": Flag(BOOL, "time embedding scales and shifts activations, instead of being added"),
     "resblock_updown": Flag(BOOL, "residual blocks change the resolution, instead of plain convolutions"),
     "use_fp16": Flag(BOOL, "half precision in the U-Net: float16 on a GPU, bfloat16 on a CPU that supports it"),
-    "use_new_attention_order": Flag(BOOL, "attention weights ordered as q, k, v first and heads second"),
+    "use_new_attention_order": Flag(BOOL, "channels of q, k and v ordered by q, k, v first, then by head"),
     "model_path": Flag(FILE, "checkpoint of the model; untrained: random weights, for a trial"),
     # The diffusion
     "learn_sigma": Flag(BOOL, "model also predicts the variance: 6 output channels instead of 3"),
@@ -162,7 +162,7 @@ FLAGS = {
     "layers": Flag(
         (str, "PATTERNS"),
         "layers to measure, separated by commas: names or patterns such as features.1.*",
-        empty="residual or transformer blocks, and the logits",
+        empty="stem, residual or transformer blocks, layers between stages, logits",
     ),
     "normalization": Flag(
         TEXT,
@@ -192,11 +192,11 @@ FLAGS = {
         empty="all training classes recorded with the checkpoint, else 0..999",
         nargs="+",
     ),
-    "num_classes": Flag(POSITIVE, "number of classes, in index order; ignored if classes are unknown", 10),
+    "num_classes": Flag(POSITIVE, "number of classes to take, in index order; ignored if classes are unknown", 10),
     "num_per_class": Flag(POSITIVE, "images per class, sorted by name; ignored if classes are unknown", 10),
     "num_samples": Flag(POSITIVE, "number of images", 10000, "no limit"),
     "base_samples": Flag(FILE, "small images: .npz with arr_0, uint8 (N, H, W, 3), and classes arr_1 for class_cond"),
-    # Forward and back
+    # The forward-backward experiment
     "step_reverse": Flag(
         TIMES,
         "steps k to noise and denoise, 0..N; one or more, separated by spaces or commas",
@@ -216,14 +216,14 @@ FLAGS = {
     ),
     "share_noise": Flag(
         TEXT,
-        "start: all samples of an image at a time share the noise added to it, and so x_k; they differ only in the "
-        "noise of the way back",
+        "start: all samples of an image at a time start from the same x_k, and differ only in the noise of the "
+        "denoising steps",
         empty="independent noise",
         choices=("start",),
     ),
     "num_turns": Flag(
         POSITIVE,
-        "consecutive U-turns, each from the saved sample of the last one; a later run may ask for more",
+        "consecutive U-turns, each starting from the sample that the previous one saved; a later run may ask for more",
         1,
     ),
     "clip_denoised": Flag(BOOL, "clip the predicted image to the pixel range at every step", True),

@@ -97,14 +97,14 @@ def when_stopped(describe: Callable[[], str]) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status.
 
-    These errors are printed without a traceback. Exit statuses: that of a UserError; 2 if memory is full; 1 for an
-    OSError (disk full, no permission); 3 if another rank is gone; 128 + number for a signal. Signals during the exit
-    are ignored, except for a Ctrl-C at least a second after the first one. An error on all ranks is printed once; a
-    rank that fails alone informs the others.
+    Expected errors are printed without a traceback. Exit statuses: `status` of a UserError; 1 for an OSError (disk
+    full, no permission); 2 if memory is insufficient; 3 if another rank is gone; 128 + number for a signal. Signals
+    during the exit are ignored, except for a Ctrl-C at least a second after the first one. An error on all ranks is
+    printed once; a rank that fails alone informs the others.
     """
     global _received
     _received = _Received()
-    gc.freeze()  # imported modules stay until the end: the garbage collector need not visit them, not at exit either
+    gc.freeze()  # the garbage collector need not visit imported modules, which live until the end, even at exit
 
     def stop(signum, frame):
         stopping = _received.signum

@@ -1,4 +1,4 @@
-"""Messages for insufficient memory, and warnings of tensors that are too large for some kernels."""
+"""Messages for insufficient memory, and warnings about tensors that are too large for some kernels."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FREE_THE_GPU = ", or free the GPU if other processes use it"
 
 @contextmanager
 def enough_memory(images: int, more: str = "", flag: str = "--batch_size") -> Iterator[None]:
-    """Raise UserError if the memory is too small for a batch of images; suggest to lower `flag`, and `more`."""
+    """Raise UserError if the memory is too small for a batch of images; suggest lowering `flag`, and `more`."""
     with _memory_for(f"a batch of {images} images: lower {flag}{more}", FREE_THE_GPU):
         yield
 

@@ -159,7 +159,7 @@ def read_classes(checkpoint: str) -> Classes | None:
     except (OSError, bf.Error) as error:
         if not is_remote(path):
             raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    return None  # or a server with nothing but checkpoints
+    return None  # neither exists, or a server does not answer for files other than checkpoints
 
 
 def _read(path: str) -> Any:

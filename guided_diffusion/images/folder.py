@@ -119,7 +119,7 @@ def _extensions(files: Sequence[str]) -> str:
 
 
 class UnknownClasses(UserError):
-    """Only some images have a class, or ImageNet's names give none. The arguments are the reason and the remedy."""
+    """Some images have no class, or have ImageNet's official names, which contain none. args: (reason, remedy)."""
 
     def __str__(self) -> str:
         return ".\n".join(self.args)

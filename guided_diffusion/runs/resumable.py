@@ -1,8 +1,8 @@
 """Resumable runs: locks, settings, the units of work that this process takes, and the record.
 
 A run computes units of work, which are batches of fixed composition, and writes the output of each immediately. So a
-stopped run loses at most one unit per process, and rerunning the same command resumes it. Of several processes, each
-takes the longest unit that is left when it is ready for more. In the forward-backward experiment, the output is
+stopped run loses at most one unit per process, and rerunning the same command resumes it. With several processes,
+each takes the longest remaining unit whenever it is free. In the forward-backward experiment, the output is
 samples, see `sample_folders`. Other results (NAME.npz) are combined from parts, a file per unit in NAME_parts, once all
 parts exist.
 """
@@ -75,7 +75,7 @@ class Pictures(NamedTuple):
 
     Attributes:
         values: return values of the readers. Unreadable files are replaced by a blank, so that the others keep their
-            places in the batch, and so their bytes.
+            places in the batch, on which the last digits of their results may depend.
         readable: bool (n,).
         unreadable: by kind, path -> why.
     """
@@ -153,7 +153,7 @@ class Run:
         """
         processes = dist_util.get_world_size()
         label = described if processes == 1 else f"{described} ({processes} processes)"
-        # News of other ranks comes every few seconds: only the mean rate is steady.
+        # Other ranks report their progress only every few seconds, so only the mean rate is steady.
         bar = SharedBar if processes == 1 else partial(SharedBar, smoothing=0)
         self.bar = logger.progress_bar(sum(map(amount, units)), label, unit_of_amount, kind=bar)
         self._stack.callback(self.bar.close)
@@ -283,7 +283,7 @@ class ResultRun(Run):
         return unfinished
 
     def remaining_units(self, units: Sequence[U], **settings: Any) -> list[U]:
-        """This shard's units whose parts are missing or lack unreadable files. All ranks must call this.
+        """This shard's units whose parts are missing, or had unreadable files. All ranks must call this.
 
         Args:
             units: all units of the unfinished results, in order.
@@ -335,7 +335,7 @@ class ResultRun(Run):
             if missing:
                 if any(index % self.shard.count == self.shard.index for index in missing):
                     self.parts.read(missing[0])  # raises an error
-                logger.info(f"{self.shard} is done; {len(missing)} of {num_units} parts are for the other shards")
+                logger.info(f"{self.shard} is done; {len(missing)} of {num_units} parts belong to other shards")
             for index in sorted(present):
                 notes = self.parts.notes(index)
                 for kind, entries in as_entries(notes.get("inputs", {})).items():
@@ -343,7 +343,7 @@ class ResultRun(Run):
                 for unreadable in notes.get("unreadable", {}).values():
                     self.unreadable |= unreadable
             if missing:
-                return report_unreadable(self.unreadable, "the results will lack them")
+                return report_unreadable(self.unreadable, "the results will exclude them")
             status = write_results(facts)
             if status == 0:
                 remove_parts(self._folder)
@@ -365,6 +365,6 @@ def times_to_do(run: ResultRun, results: Mapping[int, Result], folder: str) -> l
 
 def describe_batches(left: Sequence[Any], units: Sequence[Any], shard: Shard, done: int) -> str:
     """How much of the work is left, in words; `done` is the number of times that are finished."""
-    words = f"{len(left)} of {len(shard.units(units))} batches are to be done"
+    words = f"{len(left)} of {len(shard.units(units))} batches to compute"
     words += f" by {shard}" if shard.count > 1 else ""
     return words + (f"; {done} times are done already" if done else "")

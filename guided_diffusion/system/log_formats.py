@@ -36,7 +36,7 @@ class SeqWriter:
     """Writer of messages."""
 
     def writeseq(self, seq: Iterable[Any]) -> None:
-        """Write a message, given in words."""
+        """Write a message: the items of `seq`, separated by spaces."""
         raise NotImplementedError
 
 

@@ -13,7 +13,7 @@ from .. import dist_util, logger
 from ..compute.compilation import compile_function, decide_on_compilation, failure_line
 from ..errors import UserError, is_out_of_memory
 
-MANY_STEPS = 5_000  # number of steps of a run from which compilation pays
+MANY_STEPS = 5_000  # number of steps of a run from which compilation pays off
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 NEW_RUN = "start a new run with --compile False and another --output"
 
@@ -49,7 +49,7 @@ class CompiledForTraining(nn.Module):
         super().__init__()
         self.network = network
         self._sizes = frozenset(sizes)
-        self._met, self._ready = set(), set()  # sizes that were passed, on all ranks; that are compiled, on this one
+        self._met, self._ready = set(), set()  # sizes seen, on all ranks; sizes compiled, on this rank
         self._hooks = [getattr(module, kind) for module in network.modules() for kind in HOOKS]
 
         def call(*args: Any, **kwargs: Any) -> Tensor:  # the compiler skips a bound __call__

@@ -170,8 +170,8 @@ class DataStream:
         return batches
 
 
-# Launchers send signals to all processes of a job, and Ctrl-C reaches a whole process group. But the process that a
-# worker reads for decides when the worker ends: it may need more batches before it saves a checkpoint.
+# Launchers send signals to all processes of a job, and Ctrl-C reaches a whole process group. But workers must outlive
+# the signal: the process that they read for may need more batches before it saves a checkpoint.
 
 
 def _init_worker(worker: int) -> None:
@@ -188,7 +188,7 @@ def _exit_with_parent() -> None:
 
 @contextmanager
 def _signals_protected() -> Iterator[None]:
-    """Within the block, workers are started: stop signals wait until they ignore them; SIGCHLD keeps its handler.
+    """A block that starts workers: stop signals are blocked until the workers ignore them; SIGCHLD keeps its handler.
 
     When a worker dies, torch's handler raises an exception wherever the main thread is, even in the middle of a
     training step or a save. Without it, the next batch reports the dead worker.

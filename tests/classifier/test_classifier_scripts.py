@@ -406,7 +406,7 @@ def test_equal_results_from_several_processes(processes, flags, statistics_flags
     launch = {"kind": "mpiexec", "processes": processes, "env": environment(PYTHONPATH=paths)}
     done = run_script(*words, script=script, **launch)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("are to be done") == 1  # one process speaks
+    assert done.stderr.count("batches to compute") == 1  # one process speaks
     assert json.loads((output / f"act_diff_{NAME}-t_5_20.json").read_text())["last_run"]["processes"] == processes
     assert (output / f"act_stat_{NAME}.npz").read_bytes() == (results / f"act_stat_{NAME}.npz").read_bytes()
     assert_close(output, results, error=1e-9)
@@ -483,13 +483,13 @@ def test_the_same_after_being_killed(flags, measured, results, tmp_path, capsys)
     assert 2 <= len(kept) < 6
     assert not list(output.glob("act_diff*.npz"))
     assert evaluate(flags, output) == 0
-    assert f"{6 - len(kept)} of 6 batches are to be done" in capsys.readouterr().err
+    assert f"{6 - len(kept)} of 6 batches to compute" in capsys.readouterr().err
     assert archives(output) == archives(results)
     assert {path.name for path in output.iterdir()} == {path.name for path in results.iterdir()}  # nothing else is left
 
 
 def test_killed_between_the_files_of_two_times(flags, measured, results, tmp_path, monkeypatch):
-    """The batches of both times go on being used, though one time is done."""
+    """The batches of both times are still used, although one time is finished."""
     output = tmp_path / "output"
     shutil.copytree(measured, output)
     script = load_script("evaluate_classifier.py")
@@ -539,11 +539,11 @@ def test_an_unreadable_image_is_named_and_left_out(flags, statistics_flags, resu
         fine = [name not in lost for name in names]
         assert found["names"].tolist() == [name for name in names if name not in lost]
         np.testing.assert_array_equal(found["cosine"], whole["cosine"][fine])  # the others keep their bytes
-    # When the starting image is mended, the same command does the batches that were not complete, and no other.
+    # After the starting image is repaired, the same command computes the incomplete batches only.
     shutil.copy(starts / "n04008634/1.JPEG", starting / "n04008634/1.JPEG")
     assert evaluate(flags, output) == 1
     said = capsys.readouterr().err
-    assert "2 of 6 batches are to be done" in said
+    assert "2 of 6 batches to compute" in said
     assert "1 images could not be read" in said
     assert (output / f"act_diff_{NAME}-t_10_20.npz").read_bytes() == (
         results / f"act_diff_{NAME}-t_10_20.npz"

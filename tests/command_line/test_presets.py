@@ -103,7 +103,7 @@ def test_a_run_begun_with_flags_is_resumed_with_the_preset(tmp_path):
     first = run_script(*CHECKPOINTS["64x64_diffusion"]["flags"].split(), *as_flags({**run, "class_cond": False}))
     assert first.returncode == 0, first.stderr
     again = run_script("--preset", "64x64_diffusion", *as_flags({**run, "class_cond": False}))
-    assert again.returncode == 0 and "0 samples to make, 2 are there" in again.stderr, again.stderr
+    assert again.returncode == 0 and "0 samples to make, 2 exist already" in again.stderr, again.stderr
     (record,) = (tmp_path / "out").glob("*_run.json")
     settings = json.loads(record.read_text())["settings"]
     assert settings["use_new_attention_order"] is True and "preset" not in settings

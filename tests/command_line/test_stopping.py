@@ -1,4 +1,4 @@
-"""Signals that ask a script to stop: once, twice in a moment as from Slurm, and Ctrl-C by someone who insists."""
+"""Stop signals: once, twice in quick succession as from Slurm, and a second Ctrl-C a second later."""
 
 import os
 import signal

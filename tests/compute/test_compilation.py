@@ -1,4 +1,4 @@
-"""Who decides whether a network is compiled, where that fails, and that a resumed run does as its record says."""
+"""When a network is compiled, what happens if that fails, and that a resumed run follows its record."""
 
 from __future__ import annotations
 

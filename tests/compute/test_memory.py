@@ -1,4 +1,4 @@
-"""Memory that does not suffice is told in plain words, wherever it is missed, and too large tensors are warned of."""
+"""Insufficient memory gives a clear message wherever it occurs; tensors that are too large cause a warning."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Every way in which the network may be computed gives the same numbers, and the benchmark measures them.
 
-How fast they are, no test tells: scripts/benchmark.py does.
+Speed is not tested: scripts/benchmark.py measures it.
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def test_again_and_in_two_processes(demo, tmp_path, monkeypatch, capfd):
     first = run_script(*SMALL, "--output", demo, script="scripts/demo.py")
     assert first.returncode == 0, first.stderr
     assert "  k/N  exact   loop  U-Net  ConvNeXt  exact" in first.stdout
-    assert f"0 samples to make, {4 * COUNT} are there" in first.stderr and "nothing to do" in first.stderr
+    assert f"0 samples to make, {4 * COUNT} exist already" in first.stderr and "nothing to do" in first.stderr
 
     script = load_script("scripts/demo.py")
     _, *options, python = script.launcher(2)

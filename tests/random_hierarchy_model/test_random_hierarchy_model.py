@@ -330,7 +330,7 @@ IMAGES = TreeImages(grammar(8, 4, 3, 4, seed=2), patch_size=2)  # steep where it
 
 
 class Told:
-    """The exact denoiser, told the time step that is `shift` further on in the list of those kept."""
+    """The exact denoiser, given the timestep `shift` places later in the list of kept timesteps."""
 
     def __init__(self, shift, abar=ABAR):
         self.exact, self.shift = ExactDenoiser(IMAGES, abar, torch.float32), shift

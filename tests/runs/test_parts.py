@@ -1,4 +1,4 @@
-"""Parts of a long computation: whole or absent, of one experiment, gone when the result is there."""
+"""Parts of a long computation: complete or absent, from one experiment, removed once the result exists."""
 
 from __future__ import annotations
 

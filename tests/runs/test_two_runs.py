@@ -133,7 +133,7 @@ def test_shards_write_what_one_run_writes(flags, whole, tmp_path):
     for process in first:
         _, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
-        assert "are for the other shards" in stderr
+        assert "belong to other shards" in stderr
     record = json.loads((tmp_path / "t_2_4_run.json").read_text())
     assert not record["finished"] and record["num_shards"] == 3
     done = run_script(*common, "--shard", "1", kind="mpiexec", processes=2)

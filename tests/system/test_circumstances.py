@@ -1,4 +1,4 @@
-"""What decides the last digits besides the settings: set, recorded for all processes, and compared with a record."""
+"""Machine properties that affect the last digits: fixed, recorded for all processes, and compared with a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where to compute: a GPU that PyTorch cannot use is never replaced by the CPU in silence."""
+"""Where to compute: a GPU that PyTorch cannot use is never silently replaced by the CPU."""
 
 from __future__ import annotations
 
