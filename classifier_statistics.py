@@ -107,9 +107,10 @@ def measure(
     def batches(unit: ImageBatch) -> list[ImageBatch]:
         return [ImageBatch(unit.index, images) for images in cut(unit.images, args.batch_size)]
 
-    work = (lambda unit: len(unit.images)), "measuring", "image", batches
+    reading = measurement.read(
+        units, {IMAGES: read}, None, lambda unit: len(unit.images), "measuring", "image", pieces=batches
+    )
     with torch.inference_mode():
-        reading = measurement.read(units, {IMAGES: read}, None, *work)
         for index, of_unit in groupby(reading, key=lambda entry: entry[0].index):
             write_part(measurement.parts, index, statistics_of(classifier, autocast, of_unit, measurement))
 

@@ -155,20 +155,22 @@ def compare(
         return classifier.preprocess.on_cpu(function(path, args.image_size, check))
 
     readers = {STARTS: partial(read, read_image), SAMPLES: partial(read, read_sample)}
-    work = (lambda batch: len(batch.images) * (1 + len(batch.samples))), "comparing", "image"
-    write: Callable[[], None] = lambda: None  # noqa: E731
+    reading = comparison.read(batches, readers, blank, lambda batch: batch.num_images, "comparing", "image")
+    pending: Callable[[], None] | None = None
     with torch.inference_mode(), Similarities(classifier, normalization) as watch:
-        for batch, pictures in comparison.read(batches, readers, blank, *work):
+        for batch, pictures in reading:
             watch.num_samples = len(batch.samples)
             x = torch.stack(pictures.values)  # ((1 + S) B, 3, H, W)
             advice = f",\nand remove {comparison.parts.folder}, which was started with this batch size"
             with autocast, enough_memory(len(x), advice):
                 classifier.model(classifier.preprocess.on_device(upload(x, dist_util.dev())))
-            write()  # the previous batch, while a GPU works on this one
-            write = partial(write_part, comparison, batch, pictures, watch.latest)
+            if pending:
+                pending()  # write the previous batch, while a GPU works on this one
+            pending = partial(write_part, comparison, batch, pictures, watch.latest)
             comparison.bar.update(len(x))
             dist_util.check_peers()
-        write()
+        if pending:
+            pending()
 
 
 # Bookkeeping

@@ -134,10 +134,18 @@ def measure(
         return tokens.preprocess.on_cpu(function(path, args.image_size, check))
 
     readers = {STARTS: partial(read, read_image), SAMPLES: partial(read, read_sample)}
-    work = (lambda unit: unit.images), "measuring", "image", lambda unit: unit.pieces(args.batch_size)
+    reading = measurement.read(
+        units,
+        readers,
+        blank,
+        lambda unit: unit.images,
+        "measuring",
+        "image",
+        pieces=lambda unit: unit.pieces(args.batch_size),
+    )
     sums = None
     with torch.inference_mode():
-        for piece, pictures in measurement.read(units, readers, blank, *work):
+        for piece, pictures in reading:
             sums = sums or UnitSums(piece.unit, tokens, pairs, spectrum)
             x = upload(torch.stack(pictures.values), dist_util.dev())  # (B, ...)
             with autocast, enough_memory(len(x)):

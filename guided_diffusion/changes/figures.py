@@ -59,7 +59,7 @@ def draw_susceptibility(curves: Curves, convention: str = "all") -> tuple[Figure
 
 def _errors(row: Mapping[str, Any], column: str) -> list[float]:
     """The distances from a value to the ends of its interval; 0 for an end that is not known."""
-    low, high = (_or(row, column, end) for end in ("_low", "_high"))
+    low, high = (_end_or_value(row, column, end) for end in ("_low", "_high"))
     return [max(0.0, row[column] - low), max(0.0, high - row[column])]
 
 
@@ -115,7 +115,7 @@ def _draw_against(
             points, colour = [row for row in own if row["k/N"] == time], colours((time - first) / (last - first or 1))
             at, values = [row[x_column] for row in points], [row[column] for row in points]
             if band:
-                low, high = ([_or(row, column, end) for row in points] for end in ("_low", "_high"))
+                low, high = ([_end_or_value(row, column, end) for row in points] for end in ("_low", "_high"))
                 axes.fill_between(at, low, high, color=colour, alpha=0.25, linewidth=0)
             axes.plot(at, values, color=colour, marker="." if len(at) < 30 else "")
         axes.set(xlabel=x_label, xscale="log", yscale="log" if log_y else "linear")
@@ -136,7 +136,7 @@ def _set_ticks(axes: Axes, at: Sequence[float]) -> None:
     axes.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
 
 
-def _or(row: Mapping[str, Any], column: str, end: str) -> float:
+def _end_or_value(row: Mapping[str, Any], column: str, end: str) -> float:
     return row[column] if row[column + end] == "" else row[column + end]
 
 

@@ -16,6 +16,7 @@ from ..images.folder import list_images, without_extension
 from ..images.io import open_image, read_image
 from ..runs.inputs import Inputs, inputs_of, read_entries
 from .figures import COLUMN, PAGE, TIME_LABEL, Rows, new_figure
+from .pairs import SAMPLES, STARTS
 from .results import TimeResult
 
 if TYPE_CHECKING:
@@ -62,8 +63,8 @@ def recorded_files(args: argparse.Namespace, result: str) -> tuple[Inputs, Input
     """The recorded contents of the starting images and the samples that a result was computed from."""
     entries = read_entries(inputs_of(result)) or {}
     return (
-        Inputs(args.starting_data_dir, "--starting_data_dir", entries.get("starting images")),
-        Inputs(args.data_dir, "--data_dir", entries.get("samples")),
+        Inputs(args.starting_data_dir, "--starting_data_dir", entries.get(STARTS)),
+        Inputs(args.data_dir, "--data_dir", entries.get(SAMPLES)),
     )
 
 

@@ -222,6 +222,11 @@ class PairBatch(NamedTuple):
         """Paths of the starting images, and of the samples, list by list."""
         return {STARTS: [image.path for image in self.images], SAMPLES: list(chain(*self.samples))}
 
+    @property
+    def num_images(self) -> int:
+        """Number of starting images and samples, (1 + S) B."""
+        return len(self.images) * (1 + len(self.samples))
+
 
 def batch_shape(counts: Sequence[int], batch_size: int) -> tuple[int, int]:
     """The numbers of starting images and of trajectories per batch.

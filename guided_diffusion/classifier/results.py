@@ -14,8 +14,8 @@ import numpy as np
 import torch
 import torchvision
 
-from .. import dist_util, logger
-from ..compute.inference import compute_reproducibly, describe_machine, keep_freed_memory, shared_half_precision
+from .. import dist_util
+from ..compute.inference import choose_dtype, compute_reproducibly, describe_machine, dtype_name, keep_freed_memory
 from ..compute.memory import to_device
 from ..errors import ResultError, UserError, first_line
 from ..images.classes import Classes, number_classes
@@ -223,12 +223,9 @@ def prepare(model: torch.nn.Module, args: argparse.Namespace) -> tuple[AbstractC
     threads = compute_reproducibly(args.num_threads)
     keep_freed_memory()
     to_device(model)
-    dtype = shared_half_precision(device) if args.classifier_use_fp16 else torch.float32
-    precision = str(dtype).removeprefix("torch.")
-    if args.classifier_use_fp16 and dtype != torch.float16:
-        logger.info(f"--classifier_use_fp16 True: float16 is slow here, so the classifier computes in {precision}")
+    dtype = choose_dtype(args.classifier_use_fp16, "--classifier_use_fp16", "classifier")
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    machine = {"precision": precision, "threads": threads, **describe_machine(device)}
+    machine = {"precision": dtype_name(dtype), "threads": threads, **describe_machine(device)}
     return autocast, {**machine, "torchvision": torchvision.__version__}
 
 

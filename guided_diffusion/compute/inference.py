@@ -53,7 +53,9 @@ def prepare_network(
     threads = compute_reproducibly(num_threads)
     keep_freed_memory()
     to_device(model, batch_size).eval()
-    dtype = shared_half_precision(device) if use_fp16 else torch.float32
+    classifies = isinstance(model, EncoderUNetModel)
+    flag, network = ("--classifier_use_fp16", "classifier") if classifies else ("--use_fp16", "U-Net")
+    dtype = choose_dtype(use_fp16, flag, network)
     if dtype == torch.float32:
         model.convert_to_fp32()
     else:
@@ -63,18 +65,31 @@ def prepare_network(
     half_on_cpu = device.type == "cpu" and dtype != torch.float32
     channels_last = wide_enough_for_channels_last(model) and (half_on_cpu or (compiled and device.type == "cuda"))
     model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    precision = str(dtype).removeprefix("torch.")
-    if use_fp16 and dtype != torch.float16:
-        logger.info(f"--use_fp16 True: float16 is not fast here, so the U-Net computes in {precision}")
     layout = "channels last" if channels_last else "channels first"
     arithmetic = ARITHMETIC.get(device.type, 1)
-    machine = {"precision": precision, "layout": layout, "arithmetic": arithmetic, "threads": threads}
+    machine = {"precision": dtype_name(dtype), "layout": layout, "arithmetic": arithmetic, "threads": threads}
     return {**machine, **describe_machine(device)}
 
 
 def wide_enough_for_channels_last(model: torch.nn.Module) -> bool:
     """Whether a U-Net has enough channels for channels-last convolutions to be faster in half precision."""
     return getattr(model, "model_channels", 0) >= 64
+
+
+def choose_dtype(use_fp16: bool, flag: str, network: str) -> torch.dtype:
+    """The dtype in which to compute. Logs it if `flag` requests float16 and another is faster on this rank's device.
+
+    All ranks must call this.
+    """
+    dtype = shared_half_precision(dist_util.dev()) if use_fp16 else torch.float32
+    if use_fp16 and dtype != torch.float16:
+        logger.info(f"{flag} True: float16 is slow here, so the {network} computes in {dtype_name(dtype)}")
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name of a dtype, such as float32."""
+    return str(dtype).removeprefix("torch.")
 
 
 def shared_half_precision(device: torch.device) -> torch.dtype:

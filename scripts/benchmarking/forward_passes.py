@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 from guided_diffusion.compute.compilation import compile_network
+from guided_diffusion.compute.inference import dtype_name
 from guided_diffusion.errors import UserError
 from guided_diffusion.fp16_util import half_precision_dtype
 from guided_diffusion.script_util import args_to_dict, create_gaussian_diffusion, model_defaults
@@ -175,8 +176,3 @@ def precision(bench: Bench) -> list[Row]:
 def demo_unet() -> UNetModel:
     """The demo's trained U-Net."""
     return load_network(str(UNET_FILE), {**model_defaults(), "learn_sigma": False, **MODEL_FLAGS})
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Name of a dtype, such as float32."""
-    return str(dtype).removeprefix("torch.")

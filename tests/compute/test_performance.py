@@ -13,11 +13,16 @@ import sys
 from functools import partial
 from types import SimpleNamespace
 
-from guided_diffusion.checkpoints import load_model
+from guided_diffusion.checkpoints import load_model, load_noisy_classifier
 from guided_diffusion.compute import compilation, inference
 from guided_diffusion.compute.compilation import compile_network
 from guided_diffusion.errors import UserError
-from guided_diffusion.script_util import create_gaussian_diffusion, model_and_diffusion_defaults, model_defaults
+from guided_diffusion.script_util import (
+    classifier_defaults,
+    create_gaussian_diffusion,
+    model_and_diffusion_defaults,
+    model_defaults,
+)
 
 import numpy as np
 import pytest
@@ -161,6 +166,21 @@ def test_layout_and_precision_go_on_record(monkeypatch):
         assert found["precision"] == ("bfloat16" if use_fp16 else "float32")
         weight = model.middle_block[0].in_layers[2].weight
         assert weight.is_contiguous(memory_format=torch.channels_last) == (layout == "last")
+
+
+def test_the_network_that_computes_in_another_precision_is_named(monkeypatch, capsys):
+    monkeypatch.setattr(inference, "half_precision_dtype", lambda _: torch.bfloat16)
+    networks = {
+        "--use_fp16 True: float16 is slow here, so the U-Net": load_model(
+            "untrained", {**model_defaults(), **SMALL_MODEL}
+        ),
+        "--classifier_use_fp16 True: float16 is slow here, so the classifier": load_noisy_classifier(
+            "untrained", {**classifier_defaults(), "classifier_width": 64, "image_size": 64}
+        ),
+    }
+    for message, network in networks.items():
+        inference.prepare_network(network, True, 1)
+        assert f"{message} computes in bfloat16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
