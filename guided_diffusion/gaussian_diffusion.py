@@ -16,7 +16,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial, wraps
+from functools import cached_property, partial, wraps
 from typing import Any
 
 import numpy as np
@@ -147,6 +147,43 @@ def _with_parameters_of(loop: Callable[..., Any], leave_out: str = "") -> Callab
     return decorate
 
 
+# Arrays of a diffusion that are used at the timesteps of a batch
+SCHEDULE = (
+    "alphas_cumprod_prev",
+    "alphas_cumprod_next",
+    "sqrt_alphas_cumprod",
+    "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod",
+    "sqrt_recip_alphas_cumprod",
+    "sqrt_recipm1_alphas_cumprod",
+    "posterior_variance",
+    "posterior_log_variance_clipped",
+    "posterior_mean_coef1",
+    "posterior_mean_coef2",
+)
+
+
+def extrapolation(diffusion: GaussianDiffusion) -> np.ndarray:
+    """h[t] / (2 h[t+1]), where h[t] is the increase of log(sqrt(abar) / sqrt(1 - abar)) in step t; 0 at both ends.
+
+    See `GaussianDiffusion.sde_dpmsolver_sample`.
+    """
+    abar = diffusion.alphas_cumprod
+    steps = -np.diff(np.log(abar) - np.log(1 - abar)) / 2  # h[1], ..., h[N-1]
+    return np.concatenate([[0.0], steps[:-1] / steps[1:] / 2, [0.0]])[: len(abar)]
+
+
+# Arrays derived from them. They are not stored, since subclasses and scripts may modify the schedule, and computed in
+# float64: in float32, 1 - abar would lose most of its digits at the first steps.
+DERIVED: dict[str, Callable[[GaussianDiffusion], np.ndarray]] = {
+    "one_minus_alphas_cumprod_prev": lambda d: 1 - d.alphas_cumprod_prev,
+    "one_minus_alphas_cumprod_next": lambda d: 1 - d.alphas_cumprod_next,
+    "log_betas": lambda d: np.log(d.betas),
+    "fixed_large_log_variance": lambda d: np.append(d.posterior_log_variance_clipped[0], np.log(d.betas[1:])),
+    "extrapolation": extrapolation,
+}
+
+
 class GaussianDiffusion:
     """A noise schedule of N steps, with the noising and denoising processes, samplers and losses.
 
@@ -202,46 +239,22 @@ class GaussianDiffusion:
         first = self.posterior_variance[1] if len(betas) > 1 else betas[0]
         self.posterior_log_variance_clipped = np.log(np.append(first, self.posterior_variance[1:]))
 
-        self._tables = DeviceTables()
+    @cached_property
+    def _tables(self) -> DeviceTables:
+        return DeviceTables()
 
-    # Derived quantities are not stored, since subclasses and scripts may modify the arrays above. They are float64: in
-    # float32, 1 - abar would lose most of its digits at the first steps.
-
-    @property
-    def one_minus_alphas_cumprod_prev(self) -> np.ndarray:
-        return 1 - self.alphas_cumprod_prev
-
-    @property
-    def one_minus_alphas_cumprod_next(self) -> np.ndarray:
-        return 1 - self.alphas_cumprod_next
-
-    @property
-    def log_betas(self) -> np.ndarray:
-        return np.log(self.betas)
-
-    @property
-    def fixed_large_log_variance(self) -> np.ndarray:
-        return np.append(self.posterior_log_variance_clipped[0], np.log(self.betas[1:]))
-
-    @property
-    def extrapolation(self) -> np.ndarray:
-        """h[t] / (2 h[t+1]), where h[t] is the increase of log(sqrt(abar) / sqrt(1 - abar)) in step t; 0 at both ends.
-
-        See `sde_dpmsolver_sample`.
-        """
-        steps = -np.diff(np.log(self.alphas_cumprod) - np.log(1 - self.alphas_cumprod)) / 2  # h[1], ..., h[N-1]
-        return np.concatenate([[0.0], steps[:-1] / steps[1:] / 2, [0.0]])[: self.num_timesteps]
-
-    def _schedule(self) -> dict[str, np.ndarray]:
-        """All arrays (N,) that are indexed by t."""
-        derived = ("one_minus_alphas_cumprod_prev", "one_minus_alphas_cumprod_next")
-        derived += ("log_betas", "fixed_large_log_variance", "extrapolation")
-        stored = {name: value for name, value in vars(self).items() if isinstance(value, np.ndarray)}
-        return stored | {name: getattr(self, name) for name in derived}
+    def _array(self, name: str) -> np.ndarray:
+        """The array (N,) with this name: of the schedule, or derived from it."""
+        return DERIVED[name](self) if name in DERIVED else getattr(self, name)
 
     def _at(self, name: str, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Values of the array `name` at indices t (B,), as (B, 1, ...), to broadcast against x (B, ...)."""
-        return self._tables.on(t.device, name, getattr(self, name))[t].view(-1, *[1] * (x.ndim - 1))
+        return _broadcast(self._tables.on(t.device, name, self._array(name))[t], x)
+
+    def _copy_schedule_to(self, device: torch.device) -> None:
+        """Copy all arrays that a step needs to a device in advance, so that a loop never waits for the device."""
+        for name in (*SCHEDULE, *DERIVED):
+            self._tables.on(device, name, self._array(name))
 
     def scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         """Timesteps (B,) that the model receives at indices t (B,)."""
@@ -328,9 +341,11 @@ class GaussianDiffusion:
         if self.model_mean_type is ModelMeanType.START_X:
             pred_xstart = prediction
         elif self.model_mean_type is ModelMeanType.EPSILON:
-            pred_xstart = self._predict_xstart_from_eps(x, t, prediction)
+            pred_xstart = self._predict_xstart_from_eps(x_t=x, t=t, eps=prediction)
+        elif self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            pred_xstart = self._predict_xstart_from_xprev(x_t=x, t=t, xprev=prediction)
         else:
-            pred_xstart = self._predict_xstart_from_xprev(x, t, prediction)
+            raise NotImplementedError(self.model_mean_type)
         if denoised_fn is not None:
             pred_xstart = denoised_fn(pred_xstart)
         if clip_denoised:
@@ -339,8 +354,8 @@ class GaussianDiffusion:
         if self.model_mean_type is ModelMeanType.PREVIOUS_X:
             mean = prediction
         else:
-            mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
-        variance, log_variance = self._variance(variance_values, x, t)
+            mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
+        variance, log_variance = self._step_variance(variance_values, x, t)
         return {
             "mean": mean,
             "variance": variance.expand_as(x),
@@ -363,7 +378,7 @@ class GaussianDiffusion:
             )
         return output.split(channels, dim=1) if self._learns_variance else (output, None)
 
-    def _variance(
+    def _step_variance(
         self, values: torch.Tensor | None, x: torch.Tensor, t: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Variance and log-variance of p(x_{t-1} | x_t), given the model's `values`, shaped as x, if learned."""
@@ -374,6 +389,8 @@ class GaussianDiffusion:
             log_variance = self._at("fixed_large_log_variance", t, x)
         elif self.model_var_type is ModelVarType.LEARNED:
             log_variance = values
+        elif self.model_var_type is not ModelVarType.LEARNED_RANGE:
+            raise NotImplementedError(self.model_var_type)
         else:
             fraction = (values + 1) / 2  # the model's values are in [-1, 1]
             log_variance = fraction * self._at("log_betas", t, x) + (1 - fraction) * small
@@ -418,7 +435,7 @@ class GaussianDiffusion:
         eps = self._predict_eps_from_xstart(x, t, p_mean_var["pred_xstart"])
         eps = eps - self._at("sqrt_one_minus_alphas_cumprod", t, x) * gradient
         pred_xstart = self._predict_xstart_from_eps(x, t, eps)
-        mean, _, _ = self.q_posterior_mean_variance(pred_xstart, x, t)
+        mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
         return {**p_mean_var, "pred_xstart": pred_xstart, "mean": mean}
 
     # One step
@@ -447,11 +464,12 @@ class GaussianDiffusion:
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
         )
+        noise = randn_like(x, generator)  # before the guide, which may draw random numbers of its own
         mean = out["mean"]
         if cond_fn is not None:
             mean = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
         deviation = _unless_first(t, x) * torch.exp(0.5 * out["log_variance"])
-        return {"sample": mean + deviation * randn_like(x, generator), "pred_xstart": out["pred_xstart"]}
+        return {"sample": mean + deviation * noise, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(
         self,
@@ -470,16 +488,18 @@ class GaussianDiffusion:
         Args:
             model, x, t, clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.
             cond_fn: guidance, see `condition_score`.
-            eta: noise level, from 0 (deterministic) to 1 (that of DDPM with the small variance).
+            eta: noise level, from 0 (deterministic) to 1 (that of DDPM with the small variance); a number, or a tensor
+                that broadcasts against x.
             generator: source of the noise.
 
         Returns:
             "sample" and "pred_xstart", each shaped as x.
 
         Raises:
-            UserError: eta is not in [0, 1].
+            UserError: eta is a number so large that a step would add more noise than x_{t-1} contains.
         """
-        if not 0 <= eta <= 1:
+        is_number = not isinstance(eta, torch.Tensor)
+        if is_number and not (eta**2 * self.posterior_variance <= 1 - self.alphas_cumprod_prev).all():
             raise UserError(f"eta is {eta}, expected a number from 0 to 1")
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs
@@ -490,7 +510,7 @@ class GaussianDiffusion:
         variance = eta**2 * self._at("posterior_variance", t, x)  # 0 at t = 0
         direction = torch.sqrt(self._at("one_minus_alphas_cumprod_prev", t, x) - variance)
         sample = torch.sqrt(self._at("alphas_cumprod_prev", t, x)) * out["pred_xstart"] + direction * eps
-        if eta > 0:
+        if not is_number or eta != 0:
             sample = sample + torch.sqrt(variance) * randn_like(x, generator)
         elif generator is None:
             torch.randn_like(x)  # advances the global generator as guided-diffusion does, for seeded scripts
@@ -536,7 +556,7 @@ class GaussianDiffusion:
         x_start = pred_xstart = out["pred_xstart"]
         if previous_xstart is not None:
             x_start = pred_xstart + self._at("extrapolation", t, x) * (pred_xstart - previous_xstart)
-        mean, variance, _ = self.q_posterior_mean_variance(x_start, x, t)  # the variance is 0 at t = 0
+        mean, variance, _ = self.q_posterior_mean_variance(x_start=x_start, x_t=x, t=t)  # variance 0 at t = 0
         return {"sample": mean + torch.sqrt(variance) * randn_like(x, generator), "pred_xstart": pred_xstart}
 
     def ddim_reverse_sample(
@@ -702,19 +722,24 @@ class GaussianDiffusion:
         """Denoise x_k by k steps of `sample`, with `options`. Checks its arguments now, unlike a generator."""
         step = partial(sample, model, **options, **_if_given(generator))
         k = check_step_reverse(step_reverse, self.num_timesteps)
-        x = _starting_point(model, shape, noise=noise, device=device, generator=generator)
-        return self._denoise(step, x, k, progress=progress, multistep=multistep)
+        _check_batch(noise, shape)
+        start = partial(_starting_point, model, shape, noise=noise, device=device, generator=generator)
+        return self._take_steps(step, start, k, progress=progress, multistep=multistep)
 
-    def _denoise(
-        self, step: Callable[..., Output], x: torch.Tensor, k: int, progress: bool, multistep: bool = False
+    def _take_steps(
+        self,
+        step: Callable[..., Output],
+        start: Callable[[], torch.Tensor],
+        k: int,
+        progress: bool,
+        multistep: bool = False,
     ) -> Iterator[Output]:
-        """Apply `step` at indices k - 1 .. 0, each to the sample of the previous one.
+        """Apply `step` at indices k - 1 .. 0 to x_k = `start()`, then each time to the sample of the previous step.
 
-        A `multistep` sampler also receives the clean image that the previous step predicted. The schedule is copied to
-        the device in advance, so that the loop never waits for the device.
+        A `multistep` sampler also receives the clean image that the previous step predicted.
         """
-        for name, array in self._schedule().items():
-            self._tables.on(x.device, name, array)
+        x = start()
+        self._copy_schedule_to(x.device)
         indices = torch.arange(k - 1, -1, -1, device=x.device)[:, None].repeat(1, len(x))
         previous: Output = {}
         for t in tqdm(indices.unbind(), disable=not progress):
@@ -753,44 +778,38 @@ class GaussianDiffusion:
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise=noise)
-        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        bound = partial(self._vb_terms_bpd, x_start=x_start, x_t=x_t, t=t, clip_denoised=False)
 
-        if self.loss_type.is_vb():
-            vb = self._bound_term(self._read_output(output, x_t, t), x_start=x_start, x_t=x_t, t=t)
+        if self.loss_type in (LossType.KL, LossType.RESCALED_KL):
+            vb = bound(model=model, model_kwargs=model_kwargs)["output"]
             return {"loss": vb * self.num_timesteps if self.loss_type is LossType.RESCALED_KL else vb}
+        if self.loss_type not in (LossType.MSE, LossType.RESCALED_MSE):
+            raise NotImplementedError(self.loss_type)
 
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
         prediction, variance_values = self._split_output(output, x_t)
-        terms = {"mse": mean_flat((self._target(x_start, x_t, t, noise=noise) - prediction) ** 2)}
+        terms = {"mse": mean_flat((self._regression_target(x_start, x_t, t, noise=noise) - prediction) ** 2)}
         if variance_values is None:
             return {**terms, "loss": terms["mse"]}
         # The bound trains only the variance, the squared error only the mean (IDDPM, section 3.1).
         frozen = torch.cat([prediction.detach(), variance_values], dim=1)
-        terms["vb"] = self._bound_term(self._read_output(frozen, x_t, t), x_start=x_start, x_t=x_t, t=t)
+        terms["vb"] = bound(model=lambda *_, **__: frozen)["output"]
         if self.loss_type is LossType.RESCALED_MSE:
             terms["vb"] = terms["vb"] * (self.num_timesteps / 1000)
         return {**terms, "loss": terms["mse"] + terms["vb"]}
 
-    def _target(self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def _regression_target(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
         """Target of the model's prediction."""
         if self.model_mean_type is ModelMeanType.EPSILON:
             return noise
         if self.model_mean_type is ModelMeanType.START_X:
             return x_start
-        mean, _, _ = self.q_posterior_mean_variance(x_start, x_t, t)
+        if self.model_mean_type is not ModelMeanType.PREVIOUS_X:
+            raise NotImplementedError(self.model_mean_type)
+        mean, _, _ = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
         return mean
-
-    def _bound_term(
-        self, p_mean_var: Output, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
-        """Term of the variational bound at t, in bits per dimension, (B,) (DDPM, equation 5).
-
-        This is L_{t-1}: a divergence between Gaussians or, at t = 0, the negative log-likelihood of 8-bit pixels.
-        """
-        mean, log_variance = p_mean_var["mean"], p_mean_var["log_variance"]
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
-        divergence = normal_kl(true_mean, true_log_variance, mean2=mean, logvar2=log_variance)
-        pixels = -discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
-        return torch.where(t == 0, mean_flat(pixels), mean_flat(divergence)) / math.log(2)
 
     def _vb_terms_bpd(
         self,
@@ -801,9 +820,18 @@ class GaussianDiffusion:
         clip_denoised: bool = True,
         model_kwargs: dict[str, Any] | None = None,
     ) -> Output:
-        """The `_bound_term` of a model as "output", and "pred_xstart". Called by clients' `training_losses`."""
+        """The term of the variational bound at t in bits per dimension, "output" (B,), and "pred_xstart".
+
+        This is L_{t-1} (DDPM, equation 5): a divergence between Gaussians or, at t = 0, the negative log-likelihood of
+        8-bit pixels.
+        """
         out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
-        return {"output": self._bound_term(out, x_start=x_start, x_t=x_t, t=t), "pred_xstart": out["pred_xstart"]}
+        mean, log_variance = out["mean"], out["log_variance"]
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
+        divergence = normal_kl(true_mean, true_log_variance, mean2=mean, logvar2=log_variance)
+        pixels = -discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
+        term = torch.where(t == 0, mean_flat(pixels), mean_flat(divergence)) / math.log(2)
+        return {"output": term, "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start: torch.Tensor) -> torch.Tensor:
         """The model-independent term of the bound, L_T = KL(q(x_T | x_0) || N(0, 1)): bits per dimension, (B,)."""
@@ -836,9 +864,11 @@ class GaussianDiffusion:
             noise = randn_like(x_start, generator)
             x_t = self.q_sample(x_start, t, noise=noise)
             with torch.no_grad():
-                out = self.p_mean_variance(model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs)
+                out = self._vb_terms_bpd(
+                    model, x_start=x_start, x_t=x_t, t=t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+                )
                 eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
-                columns["vb"].append(self._bound_term(out, x_start=x_start, x_t=x_t, t=t))
+                columns["vb"].append(out["output"])
                 columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
                 columns["mse"].append(mean_flat((eps - noise) ** 2))
         terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}
@@ -852,7 +882,12 @@ def _extract_into_tensor(arr: np.ndarray, timesteps: torch.Tensor, broadcast_sha
     Used only by subclasses in clients' scripts.
     """
     values = torch.as_tensor(np.asarray(arr), device=timesteps.device)[timesteps].float()
-    return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(*broadcast_shape)
+    return values.reshape(*values.shape, *[1] * (len(broadcast_shape) - values.ndim)).expand(*broadcast_shape)
+
+
+def _broadcast(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Values (B,), or of more dimensions, with dimensions of size 1 at the end, to broadcast against x (B, ...)."""
+    return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
 
 
 def check_step_reverse(step_reverse: int, num_steps: int, flag: str = "--step_reverse") -> int:
@@ -879,19 +914,23 @@ def _starting_point(
 ) -> torch.Tensor:
     """The initial x of a loop, given its arguments: `noise` on the device of the loop, drawn if None."""
     if device is None:
-        parameters = model.parameters() if isinstance(model, torch.nn.Module) else iter(())
-        first = next(parameters, noise)
+        parameters = model.parameters() if hasattr(model, "parameters") else ()
+        first = next(iter(parameters), noise)
         device = None if first is None else first.device
     if noise is None:
         return randn(tuple(shape), generator=generator, device=device)
-    if noise.shape != tuple(shape):
-        raise UserError(f"noise has shape {tuple(noise.shape)}, expected {tuple(shape)}")
+    _check_batch(noise, shape)
     return noise.to(device)
+
+
+def _check_batch(noise: torch.Tensor | None, shape: Sequence[int]) -> None:
+    if noise is not None and (noise.ndim != len(shape) or len(noise) != shape[0]):
+        raise UserError(f"noise has shape {tuple(noise.shape)}, expected {tuple(shape)}")
 
 
 def _unless_first(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """0 if t = 0, else 1, for each image of a batch x (B, ...), as (B, 1, ...)."""
-    return (t != 0).to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+    return _broadcast((t != 0).to(x.dtype), x)
 
 
 def _if_given(generator: Noise) -> dict[str, Noise]:

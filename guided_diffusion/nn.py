@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -50,7 +51,7 @@ class GroupNorm32(nn.GroupNorm):
         h = super().forward(x.to(dtype) if half_on_cpu else x.float()).to(dtype)
         if scale is None:
             return h
-        in_place = not (h.requires_grad or compiling)
+        in_place = not (compiling or h.requires_grad or scale.requires_grad or shift.requires_grad)
         return torch.addcmul(shift, h, 1 + scale, out=h if in_place else None)
 
     def _as_affine_map(self, x: Tensor, scale: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -133,16 +134,20 @@ def _is_channels_last(x: Tensor) -> bool:
 class NormActConv(nn.Sequential):
     """Group normalisation, activation, optional dropout and a convolution, with methods that reuse memory.
 
-    On a CPU, element-wise operations spend most of their time allocating memory. So an activation with `inplace=True`
-    overwrites the output of the normalisation, and `add` that of the convolution, unless autograd or a forward hook
-    may need it.
+    On a CPU, element-wise operations spend most of their time allocating memory. So `activate` overwrites the output of
+    the normalisation, and `add` that of the convolution, unless autograd, a hook or a client's layer may need it.
     """
 
     def activate(self, x: Tensor, *scale_shift: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Normalise and activate x (B, C, H, W); see `GroupNorm32` for the other arguments."""
         norm, activation, *_ = self
+        if type(norm).forward is not _GROUP_NORM or "forward" in vars(norm):  # a client's
+            h = norm(x if dtype is None else x.to(torch.promote_types(x.dtype, dtype)))
+            return activation(h * (1 + scale_shift[0]) + scale_shift[1] if scale_shift else h)
         h = norm(x, *scale_shift, dtype=dtype)
-        return activation(h.clone() if norm._forward_hooks else h)
+        if type(activation) is SiLU and not (is_observed(norm) or is_observed(activation)):
+            return nn.functional.silu(h, inplace=True)
+        return activation(h)
 
     def convolve(self, h: Tensor) -> Tensor:
         """Apply the layers after the activation: (B, C, H, W) -> (B, D, H, W)."""
@@ -154,7 +159,19 @@ class NormActConv(nn.Sequential):
     def add(self, h: Tensor, skip: Tensor) -> Tensor:
         """The sum of the output `h` of `convolve` and a skip connection, both (B, D, H, W)."""
         *_, conv = self
-        return h + skip if h.requires_grad or conv._forward_hooks else h.add_(skip)
+        is_new = type(conv) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and not is_observed(conv)
+        return h.add_(skip) if is_new and not h.requires_grad else h + skip
+
+
+_GROUP_NORM = GroupNorm32.forward  # which scripts may replace
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether others than the caller may keep inputs or outputs of `module`: it has hooks, or a replaced forward."""
+    if torch.compiler.is_compiling():
+        return bool(module._forward_hooks)
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
 
 
 class PointwiseConv1d(nn.Conv1d):
@@ -241,8 +258,13 @@ def zero_module(module: Module) -> Module:
 
 
 def update_ema(target_params: Iterable[Tensor], source_params: Iterable[Tensor], rate: float = 0.99) -> None:
-    """Update exponential moving averages in place: target <- rate * target + (1 - rate) * source, 0 <= rate <= 1."""
-    get_ema_multi_avg_fn(rate)(list(target_params), list(source_params), None)
+    """Update exponential moving averages in place: target <- rate * target + (1 - rate) * source, 0 <= rate <= 1.
+
+    Sources are converted to the dtypes of their targets.
+    """
+    pairs = [(target, source.to(target.dtype)) for target, source in zip(target_params, source_params, strict=False)]
+    if pairs:
+        get_ema_multi_avg_fn(rate)(*map(list, zip(*pairs, strict=True)), None)
 
 
 def mean_flat(tensor: Tensor) -> Tensor:
@@ -283,16 +305,15 @@ def checkpoint(func: Callable[..., Any], inputs: Sequence[Any], params: Iterable
 class CheckpointFunction(torch.autograd.Function):
     """Activation checkpointing as an autograd function, for clients of guided-diffusion; not used here.
 
-    CheckpointFunction.apply(run_function, length, *args) returns a tuple of outputs. The first `length` of `args` are
-    the inputs of `run_function`, the others the parameters that it uses.
+    CheckpointFunction.apply(run_function, length, *args) returns the output of `run_function`, a tensor or a tuple of
+    tensors. The first `length` of `args` are its inputs, the others the parameters that it uses.
     """
 
     @staticmethod
-    def forward(ctx: Any, run_function: Callable[..., Any], length: int, *args: Any) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, run_function: Callable[..., Any], length: int, *args: Any) -> Tensor | tuple[Tensor, ...]:
         ctx.run_function, ctx.length, ctx.args = run_function, length, args
         with torch.no_grad():
-            outputs = run_function(*args[:length])
-        return outputs if isinstance(outputs, tuple) else (outputs,)
+            return run_function(*args[:length])
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -323,4 +344,6 @@ def randn(
 
 def randn_like(x: Tensor, generator: torch.Generator | NormalStream | None = None) -> Tensor:
     """Standard normal numbers of the shape, device and dtype of `x`; see `randn`."""
+    if generator is None:
+        return torch.randn_like(x)
     return randn(x.shape, generator, device=x.device, dtype=x.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import logger
 from .errors import UserError
 from .gaussian_diffusion import DeviceTables, GaussianDiffusion, Guide, Model, Output, betas_from_alphas_cumprod
 
@@ -52,24 +53,28 @@ class SpacedDiffusion(GaussianDiffusion):
     Models and guides are wrapped, so that they receive the original timesteps.
 
     Attributes:
+        use_timesteps: set of the original timesteps to keep.
         timestep_map: original timestep of each of the `num_timesteps` steps.
         original_num_steps: number of original timesteps.
 
     Args:
-        use_timesteps: original timesteps to keep.
+        use_timesteps: original timesteps to keep; others than 0..N-1 are ignored, with a warning.
         kwargs: arguments of `GaussianDiffusion` for the original diffusion.
 
     Raises:
-        UserError: `use_timesteps` is empty or out of range.
+        UserError: `use_timesteps` contains none of the original timesteps.
     """
 
     def __init__(self, use_timesteps: Iterable[int], **kwargs: Any):
         betas = np.asarray(kwargs.pop("betas"), dtype=np.float64)
         self.original_num_steps = len(betas)
-        self.timestep_map = sorted(set(use_timesteps))
-        if not self.timestep_map or self.timestep_map[0] < 0 or self.timestep_map[-1] >= len(betas):
-            found = f"{self.timestep_map[0]}..{self.timestep_map[-1]}" if self.timestep_map else "none"
-            raise UserError(f"use_timesteps: found {found}, expected some of 0..{len(betas) - 1}")
+        self.use_timesteps = set(use_timesteps)
+        self.timestep_map = [t for t in range(len(betas)) if t in self.use_timesteps]
+        if unknown := sorted(self.use_timesteps.difference(self.timestep_map)):
+            found = f"{unknown[0]}..{unknown[-1]}" if len(unknown) > 1 else unknown[0]
+            logger.warn(f"use_timesteps: ignoring {found}; expected some of 0..{len(betas) - 1}")
+        if not self.timestep_map:
+            raise UserError(f"use_timesteps: found none of 0..{len(betas) - 1}")
         alphas_cumprod = np.cumprod(1 - betas)[self.timestep_map]
         super().__init__(betas=betas_from_alphas_cumprod(alphas_cumprod), **kwargs)
 
@@ -85,8 +90,9 @@ class SpacedDiffusion(GaussianDiffusion):
     def condition_score(self, cond_fn: Guide, *args: Any, **kwargs: Any) -> Output:
         return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
 
-    def _schedule(self) -> dict[str, np.ndarray]:
-        return {**super()._schedule(), "timestep_map": np.array(self.timestep_map)}
+    def _copy_schedule_to(self, device: torch.device) -> None:
+        super()._copy_schedule_to(device)
+        self._tables.on(device, "timestep_map", np.array(self.timestep_map))
 
     def scale_timesteps(self, t: torch.Tensor) -> torch.Tensor:
         return self._wrap_model(None).original_timesteps(self._scale_timesteps(t))
@@ -137,7 +143,7 @@ class _WrappedModel:
 
     def original_timesteps(self, ts: torch.Tensor) -> torch.Tensor:
         """Timesteps (B,) that the model receives at indices `ts` (B,)."""
-        original = self._tables.on(ts.device, "timestep_map", np.array(self.timestep_map))[ts]
+        original = self._tables.on(ts.device, "timestep_map", np.array(self.timestep_map))[ts].to(ts.dtype)
         return original.float() * (1000 / self.original_num_steps) if self.rescale_timesteps else original
 
 

@@ -29,6 +29,7 @@ from .nn import (
     conv3x3_of_halves,
     conv_nd,
     infers_on_gpu,
+    is_observed,
     linear,
     normalization,
     stored,
@@ -61,6 +62,8 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         self.scale_factor = _scale(dims)
         self.conv = conv_nd(dims, channels, out_channels or channels, 3, padding=1) if use_conv else None
 
@@ -82,6 +85,8 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, use_conv: bool, dims: int = 2, out_channels: int | None = None):
         super().__init__()
+        self.channels, self.out_channels = channels, out_channels or channels
+        self.use_conv, self.dims = use_conv, dims
         stride = _scale(dims)
         if use_conv:
             self.op = conv_nd(dims, channels, out_channels or channels, 3, stride=stride, padding=1)
@@ -126,17 +131,23 @@ class ResBlock(TimestepBlock):
         down: bool = False,
     ):
         super().__init__()
-        out_channels = out_channels or channels
+        self.channels = channels
+        self.emb_channels = emb_channels
+        self.dropout = dropout
+        self.out_channels = out_channels = out_channels or channels
+        self.use_conv = use_conv
         self.use_checkpoint = use_checkpoint
         self.use_scale_shift_norm = use_scale_shift_norm
         self.in_layers = NormActConv(
-            normalization(channels), SiLU(inplace=True), conv_nd(dims, channels, out_channels, 3, padding=1)
+            normalization(channels), SiLU(), conv_nd(dims, channels, out_channels, 3, padding=1)
         )
-        self.resample = Upsample(channels, False, dims) if up else Downsample(channels, False, dims) if down else None
+        self.updown = up or down
+        resample = partial(Upsample if up else Downsample, channels, False, dims) if self.updown else nn.Identity
+        self.h_upd, self.x_upd = resample(), resample()
         self.emb_layers = nn.Sequential(SiLU(), linear(emb_channels, out_channels * (1 + use_scale_shift_norm)))
         self.out_layers = NormActConv(
             normalization(out_channels),
-            SiLU(inplace=True),
+            SiLU(),
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
@@ -152,16 +163,39 @@ class ResBlock(TimestepBlock):
         return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
 
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        reuses_memory = all(type(s) is NormActConv and not is_observed(s) for s in (self.in_layers, self.out_layers))
+        if not reuses_memory or len(self.in_layers) != 3:
+            return self._forward_of_layers(x, emb)
         h = self.in_layers.activate(x)  # (B, channels, H, W)
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)  # (B, channels, H', W')
+        h, x = self.h_upd(h), self.x_upd(x)  # (B, channels, H', W')
         h = self.in_layers.convolve(h)  # (B, out_channels, H', W')
-        emb = self.emb_layers(emb).to(h.dtype)  # (B, out_channels), twice as many with use_scale_shift_norm
-        emb = emb.reshape(*emb.shape, *[1] * (h.ndim - 2))  # (B, ..., 1, 1)
+        emb = self._embed(emb, h)
         h, scale_shift = (h, emb.chunk(2, dim=1)) if self.use_scale_shift_norm else (h + emb, ())
         h = self.out_layers.activate(h, *scale_shift)
         h = self.out_layers.convolve(h)  # (B, out_channels, H', W')
         return self.out_layers.add(h, self.skip_connection(x))
+
+    def _forward_of_layers(self, x: Tensor, emb: Tensor) -> Tensor:
+        """`_forward` if a client has replaced the sequences of layers or watches them: they are called themselves."""
+        if self.updown:
+            *layers, conv = self.in_layers
+            h, x = self.h_upd(nn.Sequential(*layers)(x)), self.x_upd(x)
+            h = conv(h)
+        else:
+            h = self.in_layers(x)
+        emb = self._embed(emb, h)
+        if self.use_scale_shift_norm:
+            norm, *layers = self.out_layers
+            scale, shift = emb.chunk(2, dim=1)
+            h = nn.Sequential(*layers)(norm(h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(x) + h
+
+    def _embed(self, emb: Tensor, h: Tensor) -> Tensor:
+        """(B, out_channels, 1, 1), in the dtype of h; twice as many channels with use_scale_shift_norm."""
+        emb = self.emb_layers(emb).to(h.dtype)
+        return emb.reshape(*emb.shape, *[1] * (h.ndim - 2))
 
 
 def count_flops_attn(model: nn.Module, _x: Any, y: Tensor | tuple[Tensor, ...]) -> None:
@@ -223,6 +257,7 @@ class AttentionBlock(nn.Module):
         use_new_attention_order: bool = False,
     ):
         super().__init__()
+        self.channels = channels
         self.num_heads = _heads(channels, num_heads, num_head_channels)
         self.use_checkpoint = use_checkpoint
         self.norm = normalization(channels)
@@ -402,18 +437,21 @@ class _Encoder(nn.Module):
             return self._residual(channels, channels, up=True)
         return Upsample(channels, self.conv_resample, self.dims)
 
-    def embed(self, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """Embed timesteps (B,) and labels (B,): (B, 4 * model_channels). Raises UserError if labels do not fit."""
+    def _embed_timesteps(self, timesteps: Tensor, batch: int, y: Tensor | None = None) -> Tensor:
+        """Embed timesteps (B,) or (1,), and labels (B,), B = `batch`: (B, 4 * model_channels), or (1, ...).
+
+        Raises UserError if labels do not fit.
+        """
         emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
         if self.num_classes is None:
             if y is not None:
                 raise UserError("found labels for an unconditional model (--class_cond False)")
             return emb
-        if y is None or y.shape != timesteps.shape:
+        if y is None or y.shape != (batch,):
             found = "none" if y is None else f"a tensor of shape {tuple(y.shape)}"
             raise UserError(
-                f"the model is class-conditional (--class_cond True): expected a label for each of {len(timesteps)} "
-                f"images, found {found}"
+                f"the model is class-conditional (--class_cond True): expected a label for each of {batch} images, "
+                f"found {found}"
             )
         return emb + self.label_emb(y)
 
@@ -423,7 +461,7 @@ class _Encoder(nn.Module):
         By default, convert to float16, and only on an accelerator: on a CPU, call `use_mixed_precision`, and convert
         when the model is moved to an accelerator.
         """
-        if dtype is None and self.time_embed[0].weight.device.type == "cpu":
+        if dtype is None and self._first_weight().device.type == "cpu":
             self.use_mixed_precision()
             self._convert_when_moved = True
             return
@@ -444,7 +482,7 @@ class _Encoder(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> _Encoder:  # called by .to() of this module or its parents
         super()._apply(*args, **kwargs)
-        if self._convert_when_moved and self.time_embed[0].weight.device.type != "cpu":
+        if self._convert_when_moved and self._first_weight().device.type != "cpu":
             self.convert_to_fp16()
         return self
 
@@ -453,16 +491,21 @@ class _Encoder(nn.Module):
 
         The context is autocast for half precision with float32 weights, unless the caller has enabled autocast.
         """
-        weights = self.input_blocks[0][0].weight.dtype  # parameters() is empty in DataParallel replicas
+        weights = self._first_weight().dtype
         if self.dtype == weights or weights != torch.float32 or torch.is_autocast_enabled(x.device.type):
             return nullcontext(), x.to(self.dtype)
         dtype = half_precision_dtype(x.device)
         return torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32), x.float()
 
+    def _first_weight(self) -> Tensor:
+        first = self.input_blocks[0][0]  # a convolution, unless a client has wrapped it
+        weight = getattr(first, "weight", None)  # parameters() is empty in DataParallel replicas
+        return weight if isinstance(weight, Tensor) else next(first.parameters())
+
     def _apply_to_torso(self, function: Callable[[nn.Module], None]) -> None:
-        for name, child in self.named_children():
-            if name != "out":
-                child.apply(function)
+        for name in ("input_blocks", "middle_block", "output_blocks"):
+            if hasattr(self, name):
+                getattr(self, name).apply(function)
 
 
 class _Output(NormActConv):
@@ -505,18 +548,20 @@ class UNetModel(_Encoder):
     def _build_output(self, channels: list[int]) -> None:
         skips = list(channels)
         width = skips[-1]
+        self._feature_size = sum(channels) + width  # of all blocks
         self.output_blocks = nn.ModuleList()
         for level in reversed(range(len(self.channel_mult))):
             for i in range(self.num_res_blocks + 1):
                 residual = self._residual(width + skips.pop(), self._width(level))
                 width = self._width(level)
+                self._feature_size += width
                 block = [residual, *self._attention(level, self.num_heads_upsample)]
                 if level > 0 and i == self.num_res_blocks:
                     block.append(self._upsample(width))
                 self.output_blocks.append(TimestepEmbedSequential(*block))
         self.out = _Output(
             normalization(width),
-            SiLU(inplace=True),
+            SiLU(),
             zero_module(conv_nd(self.dims, width, self.out_channels, 3, padding=1)),
         )
 
@@ -535,7 +580,7 @@ class UNetModel(_Encoder):
         """
         precision, h = self._precision(x)
         with precision:
-            emb = self.embed(timesteps, y)  # (B, 4 * model_channels)
+            emb = self._embed_timesteps(timesteps, len(x), y)  # (B, 4 * model_channels)
             skips = []
             for block in self.input_blocks:
                 h = block(h, emb)  # (B, C, H / 2**level, W / 2**level)
@@ -619,7 +664,7 @@ class EncoderUNetModel(_Encoder):
 
     def _build_output(self, channels: list[int]) -> None:
         width, out_channels = channels[-1], self.out_channels
-        features = sum(channels) + width  # of all input blocks and the middle block
+        self._feature_size = features = sum(channels) + width  # of all input blocks and the middle block
         if self.pool == "adaptive":
             self.out = nn.Sequential(
                 normalization(width),
@@ -647,7 +692,7 @@ class EncoderUNetModel(_Encoder):
         precision, h = self._precision(x)
         means = []
         with precision:
-            emb = self.embed(timesteps)  # (B, 4 * model_channels)
+            emb = self._embed_timesteps(timesteps, len(x))  # (B, 4 * model_channels)
             for block in [*self.input_blocks, self.middle_block]:
                 h = block(h, emb)  # (B, C, H / 2**level, W / 2**level)
                 if self.pool.startswith("spatial"):

@@ -531,10 +531,10 @@ def test_layers_can_be_sliced_as_in_the_original():
     """As in the ResBlock of a client."""
     block = fill_weights(ResBlock(32, 16, 0.0, 64, use_scale_shift_norm=True, down=True)).eval()
     x, emb = seeded((2, 32, 8, 8), 0), seeded((2, 16), 1)
-    h = block.in_layers[-1](block.resample(block.in_layers[:-1](x)))
+    h = block.in_layers[-1](block.h_upd(block.in_layers[:-1](x)))
     scale, shift = block.emb_layers(emb)[:, :, None, None].chunk(2, dim=1)
     h = block.out_layers[1:](block.out_layers[0](h) * (1 + scale) + shift)
-    assert relative_error(block(x, emb), h + block.skip_connection(block.resample(x))) < 1e-6
+    assert relative_error(block(x, emb), h + block.skip_connection(block.x_upd(x))) < 1e-6
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

@@ -30,8 +30,6 @@ def plain(model: UNetModel) -> UNetModel:
         if isinstance(module, QKVAttention):
             module.heads_first = module.heads_first  # from its class, which changes
             module.__class__ = PlainAttention
-        elif isinstance(module, nn.SiLU):
-            module.inplace = False
         elif type(module) in classes:
             module.__class__ = classes[type(module)]
     return model
@@ -96,8 +94,7 @@ class PlainBlock(ResBlock):
     def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
         norm, activation, conv = self.in_layers
         h = activation(norm(x))
-        if self.resample is not None:
-            h, x = self.resample(h), self.resample(x)
+        h, x = self.h_upd(h), self.x_upd(x)
         h = conv(h)
         emb = self.emb_layers(emb).to(h.dtype)[..., None, None]
         norm, activation, dropout, conv = self.out_layers

@@ -343,7 +343,7 @@ def test_checkpointing_as_a_function_of_autograd():
         calls.append(torch.is_grad_enabled())
         return scale * x**2
 
-    (y,) = nn.CheckpointFunction.apply(function, 1, x, scale)
+    y = nn.CheckpointFunction.apply(function, 1, x, scale)
     assert y.tolist() == [3, 12] and calls == [False]
     y.sum().backward()
     assert x.grad.tolist() == [6, 12] and scale.grad == 5 and calls == [False, True]

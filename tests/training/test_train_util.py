@@ -131,7 +131,7 @@ class BestModel:
         if not self.learn_sigma:
             return eps
         d = self.diffusion
-        low, high = d.posterior_log_variance_clipped, d.log_betas
+        low, high = d.posterior_log_variance_clipped, np.log(d.betas)
         fraction = (np.log(self.variance()) - low) / (high - low + 1e-12)
         values = torch.tensor(2 * fraction[t.numpy()] - 1).float().view(-1, 1, 1, 1)
         return torch.cat([eps, values.expand_as(eps)], dim=1)
