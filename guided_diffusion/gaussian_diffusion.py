@@ -496,10 +496,10 @@ class GaussianDiffusion:
             "sample" and "pred_xstart", each shaped as x.
 
         Raises:
-            UserError: eta is a number so large that a step would add more noise than x_{t-1} contains.
+            UserError: eta is a number, but not in [0, 1].
         """
         is_number = not isinstance(eta, torch.Tensor)
-        if is_number and not (eta**2 * self.posterior_variance <= 1 - self.alphas_cumprod_prev).all():
+        if is_number and not 0 <= eta <= 1:
             raise UserError(f"eta is {eta}, expected a number from 0 to 1")
         out = self.p_mean_variance(
             model, x, t, clip_denoised=clip_denoised, denoised_fn=denoised_fn, model_kwargs=model_kwargs

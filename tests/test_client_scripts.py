@@ -239,6 +239,130 @@ def test_losses_of_a_subclass_use_the_bound_and_the_schedule():
     th.testing.assert_close(diffusion.training_losses(eps_model, x, t, noise=noise)["loss"], bound + beta * mse)
 
 
+class Wider(SpacedDiffusion):
+    """Adds 1 to the log-variance; its helpers accept keywords only."""
+
+    def p_mean_variance(self, model, x, t, **kw):
+        out = super().p_mean_variance(model, x, t, **kw)
+        return {**out, "log_variance": out["log_variance"] + 1}
+
+    def q_posterior_mean_variance(self, *, x_start, x_t, t):
+        return super().q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)
+
+    def _predict_xstart_from_xprev(self, *, x_t, t, xprev):
+        return super()._predict_xstart_from_xprev(x_t=x_t, t=t, xprev=xprev)
+
+
+def two_outputs(x, t, **kwargs):
+    return th.cat([eps_model(x, t), 0.1 * x], dim=1)
+
+
+@pytest.mark.parametrize("mean", gd.ModelMeanType)
+@pytest.mark.parametrize("loss", gd.LossType)
+def test_losses_and_likelihoods_use_an_overridden_step(mean, loss):
+    x, t, noise = seeded(SHAPE, 0).clamp(-1, 1), th.tensor([0, 7]), seeded(SHAPE, 1)
+    bounds = []
+    for kind in (Wider, SpacedDiffusion):
+        diffusion = diffusion_of(kind, model_var_type=gd.ModelVarType.LEARNED_RANGE)
+        diffusion.loss_type, diffusion.model_mean_type = loss, mean
+        terms = diffusion.training_losses(two_outputs, x, t, noise=noise)
+        bounds.append(terms.get("vb", terms["loss"]))
+        scale = {"RESCALED_KL": diffusion.num_timesteps, "RESCALED_MSE": diffusion.num_timesteps / 1000}
+        x_t = diffusion.q_sample(x, t, noise=noise)
+        own = diffusion._vb_terms_bpd(two_outputs, x, x_t, t, clip_denoised=False)["output"]
+        th.testing.assert_close(bounds[-1], own * scale.get(loss.name, 1))
+    assert not th.isclose(*bounds).any()
+
+
+def test_an_overridden_bound_is_used():
+    class Nothing(SpacedDiffusion):
+        def _vb_terms_bpd(self, model, x_start, x_t, t, clip_denoised=True, model_kwargs=None):
+            return {**super()._vb_terms_bpd(model, x_start, x_t, t, clip_denoised), "output": th.zeros(len(t))}
+
+    diffusion, x = diffusion_of(Nothing), th.zeros(SHAPE)
+    assert diffusion.calc_bpd_loop(eps_model, x)["vb"].sum() == 0
+    diffusion.loss_type = gd.LossType.KL
+    assert diffusion.training_losses(eps_model, x, th.tensor([0, 7]))["loss"].tolist() == [0, 0]
+
+
+def test_attributes_of_a_subclass():
+    """Arrays of any type, and names that a client may choose."""
+
+    class Named(SpacedDiffusion):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.names = np.array(["cat", "dog"])
+            self.backwards = np.arange(10)[::-1]
+            self.log_betas = np.log(self.betas) + 5
+            self.extrapolation = "none"
+            self._schedule = [1, 2, 3]
+
+        def _denoise(self, x):
+            return x / 0
+
+    th.manual_seed(0)
+    found = diffusion_of(Named).p_sample_loop(eps_model, SHAPE)
+    th.manual_seed(0)
+    assert th.equal(found, diffusion_of().p_sample_loop(eps_model, SHAPE))
+
+
+def test_a_diffusion_with_a_constructor_of_its_own():
+    """It sets the original's attributes itself, as an object unpickled from another version has them."""
+    diffusion, plain = object.__new__(SpacedDiffusion), diffusion_of()
+    vars(diffusion).update({name: value for name, value in vars(plain).items() if name[0] != "_"})
+    x, t = seeded(SHAPE, 0), th.tensor([3, 7])
+    assert th.equal(diffusion.q_sample(x, t, noise=x), plain.q_sample(x, t, noise=x))
+    assert th.equal(diffusion.p_mean_variance(eps_model, x, t)["mean"], plain.p_mean_variance(eps_model, x, t)["mean"])
+
+
+def test_timesteps_to_keep(capsys):
+    """Floats and numbers that do not exist, as NumPy's ranges have them."""
+    options = {"betas": gd.get_named_beta_schedule("linear", 100), "model_mean_type": gd.ModelMeanType.EPSILON}
+    options |= {"model_var_type": gd.ModelVarType.FIXED_LARGE, "loss_type": gd.LossType.MSE}
+    for steps in (np.linspace(0, 99, 10), range(0, 101, 11), np.arange(0, 100, 11)):
+        diffusion = SpacedDiffusion(use_timesteps=set(steps), **options)
+        assert diffusion.timestep_map == list(range(0, 100, 11)) and diffusion.use_timesteps == set(steps)
+        assert all(type(t) is int for t in diffusion.timestep_map)
+    assert capsys.readouterr().err == ""
+    assert SpacedDiffusion(use_timesteps=[0, 50, 100, 120], **options).timestep_map == [0, 50]
+    assert "use_timesteps: ignoring 100..120; expected some of 0..99" in capsys.readouterr().err
+
+
+def test_unknown_kinds_are_not_taken_for_others():
+    x, t = th.zeros(SHAPE), th.tensor([3, 7])
+    for name in ("model_mean_type", "model_var_type", "loss_type"):
+        diffusion = diffusion_of()
+        setattr(diffusion, name, "other")
+        method = diffusion.p_mean_variance if name == "model_var_type" else diffusion.training_losses
+        with pytest.raises(NotImplementedError, match="other"):
+            method(eps_model, x, t)
+
+
+def test_shapes_that_the_original_accepts():
+    diffusion, x = diffusion_of(), seeded(SHAPE, 0)
+    t = th.tensor([3, 7])
+    of_pixels = t[:, None, None, None].expand(2, 1, 8, 8)
+    assert th.equal(diffusion.q_sample(x, of_pixels, noise=x), diffusion.q_sample(x, t, noise=x))
+    assert _extract_into_tensor(diffusion.betas, of_pixels, x.shape).shape == x.shape
+    assert diffusion.p_sample_loop(eps_model, SHAPE, noise=seeded((2, 3, 16, 16), 0)).shape == (2, 3, 16, 16)
+    th.manual_seed(0)
+    of_images = diffusion.ddim_sample(eps_model, x, t, eta=th.full((2, 1, 1, 1), 0.3))["sample"]
+    th.manual_seed(0)
+    th.testing.assert_close(diffusion.ddim_sample(eps_model, x, t, eta=0.3)["sample"], of_images)
+
+
+def test_a_model_that_is_no_module_has_a_device():
+    class Duck:
+        def parameters(self):
+            return iter([th.zeros(1, device="meta")])
+
+        def __call__(self, x, t):
+            assert x.device.type == "meta"
+            return x
+
+    assert diffusion_of().p_sample_loop(Duck(), SHAPE).device.type == "meta"
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("variance", ["FIXED_LARGE", "FIXED_SMALL", "LEARNED_RANGE"])
 def test_tables_may_be_patched_after_their_first_use(variance, in_place):
@@ -282,6 +406,27 @@ def test_numpy_s_seed_governs_the_time_steps():
     np.random.seed(3)  # noqa: NPY002
     steps, weights = sampler.sample(16, "cpu")
     assert steps.tolist() == expected.tolist() and (weights == 1).all()
+
+
+def test_noise_is_drawn_before_a_guide_that_draws():
+    """As a guide that cuts out random parts of the image does."""
+    diffusion, x, t = diffusion_of(), seeded(SHAPE, 0), th.tensor([3, 7])
+    th.manual_seed(0)
+    found = diffusion.p_sample(eps_model, x, t, cond_fn=lambda x, t: th.randn_like(x))["sample"]
+    th.manual_seed(0)
+    noise, gradient = th.randn(SHAPE), th.randn(SHAPE)
+    out = diffusion.p_mean_variance(eps_model, x, t)
+    mean = out["mean"] + out["variance"] * gradient
+    th.testing.assert_close(found, mean + th.exp(0.5 * out["log_variance"]) * noise)
+
+
+def test_a_loop_draws_when_its_first_step_is_taken():
+    diffusion = diffusion_of()
+    th.manual_seed(0)
+    expected = next(diffusion.p_sample_loop_progressive(eps_model, SHAPE))["sample"]
+    steps = diffusion.p_sample_loop_progressive(eps_model, SHAPE)
+    th.manual_seed(0)
+    assert th.equal(next(steps)["sample"], expected)
 
 
 def test_ddim_draws_as_often_as_ddpm():
