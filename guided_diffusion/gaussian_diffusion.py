@@ -163,14 +163,20 @@ SCHEDULE = (
 )
 
 
+MOST_EXTRAPOLATION = 0.5  # that of equal steps
+
+
 def extrapolation(diffusion: GaussianDiffusion) -> np.ndarray:
     """h[t] / (2 h[t+1]), where h[t] is the increase of log(sqrt(abar) / sqrt(1 - abar)) in step t; 0 at both ends.
 
-    See `GaussianDiffusion.sde_dpmsolver_sample`.
+    At most `MOST_EXTRAPOLATION`: with timesteps uniform in t, the last steps are much longer than the ones before, but
+    the prediction has converged by then, and a line through it would add variance. See
+    `GaussianDiffusion.sde_dpmsolver_sample`.
     """
     abar = diffusion.alphas_cumprod
     steps = -np.diff(np.log(abar) - np.log(1 - abar)) / 2  # h[1], ..., h[N-1]
-    return np.concatenate([[0.0], steps[:-1] / steps[1:] / 2, [0.0]])[: len(abar)]
+    inner = np.minimum(steps[:-1] / steps[1:] / 2, MOST_EXTRAPOLATION)
+    return np.concatenate([[0.0], inner, [0.0]])[: len(abar)]
 
 
 # Arrays derived from them. They are not stored, since subclasses and scripts may modify the schedule, and computed in
@@ -536,8 +542,8 @@ class GaussianDiffusion:
 
         with alpha = sqrt(abar), sigma = sqrt(1 - abar), primes for t - 1, and h the increase of log(alpha / sigma). It
         is a draw from q(x_{t-1} | x_t, x_0), the step of DDPM. At second order, x_0 is extrapolated linearly from
-        the last two predictions to the middle of the step: x_0(t) + h[t] / (2 h[t+1]) (x_0(t) - x_0(t+1)). At t = 0,
-        the sample is the prediction. Learned variances have no effect.
+        the last two predictions to the middle of the step: x_0(t) + h[t] / (2 h[t+1]) (x_0(t) - x_0(t+1)), with the
+        factor limited by `extrapolation`. At t = 0, the sample is the prediction. Learned variances have no effect.
 
         Args:
             model, x, t, clip_denoised, denoised_fn, model_kwargs: see `p_mean_variance`.

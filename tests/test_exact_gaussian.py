@@ -204,11 +204,11 @@ def exact_extrapolation(abar, i, mutation):
     """Factor of x_0(i) - x_0(i + 1) in x_{i-1}.
 
     SDE-DPM-Solver++(2M) integrates 2 exp(-2 (l' - l)) x_0 over l = log(signal / noise) up to its next value l'. It
-    reads x_0 in the middle of the step, from a line in l.
+    reads x_0 in the middle of the step, from a line in l, or from that of equal steps if this step is longer.
     """
     here, there, earlier = (np.log(np.sqrt(abar[j] / (1 - abar[j]))) for j in (i, i - 1, i + 1))
     weight = np.sqrt(abar[i - 1]) * (1 - np.exp(-2 * (there - here)))
-    return weight * mutation.ahead * (there - here) / (here - earlier)
+    return weight * mutation.ahead * min(1, (there - here) / (here - earlier))
 
 
 # The loop, measured
@@ -327,9 +327,24 @@ def variance_error(sampler, num_steps):
     return (deviation**2 / exact - 1)[1:]
 
 
-@pytest.mark.parametrize(("sampler", "order"), [(SAMPLERS[0], 1), (SAMPLERS[-1], 2)], ids=str)
-def test_order_of_convergence(sampler, order):
-    """Twice as many steps halve the error of the variance at first order, and quarter it at second order."""
+@pytest.mark.parametrize(("sampler", "order", "most"), [(SAMPLERS[0], 1, 0.06), (SAMPLERS[-1], 2, 0.002)], ids=str)
+def test_order_of_convergence(sampler, order, most):
+    """Twice as many steps halve the error of the variance at first order, and at least quarter it at second order."""
     few, many = (variance_error(sampler, n) for n in (125, 250))
-    assert np.all(np.abs(many) < 0.06)
-    np.testing.assert_allclose(np.log2(few / many), order, atol=0.2)
+    assert np.all(np.abs(many) < most)
+    measured = np.log2(few / many)
+    assert np.all(measured > order - 0.2) and (order == 2 or np.all(measured < order + 0.2))
+
+
+def test_few_steps_of_second_order_keep_the_variance_of_the_data():
+    """50 steps of the solver are better than 250 of DDPM, also for data of small variance, the details of an image.
+
+    The data are drawn from the distribution that the denoiser is exact for, so the samples should be, too.
+    """
+    errors = {}
+    for sampler, num_steps in ((SAMPLERS[0], 250), (SAMPLERS[-1], 50)):
+        abar, k = signal_levels(num_steps), num_steps // 2
+        loop, (signal, noise) = exact_loop(sampler, abar, k), exact_start(abar, k)
+        variance = loop.gain**2 * (signal**2 * S2 + noise**2) + (loop.noise**2).sum(0)
+        errors[str(sampler)] = np.abs(variance / S2 - 1)
+    assert np.all(errors["sde-dpmsolver++"][1:] < np.minimum(0.03, errors["ddpm-small"][1:]))

@@ -267,6 +267,9 @@ def test_the_multistep_solver_is_reproducible(flags, reference_run, tmp_path, ca
         [*flags, "--sampler", "ddpm", "--output", tmp_path / "one"],
         "--sampler was sde-dpmsolver++ and is now ddpm",
     )
+    settings_in(tmp_path / "one", extrapolation=None)  # as in the first version of the solver, without a limit
+    words = "the largest factor of extrapolation (--sampler sde-dpmsolver++) was not set and is now 0.5"
+    assert_refused(capsys, [*flags, "--output", tmp_path / "one"], words)
 
 
 @pytest.mark.parametrize(("sampler", "use_ddim"), [("ddpm", False), ("ddim", True)])

@@ -302,7 +302,7 @@ def test_ddim_with_eta_one_is_ddpm_with_small_variance():
 def multistep_by_hand(abar, i, x, start, before, noise):
     """x_{i-1} of SDE-DPM-Solver++(2M), as in the paper's appendix, in float64.
 
-    `before` is the prediction at i + 1, None at first order.
+    `before` is the prediction at i + 1, None at first order. Steps that grow extrapolate like equal ones.
     """
     if i == 0:
         return start
@@ -314,7 +314,7 @@ def multistep_by_hand(abar, i, x, start, before, noise):
     x = decay * x + weight * start + sigma[i - 1] * np.sqrt(1 - np.exp(-2 * h)) * noise
     if before is not None:
         ratio = (level[i] - level[i + 1]) / h
-        x = x + weight / 2 * (start - before) / ratio
+        x = x + weight / 2 * (start - before) / max(1, ratio)
     return x
 
 

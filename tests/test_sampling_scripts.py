@@ -296,7 +296,8 @@ def exact_shift(sampler, labels, scale):
         elif sampler == "sde-dpmsolver++":
             line = start  # half a step ahead
             if before_start is not None and i:
-                line = start + (lam[i - 1] - lam[i]) / (lam[i] - lam[i + 1]) / 2 * (start - before_start)
+                ratio = (lam[i - 1] - lam[i]) / (lam[i] - lam[i + 1])
+                line = start + min(1, ratio) / 2 * (start - before_start)
             left = (1 - before) * np.sqrt(r) / (1 - abar)
             shift, before_start = left * shift + np.sqrt(before) * (1 - r) / (1 - abar) * line, start
         elif i:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from ..gaussian_diffusion import MOST_EXTRAPOLATION
+
 # Flags that do not affect results, or only through another setting.
 WITHOUT_EFFECT = (
     *("preset", "output", "num_threads", "num_workers", "device", "shard", "num_shards"),
@@ -25,6 +27,7 @@ WORDS = {
     "classes_sampled": "the classes (--classes)",
     "classifier_digest": "the classifier's weights (--classifier_path)",
     "classifier_precision": "the precision (--classifier_use_fp16)",
+    "extrapolation": "the largest factor of extrapolation (--sampler sde-dpmsolver++)",
     "images_digest": "the list of images (--data_dir, --labels_file)",
     "layers_digest": "the list of layers (--layers)",
     "model_digest": "the checkpoint (--model_path)",
@@ -75,6 +78,8 @@ def settings_of(args: argparse.Namespace, without: Iterable[str] = (), **others:
         others: settings that are not flags, by the keys of `WORDS`.
     """
     left_out = {*WITHOUT_EFFECT, *FILE_FLAGS, *without}
+    if vars(args).get("sampler") == "sde-dpmsolver++":  # not limited in the first version of this sampler
+        others["extrapolation"] = MOST_EXTRAPOLATION
     return {**{name: value for name, value in vars(args).items() if name not in left_out}, **others}
 
 
