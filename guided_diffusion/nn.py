@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as all_modules
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -141,7 +141,7 @@ class NormActConv(nn.Sequential):
     def activate(self, x: Tensor, *scale_shift: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Normalise and activate x (B, C, H, W); see `GroupNorm32` for the other arguments."""
         norm, activation, *_ = self
-        if type(norm).forward is not _GROUP_NORM or "forward" in vars(norm):  # a client's
+        if type(norm).forward is not _GROUP_NORM or is_patched(norm):  # a client's
             h = norm(x if dtype is None else x.to(torch.promote_types(x.dtype, dtype)))
             return activation(h * (1 + scale_shift[0]) + scale_shift[1] if scale_shift else h)
         h = norm(x, *scale_shift, dtype=dtype)
@@ -167,11 +167,17 @@ _GROUP_NORM = GroupNorm32.forward  # which scripts may replace
 
 
 def is_observed(module: nn.Module) -> bool:
-    """Whether others than the caller may keep inputs or outputs of `module`: it has hooks, or a replaced forward."""
+    """Whether others than the caller may keep inputs or outputs of `module`: it has hooks, or is patched."""
     if torch.compiler.is_compiling():
         return bool(module._forward_hooks)
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks) or "forward" in vars(module) or _has_any_global_hook()
+    kinds = "forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks"
+    hooks = (getattr(module, f"_{kind}") or getattr(all_modules, f"_global_{kind}") for kind in kinds)
+    return is_patched(module) or any(hooks)
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether the forward of this module has been replaced, and not that of its class."""
+    return not torch.compiler.is_compiling() and "forward" in vars(module)
 
 
 class PointwiseConv1d(nn.Conv1d):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent import futures
 from datetime import timedelta
 from typing import Any
 
@@ -44,7 +44,7 @@ def ranks(store, monkeypatch) -> Iterator[list[Peers]]:
 
 def on_all(ranks: list[Peers], action: Callable[[Peers], Any]) -> list:
     """What the action gives on every rank, all at the same time. Raises TimeoutError if a rank waits for 60 s."""
-    with ThreadPoolExecutor(len(ranks)) as pool:
+    with futures.ThreadPoolExecutor(len(ranks)) as pool:
         return list(pool.map(lambda peer: in_background(action, peer, seconds=60), ranks))
 
 
@@ -118,11 +118,11 @@ def test_a_rank_that_finished_is_missed_only_by_those_who_wait_for_it(ranks):
 
 
 def test_rank_0_waits_for_those_that_work(ranks):
-    with ThreadPoolExecutor(1) as pool:
+    with futures.ThreadPoolExecutor(1) as pool:
         leaving = pool.submit(ranks[0].leave)
         ranks[1].leave()
         try:
-            with pytest.raises(TimeoutError):
+            with pytest.raises(futures.TimeoutError):  # another class in Python 3.10
                 leaving.result(0.5)
             assert ranks[2].lost_peer() is None  # it would learn of a failure still
         finally:
