@@ -298,10 +298,22 @@ def test_the_bias_of_the_loop_falls_with_its_steps():
 
 
 def test_chains_lead_from_a_timestep_to_clean_data():
-    for last, steps in ((397, 100), (397, 5), (99, 25), (99, 1000)):
+    for last, steps in ((397, 100), (397, 5), (99, 25), (99, 1000), (36, 1), (0, 1)):
         diffusion = theory.chain(last, steps, ModelMeanType.EPSILON)
         assert diffusion.timestep_map[-1] == last and diffusion.num_timesteps == min(steps, last + 1)
         assert diffusion.alphas_cumprod[-1] == pytest.approx(theory.SIGNAL[last])
+    with pytest.raises(UserError, match=r"^a chain of 0 steps from timestep 36: expected one step or more$"):
+        theory.chain(36, 0, ModelMeanType.EPSILON)
+
+
+def test_a_chain_of_one_step_returns_the_prediction():
+    def half(x, t):
+        assert (t == 36).all()
+        return x / 2
+
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    back = theory.denoise(theory.chain(36, 1, ModelMeanType.START_X), half, x, torch.Generator())
+    assert (back - x / 2).abs().max() < 1e-6
 
 
 def test_images_start_from_the_same_noise_for_any_number_of_steps():
