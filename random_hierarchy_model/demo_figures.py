@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 EXACT, LOOP, UNET, CONVNEXT = "exact posterior", "loop, exact denoiser", "loop, U-Net", "U-Net, seen by ConvNeXt"
+MARKERS: dict[str, Any] = {"linestyle": "none", "clip_on": False}  # whole at k/N = 0 and 1
 LOOKS: dict[str, dict[str, Any]] = {
     EXACT: {"color": "black", "linewidth": 1.2, "zorder": 2},
-    LOOP: {"color": BLUE, "linestyle": "none", "marker": "o", "markersize": 5, "zorder": 3},
-    UNET: {"color": VERMILION, "linestyle": "none", "marker": "s", "markersize": 3, "zorder": 4},
-    CONVNEXT: {"color": GREEN, "linestyle": "none", "marker": "^", "markersize": 7, "zorder": 1},
+    LOOP: {"color": BLUE, "marker": "o", "markersize": 5, "zorder": 3, **MARKERS},
+    UNET: {"color": VERMILION, "marker": "s", "markersize": 3, "zorder": 4, **MARKERS},
+    CONVNEXT: {"color": GREEN, "marker": "^", "markersize": 7, "zorder": 1, **MARKERS},
 }
 
 

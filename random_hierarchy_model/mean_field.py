@@ -8,6 +8,9 @@ neglected. Throughout, v is the number of symbols, m of synonyms, s the branchin
 
 are the probabilities that a random tuple, other than the true one, is in the grammar, and that it is a synonym.
 
+The maps carry doubts, 1 - p and 1 - q, instead of beliefs: changes are about as rare as doubts are small, and the
+difference of two beliefs near 1 would be lost in rounding.
+
 Sources: Sclocchi, Favero and Wyart, PNAS 122, e2408799121 (2025), arXiv:2402.16991; Sclocchi, Favero, Levi and Wyart,
 J. Stat. Mech. 084005 (2025), arXiv:2410.13770.
 """
@@ -37,15 +40,16 @@ def other_tuples(v: int, m: int, s: int) -> tuple[float, float]:
     return (m * v - 1) / (v**s - 1), (m - 1) / (v**s - 1)
 
 
-def leaf_belief(epsilon: float | np.ndarray, v: int) -> float | np.ndarray:
-    """p_0 = 1 - e + e/v, the belief in a leaf's true symbol at noise e in [0, 1]."""
-    return 1 - epsilon + epsilon / v
-
-
 def upward(p: float | np.ndarray, v: int, m: int, s: int) -> float | np.ndarray:
     """F(p) = (p^s + a (1 - p^s)) / (p^s + f (1 - p^s)), the belief in a symbol given the belief p in its children."""
+    return 1 - upward_doubt(1 - p, v, m, s)
+
+
+def upward_doubt(d: float | np.ndarray, v: int, m: int, s: int) -> float | np.ndarray:
+    """1 - F(p) = (f - a) u / (p^s + f u), with d = 1 - p and u = 1 - p^s = d (1 + p + ... + p^(s-1))."""
     f, a = other_tuples(v, m, s)
-    return (p**s + a * (1 - p**s)) / (p**s + f * (1 - p**s))
+    u = d * sum((1 - d) ** i for i in range(s))
+    return (f - a) * u / ((1 - d) ** s + f * u)
 
 
 def slope(p: float, v: int, m: int, s: int) -> float:
@@ -94,43 +98,50 @@ def correlation_exponent(v: int, m: int, s: int) -> float | None:
     return None if p is None else math.log(s) / math.log(slope(p, v, m, s))
 
 
-def upward_beliefs(epsilon: float, v: int, m: int, s: int, depth: int) -> list[float]:
-    """p_0, ..., p_L, the beliefs in the true symbols given the leaves below them: p_l = F(p_(l-1))."""
-    beliefs = [leaf_belief(epsilon, v)]
+def upward_doubts(epsilon: float, v: int, m: int, s: int, depth: int) -> list[float]:
+    """1 - p_0, ..., 1 - p_L: p_l is the belief in a true symbol given the leaves below it. p_0 = 1 - e + e/v."""
+    doubts = [epsilon * (v - 1) / v]
     for _ in range(depth):
-        beliefs.append(upward(beliefs[-1], v, m, s))
-    return beliefs
+        doubts.append(upward_doubt(doubts[-1], v, m, s))
+    return doubts
 
 
-def downward(q: float, p: float, v: int, m: int, s: int) -> float:
-    """q_(l-1), the belief in a symbol given all leaves but those below it.
+def downward_doubt(doubt: float, d: float, v: int, m: int, s: int) -> float:
+    """1 - q_(l-1), the doubt in a symbol given all leaves but those below it.
 
-    q_(l-1) = [q p^(s-1) + (m - q) A] / [q p^(s-1) + (m - q)(v - p^(s-1)) / (v^s - 1)], A = (1 - p^(s-1)) / (v^s - 1),
-    with q = q_l of its parent and p = p_(l-1) of its siblings.
+    With q = q_l of its parent, w = p^(s-1) for the beliefs p = p_(l-1) in its siblings, and A = (m - q) / (v^s - 1),
+
+        q_(l-1) = (q w + A (1 - w)) / (q w + A (v - w)),  1 - q_(l-1) = A (v - 1) / (q w + A (v - w)).
+
+    Args:
+        doubt: 1 - q.
+        d: 1 - p.
+        v, m, s: numbers of the grammar.
     """
-    siblings = q * p ** (s - 1)
-    others = (m - q) / (v**s - 1)
-    return (siblings + others * (1 - p ** (s - 1))) / (siblings + others * (v - p ** (s - 1)))
+    siblings = (1 - d) ** (s - 1)
+    others = (m - 1 + doubt) / (v**s - 1)
+    return others * (v - 1) / ((1 - doubt) * siblings + others * (v - siblings))
 
 
-def downward_beliefs(upwards: list[float], q: float, v: int, m: int, s: int) -> list[float]:
-    """q_0, ..., q_l, given the upward beliefs p_0, ..., p_l and the downward belief q_l = `q`."""
-    beliefs = [q]
-    for p in reversed(upwards[:-1]):
-        beliefs.insert(0, downward(beliefs[0], p, v, m, s))
-    return beliefs
+def downward_doubts(upwards: list[float], doubt: float, v: int, m: int, s: int) -> list[float]:
+    """1 - q_0, ..., 1 - q_l, given 1 - p_0, ..., 1 - p_l and 1 - q_l = `doubt`."""
+    doubts = [doubt]
+    for d in reversed(upwards[:-1]):
+        doubts.insert(0, downward_doubt(doubts[0], d, v, m, s))
+    return doubts
 
 
-def combine(p: float, q: float, v: int) -> float:
-    """P = p q / (p q + (1 - p)(1 - q) / (v - 1)), the marginal of the true symbol."""
-    return p * q / (p * q + (1 - p) * (1 - q) / (v - 1))
+def lost(d: float, doubt: float, v: int) -> float:
+    """1 - P, with the marginal P = p q / (p q + (1 - p)(1 - q) / (v - 1)) of the true symbol; of 1 - p and 1 - q."""
+    others = d * doubt / (v - 1)
+    return others / ((1 - d) * (1 - doubt) + others) if others else 0.0  # also if p = 1 and q = 0, which never meet
 
 
 def marginals(epsilon: float, v: int, m: int, s: int, depth: int) -> list[float]:
     """P_0, ..., P_L, the posterior probabilities of the true symbols, level 0 first; q_L = 1/v."""
-    up = upward_beliefs(epsilon, v, m, s, depth)
-    down = downward_beliefs(up, 1 / v, v, m, s)
-    return [combine(p, q, v) for p, q in zip(up, down, strict=True)]
+    up = upward_doubts(epsilon, v, m, s, depth)
+    down = downward_doubts(up, 1 - 1 / v, v, m, s)
+    return [1 - lost(d, doubt, v) for d, doubt in zip(up, down, strict=True)]
 
 
 def correlations(epsilon: float, v: int, m: int, s: int, depth: int) -> list[float]:
@@ -141,24 +152,29 @@ def correlations(epsilon: float, v: int, m: int, s: int, depth: int) -> list[flo
 
         W(++) = q p^s + A p^2 (1 - p^(s-2)),  W(+-) = W(-+) = A p (1 - p),  W(--) = A (1 - p)^2,
 
-    normalised. T(+|.) carries it to the leaves: the marginal of a leaf whose ancestor at level h - 1 is known (q = 1)
-    or excluded (q = 0). Then C(h) = 4 (T W T' - P_0^2), and C(0) = 4 P_0 (1 - P_0).
+    divided by Z = A + (q - A) p^s, their sum. T(+) and T(-) are the marginals of a leaf whose ancestor at level h - 1
+    is known (q = 1) or excluded (q = 0). Covariances of two variables with two values each are determinants, so
+
+        C(h) = 4 (T W T' / Z - P_0^2) = 4 (T(+) - T(-))^2 det W / Z^2,  det W = A (q - A) p^s (1 - p)^2,
+
+    and C(0) = 4 P_0 (1 - P_0).
     """
-    up = upward_beliefs(epsilon, v, m, s, depth)
-    down = downward_beliefs(up, 1 / v, v, m, s)
-    kept = combine(up[0], down[0], v)
-    found = [4 * kept * (1 - kept)]
+    up = upward_doubts(epsilon, v, m, s, depth)
+    down = downward_doubts(up, 1 - 1 / v, v, m, s)
+    changed = lost(up[0], down[0], v)
+    found = [4 * changed * (1 - changed)]
     for h in range(1, depth + 1):
-        p, q = up[h - 1], down[h]
-        others = (m - q) / (v**s - 1)
-        both, one, none = q * p**s + others * p**2 * (1 - p ** (s - 2)), others * p * (1 - p), others * (1 - p) ** 2
-        joint = np.array([[both, one], [one, none]]) / (both + 2 * one + none)
-        to_leaf = np.array([combine(up[0], downward_beliefs(up[:h], known, v, m, s)[0], v) for known in (1.0, 0.0)])
-        found.append(float(4 * (to_leaf @ joint @ to_leaf - kept**2)))
+        d, q = up[h - 1], 1 - down[h]
+        others = (m - 1 + down[h]) / (v**s - 1)
+        equal = (q - others) * (1 - d) ** s
+        known, excluded = (lost(up[0], downward_doubts(up[:h], doubt, v, m, s)[0], v) for doubt in (0.0, 1.0))
+        found.append(4 * (excluded - known) ** 2 * others * equal * d**2 / (others + equal) ** 2)
     return found
 
 
 def susceptibility(epsilon: float, v: int, m: int, s: int, depth: int) -> float:
-    """chi = 1 + sum_h (s - 1) s^(h-1) C(h) / C(0): how many leaves change together."""
-    covariances = correlations(epsilon, v, m, s, depth)
-    return 1 + sum((s - 1) * s ** (h - 1) * covariances[h] for h in range(1, depth + 1)) / covariances[0]
+    """chi = 1 + sum_h (s - 1) s^(h-1) C(h) / C(0): how many leaves change together; NaN if none ever changes, e = 0."""
+    own, *covariances = correlations(epsilon, v, m, s, depth)
+    if not own:
+        return math.nan
+    return 1 + sum((s - 1) * s**h * covariance for h, covariance in enumerate(covariances)) / own

@@ -146,10 +146,12 @@ def noised_one_hot(part: Part, leaves: Tensor, times: Sequence[float]) -> Iterat
 def chain(last: int, steps: int, predicts: ModelMeanType) -> SpacedDiffusion:
     """A diffusion that leads from the original timestep `last` to clean data in `steps` steps, uniform in t.
 
-    DDPM has the posterior variance (fixed small).
+    DDPM has the posterior variance (fixed small). Raises UserError for less than one step.
     """
+    if steps < 1:
+        raise UserError(f"a chain of {steps} steps from timestep {last}: expected one step or more")
     return SpacedDiffusion(
-        use_timesteps=space_timesteps(last + 1, [min(steps, last + 1)]),
+        use_timesteps={last} if steps == 1 else space_timesteps(last + 1, [min(steps, last + 1)]),
         betas=BETAS,
         model_mean_type=predicts,
         model_var_type=ModelVarType.FIXED_SMALL,

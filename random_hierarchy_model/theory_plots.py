@@ -64,12 +64,17 @@ def name(v: int, m: int, s: int, depth: int | None = None) -> str:
     return f"$v={v}$, $m={m}$, $s={s}$" + (f", $L={depth}$" if depth else "")
 
 
+def title(grammar: Grammar) -> str:
+    """The numbers of the grammar and its depth."""
+    return name(grammar.num_symbols, grammar.num_synonyms, grammar.branching, grammar.depth)
+
+
 # Levels
 
 
 def levels(rows: Rows, grammar: Grammar) -> Figure:
     """The marginal of the true symbol at each level, against noise."""
-    noise = next(iter(rows[0]))
+    noise = next(name for name in ("epsilon", "time", "masked") if name in rows[0])
     has_loop = "loop" in rows[0]
     figure, (panels,) = new_figure(PAGE if has_loop else COLUMN * 1.25, 2.7, columns=2 if has_loop else 1)
     joined = {} if noise == "epsilon" else {"linestyle": "-", "linewidth": 0.6}  # there is no mean field to compare to
@@ -78,8 +83,8 @@ def levels(rows: Rows, grammar: Grammar) -> Figure:
         look = {**POINTS, "marker": "o", "markersize": 2, "color": colour, **joined}
         panels[0].errorbar(x, exact, error, zorder=3, **look)
         if has_loop:
-            panels[1].plot(x, exact, color=colour, linewidth=0.6)
-            loop, loop_error = columns(rows, "loop", "loop_error", level=level)
+            loop_exact, loop, loop_error = columns(rows, "loop_exact", "loop", "loop_error", level=level)
+            panels[1].plot(x, loop_exact, color=colour, linewidth=0.6)
             panels[1].errorbar(x, loop, loop_error, zorder=4, color=colour, **POINTS, **SQUARES)
     for axes in panels:
         axes.axhline(1 / grammar.num_symbols, zorder=1, **CHANCE)
@@ -96,13 +101,14 @@ def levels(rows: Rows, grammar: Grammar) -> Figure:
         legend(panels[1], looks)
     between = [str(level) if grammar.depth <= 12 or level % 5 == 0 else "" for level in range(1, grammar.depth)]
     add_shades_bar(figure, panels, ["leaves", *between, "class"], "level")
+    figure.suptitle(title(grammar), fontsize=8)
     return figure
 
 
 def mean_field_levels(axes: Axes, grammar: Grammar, x: np.ndarray) -> None:
     """Add the mean field's marginals and e*."""
     numbers = grammar.num_symbols, grammar.num_synonyms, grammar.branching
-    fine = np.linspace(x.min(), x.max(), 400)
+    fine = np.union1d(np.linspace(x.min(), x.max(), 400), x)  # the class may fall within one step near 1
     found = np.array([mean_field.marginals(e, *numbers, grammar.depth) for e in fine])  # (e, L + 1)
     for level, colour in enumerate(shades(grammar.depth + 1)):
         axes.plot(fine, found[:, level], color=colour, linewidth=0.8, zorder=2)
@@ -236,7 +242,8 @@ def correlations(rows: Rows, grammar: Grammar) -> Figure:
     """C(r)/C(0) against r for several e, and, where there is a transition, its collapse with xi = |e - e*|^(-nu)."""
     numbers = grammar.num_symbols, grammar.num_synonyms, grammar.branching
     critical = mean_field.critical_noise(*numbers)
-    figure, (panels,) = new_figure(PAGE if critical else COLUMN * 1.3, 2.8, columns=2 if critical else 1)
+    collapses = critical is not None and grammar.depth > 1  # with one level there is one distance
+    figure, (panels,) = new_figure(PAGE if collapses else COLUMN * 1.3, 2.8, columns=2 if collapses else 1)
     shown = [e for e in values(rows, "epsilon") if e < 1][::2]
     coloured = list(zip(shown, colours_of(shown, critical), strict=True))
     for epsilon, colour in coloured:
@@ -251,9 +258,10 @@ def correlations(rows: Rows, grammar: Grammar) -> Figure:
     panels[0].tick_params(which="minor", bottom=False, labelbottom=False)
     looks = [(f"{epsilon:g}", {"color": colour, "linewidth": 1.5}) for epsilon, colour in coloured]
     options = {"title": LABELS["epsilon"], "title_fontsize": 7, "loc": "upper left", "bbox_to_anchor": (1, 1)}
-    legend(panels[0], [*looks, *([] if critical else [EXACT, MEAN_FIELD])], **options)
-    if critical is not None:
+    legend(panels[0], [*looks, *([] if collapses else [EXACT, MEAN_FIELD])], **options)
+    if collapses:
         collapse(panels[1], rows, critical, mean_field.correlation_exponent(*numbers))
+    figure.suptitle(title(grammar), fontsize=8)
     return figure
 
 
@@ -309,16 +317,19 @@ def susceptibility(rows: Rows, grammar: Grammar) -> Figure:
         bars = axes.errorbar(x, exact, error, label="exact", **look)
         handles.setdefault("exact", bars)
         if process == "epsilon":
-            fine = np.linspace(x.min(), min(x.max(), 0.999), 300)
+            fine = np.union1d(np.linspace(x.min(), x.max(), 300), x)
             chi = [mean_field.susceptibility(e, *numbers, grammar.depth) for e in fine]
             handles["mean field"] = axes.plot(fine, chi, color="black", linewidth=0.8, label="mean field")[0]
             critical = mean_field.critical_noise(*numbers)
             if critical is not None:
                 handles["critical"] = axes.axvline(critical, zorder=1, label=AT_CRITICAL[0], **CRITICAL)
         handles["one"] = axes.axhline(1, zorder=1, **CHANCE | {"label": "independent changes"})
+        margin = 0.05 * (x.max() - x.min())
         axes.set(xlabel=LABELS[process], ylim=(0, 1.05 * axes.get_ylim()[1]))
+        axes.set_xlim(x.min() - margin, x.max() + margin)  # also of noises at which chi is undefined
     panels[0].set_ylabel(r"susceptibility $\chi$")
-    figure.legend(handles=list(handles.values()), loc="outside upper center", ncols=len(handles))
+    options = {"title": title(grammar), "title_fontsize": 8, "loc": "outside upper center"}
+    figure.legend(handles=list(handles.values()), ncols=len(handles), **options)
     return figure
 
 

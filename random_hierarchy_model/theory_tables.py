@@ -16,7 +16,9 @@ import numpy as np
 from . import mean_field, theory
 from .grammar import Grammar
 
-TIMES = (0.04, 0.06, 0.08, 0.09, 0.10, 0.11, 0.12, 0.13, 0.14, 0.16, 0.18, 0.20)  # k/N of one-hot leaves
+TIMES = (0.04, 0.06, 0.08, 0.09, 0.10, 0.11, 0.12, 0.13, 0.14, 0.16, 0.18, 0.20)  # k/N of one-hot leaves, v = 32
+LOST = 0.12  # when the class is lost there, as `times` measures it
+SCAN = tuple(round(0.02 + 0.04 * i, 2) for i in range(25))
 LOOP_STEPS = 250
 MASKED = (0.05, 0.10, 0.15, 0.20, 0.225, 0.25, 0.275, 0.30, 0.325, 0.35, 0.40, 0.50, 0.60, 0.80)
 FIXED_POINTS = [(32, 8, 2), (16, 4, 2), (32, 16, 2), (32, 17, 2), (8, 8, 4), (8, 6, 4), (6, 5, 4), (4, 5, 4), (8, 2, 4)]
@@ -86,12 +88,37 @@ def numbers(grammar: Grammar) -> tuple[int, int, int]:
 
 
 def epsilons(grammar: Grammar) -> tuple[float, ...]:
-    """Noise levels up to 1 in steps of 0.1; with a transition, from e* - 0.35, in steps of 0.02 within 0.1 of e*."""
+    """Noise levels up to 1 in steps of 0.1; with a transition, from e* - 0.35, in steps of 0.02 within 0.1 of e*.
+
+    Without one, the last step is halved until the mean field has lost most of the class, which may be near 1.
+    """
     critical = mean_field.critical_noise(*numbers(grammar))
-    near = [] if critical is None else [0.02 * (round(critical / 0.02) + i) for i in range(-5, 6)]
-    start = 0.1 if critical is None else max(0.02, critical - 0.35)
-    found = {round(e, 2) for e in (*near, *(0.1 * i for i in range(1, 11)))}
-    return tuple(sorted(e for e in found if start <= e <= 1))
+    tenths = [round(0.1 * i, 1) for i in range(1, 11)]
+    if critical is not None:
+        near = [round(0.02 * (round(critical / 0.02) + i), 2) for i in range(-5, 6)]
+        return tuple(sorted(e for e in {*near, *tenths} if max(0.02, critical - 0.35) <= e <= 1))
+    near = [tenths[-2]]
+    quarter = (1 + 3 / grammar.num_symbols) / 4
+    while mean_field.marginals(near[-1], *numbers(grammar), grammar.depth)[-1] > quarter:
+        near.append((1 + near[-1]) / 2)
+    return tuple(sorted({*tenths, *near}))
+
+
+def times(work: Work, grammar: Grammar) -> tuple[float, ...]:
+    """Times k/N at which one-hot leaves lose the class: `TIMES`, scaled by the mean time that it survives.
+
+    The scale is a multiple of 0.2, so that it hardly depends on the data.
+    """
+    found = work.measure(theory.marginals, [(part, "gaussian", SCAN) for part in work.parts(grammar, 4)])
+    chance = 1 / grammar.num_symbols
+    survives = (np.stack(found)[..., -1].mean() - chance) / (1 - chance)
+    scale = max(1, round(5 * survives / LOST)) / 5
+    return tuple(round(scale * time, 3) for time in TIMES if scale * time <= 1)
+
+
+def named(grammar: Grammar) -> dict[str, Any]:
+    """The columns that name a grammar."""
+    return {**dict(zip("vms", numbers(grammar), strict=True)), "depth": grammar.depth}
 
 
 # Levels
@@ -106,12 +133,21 @@ def levels_epsilon(work: Work, grammar: Grammar) -> Rows:
 
 
 def levels_gaussian(work: Work, grammar: Grammar) -> Rows:
-    """The same against k/N, for Gaussian noise on one-hot leaves, and what the loop with the exact denoiser keeps."""
-    rows = levels(work, grammar, "gaussian", "time", TIMES)
-    found = work.measure(theory.gaussian_loop, [(part, TIMES, LOOP_STEPS) for part in work.parts(grammar, 4)])
-    kept, errors = theory.mean_and_error(np.stack(found))
-    loops = zip(kept.ravel().tolist(), errors.ravel().tolist(), strict=True)
-    return [{**row, "loop": loop, "loop_error": error} for row, (loop, error) in zip(rows, loops, strict=True)]
+    """The same against k/N, for Gaussian noise on one-hot leaves, and what the loop with the exact denoiser keeps.
+
+    `loop_exact` is the exact posterior of the loop's data, and `loop_error` the standard error of the difference. Where
+    all outcomes are equal, it is that of a single outcome per datum with the exact probability, instead of 0.
+    """
+    noises = times(work, grammar)
+    rows = levels(work, grammar, "gaussian", "time", noises)
+    parts = work.parts(grammar, 4)
+    found = np.stack(work.measure(theory.gaussian_loop, [(part, noises, LOOP_STEPS) for part in parts]))
+    exact = np.stack(work.measure(theory.marginals, [(part, "gaussian", noises) for part in parts]))
+    (expected, _), (kept, _), (_, errors) = map(theory.mean_and_error, (exact, found, found - exact))
+    single = np.sqrt(np.maximum(0, expected * (1 - expected)) / (len(parts) * work.num_data))
+    errors = np.where(np.ptp(found, axis=(0, 1)) == 0, single, errors)
+    columns = {"loop_exact": expected, "loop": kept, "loop_error": errors}  # (times, L + 1) each
+    return [row | {name: float(c.flat[i]) for name, c in columns.items()} for i, row in enumerate(rows)]
 
 
 def levels_masking(work: Work, grammar: Grammar) -> Rows:
@@ -124,7 +160,13 @@ def levels(work: Work, grammar: Grammar, process: str, column: str, noises: Sequ
     found = work.measure(theory.marginals, [(part, process, noises) for part in work.parts(grammar)])
     exact, error = theory.mean_and_error(np.stack(found))
     return [
-        {column: noise, "level": level, "exact": float(exact[i, level]), "exact_error": float(error[i, level])}
+        {
+            **named(grammar),
+            column: noise,
+            "level": level,
+            "exact": float(exact[i, level]),
+            "exact_error": float(error[i, level]),
+        }
         for (i, noise), level in product(enumerate(noises), range(grammar.depth + 1))
     ]
 
@@ -211,6 +253,7 @@ def correlations(work: Work, grammar: Grammar) -> Rows:
         theoretical = mean_field.correlations(epsilon, *numbers(grammar), grammar.depth)
         rows += [
             {
+                **named(grammar),
                 "epsilon": epsilon,
                 "level_of_ancestor": h,
                 "r": grammar.branching**h - 1,
@@ -232,8 +275,8 @@ def susceptibility(work: Work, grammar: Grammar) -> Rows:
             chi = None
             if process == "epsilon":
                 chi = mean_field.susceptibility(noise, *numbers(grammar), grammar.depth)
-            row = {"process": process, "noise": noise, "exact": defined(exact[i]), "exact_error": defined(error[i])}
-            rows.append({**row, "mean_field": chi})
+            found = {"exact": defined(exact[i]), "exact_error": defined(error[i]), "mean_field": chi}
+            rows.append({"process": process, **named(grammar), "noise": noise, **found})
     return rows
 
 

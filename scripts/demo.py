@@ -60,7 +60,7 @@ from random_hierarchy_model.training import images_from_flags
 import numpy as np
 import torch
 
-TIMES = [50, 75, 88, 100, 113, 125, 138, 150, 200]
+TIMES = [50, 75, 88, 100, 113, 125, 138, 150, 200]  # for N = 250
 TIMES_OF_CHANGES = [88, 100, 113, 125, 138]  # around the largest susceptibility
 STATISTICS_IMAGES = 512  # images for the classifier's statistics, including those that are noised
 
@@ -75,8 +75,8 @@ def main(argv: list[str] | None = None) -> int:
 
     dist_util.use_device(args.device)  # stops if it does not exist, before images are written
     diffusion = create_gaussian_diffusion(timestep_respacing=args.timestep_respacing)
-    times = args.time_series or (TIMES if args.num_trajectories == 1 else TIMES_OF_CHANGES)
-    args.time_series = check_times(times, diffusion.num_timesteps, "--time_series")
+    n, usual = diffusion.num_timesteps, TIMES if args.num_trajectories == 1 else TIMES_OF_CHANGES
+    args.time_series = check_times(args.time_series or [round(k * n / 250) for k in usual], n, "--time_series")
     logger.make_dir()
     images = images_from_flags(GRAMMAR_FLAGS)
     folders = {name: f"{args.output}/{name}" for name in ("images", "samples", "classifier", "figures")}
@@ -276,10 +276,11 @@ def signal_at(diffusion: SpacedDiffusion, k: int) -> float:
 
 
 def table_of_changes(curves: Curves) -> str:
-    """chi at each time, with 95% intervals."""
+    """chi at each time, with 95% intervals; "-" where it is undefined, because nothing changes."""
     lines = ["  k/N  " + "".join(f"{f'chi, {curve}':>32}" for curve in curves)]
     for of_time in zip(*curves.values(), strict=True):
-        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*map(float, measure_chi(time))) for time in of_time]
+        found = [[float(value) for value in measure_chi(time)] for time in of_time]
+        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*chi) if np.isfinite(chi).all() else "-" for chi in found]
         lines.append(f"{of_time[0].time:5.3f}  " + "".join(f"{cell:>32}" for cell in cells))
     return "\n" + "\n".join(lines) + "\n"
 
@@ -326,7 +327,8 @@ def create_argparser() -> argparse.ArgumentParser:
         time_series=flag(
             "time_series",
             default=[],
-            empty=f"{' '.join(map(str, TIMES))}; {' '.join(map(str, TIMES_OF_CHANGES))} with several trajectories",
+            empty=f"{' '.join(map(str, TIMES))}, or {' '.join(map(str, TIMES_OF_CHANGES))} with several trajectories, "
+            "scaled by N / 250",
         ),
         timestep_respacing="250",
         processes=Flag(POSITIVE, "number of processes, started with mpiexec", 1),

@@ -32,6 +32,8 @@ from random_hierarchy_model.training import ExactTargetLoop, ImageStream, images
 def main(argv: list[str] | None = None) -> int:
     """Train. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
+    if args.class_cond:
+        raise UserError("--class_cond True: the images are generated without labels, expected False")
     with training_folder(args, "results/demo_unet") as folder:
         flags = args_to_dict(args, model_and_diffusion_defaults())
         images = dist_util.on_every_rank(images_from_flags, vars(args))

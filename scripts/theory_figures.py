@@ -11,7 +11,8 @@ Writes each figure as PNG and PDF, with a CSV of its points:
   steps             deviation of each sampler from the exact posterior, against the number of steps
 
 The flags of the grammar apply to levels_*, correlations and susceptibility. Errors are standard errors over grammars
-(over data, with --num_grammars 1); susceptibility by masking, and the loop, use a quarter of the grammars.
+(over data, with --num_grammars 1). Susceptibility by masking, and the loop, use a quarter of the grammars, and
+phase_diagram a fifth. In steps, errors are over the images of one grammar.
 
   python scripts/theory_figures.py
 """

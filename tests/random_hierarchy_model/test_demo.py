@@ -6,6 +6,7 @@ import csv
 import sys
 from pathlib import Path
 
+from guided_diffusion import forward_backward
 from guided_diffusion.checkpoints import load_model
 from guided_diffusion.classifier.figures import style
 from guided_diffusion.classifier.networks import open_classifier
@@ -105,6 +106,32 @@ def test_which_leaves_change_together(tmp_path, capsys):
     assert chi["exact posterior", "10"][0] > chi["exact posterior", "14"][0] > 1
     with open(tmp_path / "figures/change_correlations.csv", newline="") as file:
         assert {row["r"] for row in csv.DictReader(file)} == {"0", "3", "15", "63"}
+
+
+def test_correlations_that_are_undefined_are_dashes():
+    """Without noise nothing changes."""
+    script = load_script("scripts/demo.py")
+    pairs, none = script.TablePairs(np.array([[0, 3], [3, 0]])), -np.ones((4, 2, 2))
+    some = none.copy()
+    some[:, 0] = 1
+    times = [script.changes_at(k, 20, changes, pairs) for k, changes in ((0, none), (10, some))]
+    lines = script.table_of_changes({"loop, U-Net": times, "exact posterior": times}).split("\n")
+    assert lines[2].split() == ["0.000", "-", "-"] and lines[3].split()[:2] == ["0.500", "2.00"]
+    assert len({len(line) for line in lines[1:4]}) == 1
+
+
+@pytest.mark.parametrize(("respacing", "last"), [("250", 200), ("50", 40), ("ddim4", 3)])
+def test_the_usual_times_follow_the_number_of_steps(monkeypatch, tmp_path, respacing, last):
+    script, seen = load_script("scripts/demo.py"), []
+
+    def check_times(*arguments):
+        seen.extend(forward_backward.check_times(*arguments))
+        raise InterruptedError
+
+    monkeypatch.setattr(script, "check_times", check_times)
+    with pytest.raises(InterruptedError):
+        script.main(["--timestep_respacing", respacing, "--output", str(tmp_path)])
+    assert seen[-1] == last and (respacing != "250" or seen == script.TIMES)
 
 
 def test_again_and_in_two_processes(demo, tmp_path, monkeypatch, capfd):
@@ -213,6 +240,7 @@ def test_the_figure_of_all_levels(levels):
         expected = [1 - k / (5 + i) for k in range(5)]
         assert list(line.get_ydata()) == list(markers.get_ydata()) == expected
         assert line.get_color() == markers.get_color()
+        assert not markers.get_clip_on()  # whole at the ends of the time axis
     assert len({str(line.get_color()) for line in exact}) == levels
 
 

@@ -248,7 +248,11 @@ def test_mistakes_are_told(tmp_path):
         train(tmp_path, image_size=16)
     with pytest.raises(UserError, match="too few for 1000 each"):
         train(tmp_path, num_synonyms=1000)
-    assert not list(tmp_path.glob("*.pt"))
+    with pytest.raises(
+        UserError, match=r"^--class_cond True: the images are generated without labels, expected False$"
+    ):
+        train(tmp_path / "none", class_cond=True)
+    assert not list(tmp_path.glob("*.pt")) and not (tmp_path / "none").exists()
 
 
 def test_the_main_script_takes_the_weights(tmp_path):

@@ -87,6 +87,28 @@ def test_susceptibility_of_the_reference():
     assert (epsilon, chi) == (73, pytest.approx(7.95, abs=5e-3))
 
 
+@pytest.mark.parametrize(
+    ("v", "m", "s", "depth", "expected"),  # chi by e, from the formulas in 60 digits
+    [
+        (32, 1, 2, 10, {1e-6: 1.000001, 0.1: 1.1045, 0.2: 1.2127, 0.3: 1.3269, 0.5: 1.5939, 0.7: 2.0242, 0.8: 2.4570}),
+        (8, 1, 4, 5, {0.1: 1.2651}),
+        (8, 1, 8, 3, {0.1: 1.6125, 0.5: 4.0635}),
+        (32, 8, 2, 10, {1e-6: 1.000001, 0.05: 1.0550}),
+    ],
+)
+def test_susceptibility_where_almost_nothing_changes(v, m, s, depth, expected):
+    """There all covariances are differences of almost equal numbers."""
+    for epsilon, chi in expected.items():
+        assert mean_field.susceptibility(epsilon, v, m, s, depth) == pytest.approx(chi, abs=6e-5)
+
+
+def test_mean_field_without_noise():
+    for m in (1, 8):
+        assert mean_field.marginals(0.0, 32, m, 2, 3) == [1, 1, 1, 1]
+        assert mean_field.correlations(0.0, 32, m, 2, 3) == [0, 0, 0, 0]
+        assert math.isnan(mean_field.susceptibility(0.0, 32, m, 2, 3))
+
+
 @pytest.mark.parametrize("epsilon", [0.6, 0.7, 0.74, 0.8, 0.9])
 def test_susceptibility_of_exact_samples(epsilon):
     """48 data of a grammar each, 64 posterior samples per datum; within 5% of mean field."""
@@ -133,7 +155,7 @@ def test_noise_on_leaves_is_enumeration(g, process):
 def test_noise_that_cannot_be_is_refused():
     with pytest.raises(UserError, match=r"epsilon = 1.5: expected a number from 0 to 1"):
         epsilon_log_likelihoods(torch.zeros(1, 4, dtype=torch.int64), 1.5, 3)
-    with pytest.raises(UserError, match="abar: expected numbers from 0 up to"):
+    with pytest.raises(UserError, match=r"abar: expected numbers in \[0, 1\)"):
         gaussian_log_likelihoods(torch.zeros(1, 3, 4), 1.0)
     for numbers, words in (((1, 1, 2), "expected v >= 2"), ((8, 2, 1), "s >= 2"), ((4, 5, 2), "too few for m = 5")):
         with pytest.raises(UserError, match=words):

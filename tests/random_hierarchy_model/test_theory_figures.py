@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from guided_diffusion.classifier.figures import style, to_csv
 from guided_diffusion.correlations import correlation_function, covariances
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import ModelMeanType
-from random_hierarchy_model import Grammar, mean_field, theory
+from random_hierarchy_model import Grammar, mean_field, theory, theory_plots, theory_tables
 from random_hierarchy_model.belief_propagation import infer
 from random_hierarchy_model.leaf_noise import epsilon_log_likelihoods
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from conftest import load_script, run_script
 from figure_texts import check_texts
+from matplotlib.text import Text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -25,15 +27,15 @@ SCRIPT = "scripts/theory_figures.py"
 NUMBERS = ["--num_grammars", "2", "--num_samples", "3", "--num_images", "2"]
 SMALL = [*NUMBERS, "--num_symbols", "8", "--num_synonyms", "3", "--depth", "3"]
 COLUMNS = {
-    "levels_epsilon": "epsilon,level,exact,exact_error,mean_field",
-    "levels_gaussian": "time,level,exact,exact_error,loop,loop_error",
-    "levels_masking": "masked,level,exact,exact_error",
+    "levels_epsilon": "v,m,s,depth,epsilon,level,exact,exact_error,mean_field",
+    "levels_gaussian": "v,m,s,depth,time,level,exact,exact_error,loop_exact,loop,loop_error",
+    "levels_masking": "v,m,s,depth,masked,level,exact,exact_error",
     "map": "m,p,F",
     "fixed_points": "v,m,s,slope_at_one,slope_at_chance,p_star,epsilon_star,slope_at_p_star,nu",
     "phase_diagram": "v,s,m,sf,epsilon,exact,exact_error,mean_field",
     "depth": "process,v,m,s,depth,noise,exact,exact_error",
-    "correlations": "epsilon,level_of_ancestor,r,exact,exact_error,mean_field",
-    "susceptibility": "process,noise,exact,exact_error,mean_field",
+    "correlations": "v,m,s,depth,epsilon,level_of_ancestor,r,exact,exact_error,mean_field",
+    "susceptibility": "process,v,m,s,depth,noise,exact,exact_error,mean_field",
     "steps": "sampler,v,m,s,depth,steps,time,level,loop,exact,difference,difference_error",
 }
 
@@ -115,7 +117,11 @@ def test_no_text_overlaps_or_leaves_the_figure(made):
             for row in rows_of(made / f"{name}.csv")
         ]
         with style():
-            check_texts(draw(rows, Grammar(8, 2, 3, 3)))
+            figure = draw(rows, Grammar(8, 2, 3, 3))
+            check_texts(figure)
+        if name.startswith("levels") or name in ("correlations", "susceptibility"):
+            assert "$v=8$, $m=3$, $s=2$, $L=3$" in [text.get_text() for text in figure.findobj(Text)]
+            assert {(row["v"], row["m"], row["s"], row["depth"]) for row in rows} == {(8, 3, 2, 3)}
 
 
 def number(value: str) -> float | int | str:
@@ -175,6 +181,59 @@ def test_mistakes_end_with_a_line(tmp_path):
     done = run_script("--branching", "1", "--output", tmp_path, script=SCRIPT)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: mean-field theory of v = 32") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def work():
+    """Of four grammars."""
+    with ThreadPoolExecutor(1) as pool:
+        yield theory_tables.Work(pool, 0, num_grammars=4, num_data=1, num_samples=2, num_images=1)
+
+
+def test_noises_at_which_the_class_is_lost(work):
+    """Those of the paper's grammar are fixed; the others' follow from where their class is lost."""
+    paper = Grammar(32, 2, 10, 8)
+    assert theory_tables.times(work, paper) == theory_tables.TIMES
+    near = 0.64, 0.66, 0.68, 0.7, 0.72, 0.74, 0.76, 0.78, 0.8, 0.82, 0.84
+    assert theory_tables.epsilons(paper) == (0.4, 0.5, 0.6, *near, 0.9, 1)
+    for v, m, s, depth in ((8, 2, 4, 4), (32, 1, 2, 6), (4, 5, 4, 3)):
+        exact, _ = measured(
+            theory.marginals, parts(v, m, s, depth, 8), "gaussian", theory_tables.times(work, Grammar(v, s, depth, m))
+        )
+        noises = theory_tables.epsilons(Grammar(v, s, depth, m))
+        theoretical = [mean_field.marginals(e, v, m, s, depth)[-1] for e in noises if e < 1]
+        for classes in (exact[:, -1], theoretical):
+            survives = (np.array(classes) - 1 / v) / (1 - 1 / v)
+            assert survives[0] > 0.9 and survives[-1] < 0.3
+            assert (np.abs(survives - 0.5) < 0.45).sum() >= 2  # on the way down
+
+
+def test_errors_of_the_loop_where_all_outcomes_are_equal(work):
+    """There, what the exact posterior expects; elsewhere, the standard error of the difference from it."""
+    rows = theory_tables.levels_gaussian(work, Grammar(8, 2, 2, 3))
+    unanimous = [row for row in rows if row["loop"] in (0, 1) and 1e-6 < row["loop_exact"] < 1 - 1e-6]
+    assert unanimous
+    for row in unanimous:
+        expected = (row["loop_exact"] * (1 - row["loop_exact"]) / 2) ** 0.5  # two data
+        assert row["loop_error"] == pytest.approx(expected)
+    assert any(row["loop_exact"] != row["exact"] for row in rows)  # of fewer grammars
+
+
+def test_figures_of_what_is_undefined_and_of_one_level():
+    about = {"v": 32, "m": 8, "s": 2, "depth": 1}
+    found = {"exact": "", "exact_error": "", "mean_field": 1.0}
+    chi = [{"process": p, **about, "noise": e, **found} for p in ("epsilon", "masking") for e in (0.2, 0.5, 0.8)]
+    epsilons, of_level = (0.5, 0.7, 0.74, 0.8), {"exact": 0.4, "exact_error": 0.01, "mean_field": 0.4}
+    by_level = [
+        {**about, "epsilon": e, "level_of_ancestor": h, "r": 2**h - 1, **of_level} for e in epsilons for h in (0, 1)
+    ]
+    with style():
+        figure = theory_plots.susceptibility(chi, Grammar(32, 2, 1, 8))
+        assert [axes.get_xlim() for axes in figure.axes] == [pytest.approx((0.17, 0.83))] * 2
+        figure = theory_plots.correlations(by_level, Grammar(32, 2, 1, 8))
+        check_texts(figure)
+    assert len(figure.axes) == 1
+    assert "mean field" in [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
 
 
 # What it measures
@@ -239,10 +298,22 @@ def test_the_bias_of_the_loop_falls_with_its_steps():
 
 
 def test_chains_lead_from_a_timestep_to_clean_data():
-    for last, steps in ((397, 100), (397, 5), (99, 25), (99, 1000)):
+    for last, steps in ((397, 100), (397, 5), (99, 25), (99, 1000), (36, 1), (0, 1)):
         diffusion = theory.chain(last, steps, ModelMeanType.EPSILON)
         assert diffusion.timestep_map[-1] == last and diffusion.num_timesteps == min(steps, last + 1)
         assert diffusion.alphas_cumprod[-1] == pytest.approx(theory.SIGNAL[last])
+    with pytest.raises(UserError, match=r"^a chain of 0 steps from timestep 36: expected one step or more$"):
+        theory.chain(36, 0, ModelMeanType.EPSILON)
+
+
+def test_a_chain_of_one_step_returns_the_prediction():
+    def half(x, t):
+        assert (t == 36).all()
+        return x / 2
+
+    x = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(0))
+    back = theory.denoise(theory.chain(36, 1, ModelMeanType.START_X), half, x, torch.Generator())
+    assert (back - x / 2).abs().max() < 1e-6
 
 
 def test_images_start_from_the_same_noise_for_any_number_of_steps():
