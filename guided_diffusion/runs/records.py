@@ -91,14 +91,16 @@ def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
             )
 
 
-def report_unreadable(unreadable: Mapping[str, str], consequence: str, chosen: int | None = None) -> int:
+def report_unreadable(
+    unreadable: Mapping[str, str], consequence: str, chosen: int | None = None, things: str = "images"
+) -> int:
     """Log the images that could not be read (path -> why), and return the exit status.
 
-    `consequence` completes the message; `chosen` is the total number of images.
+    `consequence` completes the message; `chosen` is the total number of images; `things` is what they are.
     """
     for why in unreadable.values():
         logger.warn(why)
     if unreadable:
         count = len(unreadable) if chosen is None else f"{len(unreadable)} of {chosen}"
-        logger.error(f"{count} images could not be read: {consequence}")
+        logger.error(f"{count} {things} could not be read: {consequence}")
     return 1 if unreadable else 0
