@@ -43,7 +43,7 @@ from guided_diffusion.forward_backward import (
     noised_image,
 )
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.images.folder import LabelledImage, find_images
+from guided_diffusion.images.folder import LabelledImage, check_outside, find_images
 from guided_diffusion.images.io import read_image
 from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
 from guided_diffusion.runs.shards import Shard, shard_of
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
     dist_util.on_main(check_names, folders, images, args.num_trajectories, args.num_turns)
+    written = [folder.path for folder in folders.values()]
+    dist_util.on_main(check_outside, written, args.data_dir, [image.path for image in images])
 
     model = dist_util.on_every_rank(load_model, args.model_path, vars(args), args.seed)
     recorded = dist_util.on_main(recorded_compilation, folders.values())

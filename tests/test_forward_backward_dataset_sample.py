@@ -440,8 +440,11 @@ def test_a_folder_belongs_to_one_experiment(flags, photographs, small_checkpoint
 
 
 def test_plain_mistakes_get_plain_words(flags, small_checkpoint, tmp_path, capsys):
-    output = tmp_path / "out"
+    output, data = tmp_path / "out", tmp_path / "data"
     (tmp_path / "empty").mkdir()
+    data.mkdir()
+    Image.new("RGB", (32, 32)).save(data / "a.png")
+    (data / "linked").symlink_to(data)
     (tmp_path / "text.pt").write_text("not a checkpoint\n" * 100)
     (tmp_path / "half.pt").write_bytes(small_checkpoint.read_bytes()[:500_000])
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
@@ -467,6 +470,8 @@ def test_plain_mistakes_get_plain_words(flags, small_checkpoint, tmp_path, capsy
         (["--data_dir", tmp_path / "empty"], ["--data_dir", "no files"]),
         (["--labels_file", tmp_path / "labels.txt"], ["--labels_file", "cat"]),
         (["--output", tmp_path / "file" / "out"], ["--output", "Not a directory"]),
+        (["--data_dir", data, "--output", data / "out"], ["t_3_20_images' (--output)", "inside", f"{data}' (--data_dir)"]),
+        (["--data_dir", data, "--output", data / "linked"], ["(--output)", "the next run would take them"]),
     ]
     for change, words in mistakes:
         assert_refused(capsys, [*flags, "--output", output, *change], *words)

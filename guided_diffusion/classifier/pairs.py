@@ -14,8 +14,16 @@ import numpy as np
 
 from .. import logger
 from ..errors import UserError
-from ..forward_backward import SampleFolder, parse_sample
-from ..images.folder import LabelledImage, check_stems, label_where_known, list_images, list_some, without_extension
+from ..forward_backward import SampleFolder
+from ..images.folder import (
+    LabelledImage,
+    check_stems,
+    label_where_known,
+    list_images,
+    list_some,
+    parse_sample,
+    without_extension,
+)
 from ..images.io import Check, UnreadableImage, open_image
 from ..runs.inputs import Inputs
 from ..runs.parts import Parts
