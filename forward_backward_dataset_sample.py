@@ -23,7 +23,7 @@ from typing import Any
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.command_line.flags import INT, REQUIRED, RUN, add_flags, flag
+from guided_diffusion.command_line.flags import ANY_SEED, REQUIRED, RUN, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
@@ -192,7 +192,7 @@ def create_argparser() -> argparse.ArgumentParser:
             *("seed", "clip_denoised", "sampler", "use_ddim"),
         ],
         model_path=REQUIRED,
-        seed=flag("seed", kind=INT),
+        seed=flag("seed", kind=ANY_SEED),
     )
     add_flags(
         parser.add_argument_group("the run"),

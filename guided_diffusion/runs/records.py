@@ -7,6 +7,7 @@ NAME_inputs.json lists the files that it was computed from.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -69,6 +70,15 @@ def finished_record(result: str, settings: Mapping[str, Any], shard: Shard = WHO
         raise UserError(f"{result} already exists, {problem}.\nChoose another --output, or move the file away")
     check_num_shards(record.get("num_shards"), shard, result)
     return record if record["finished"] else None
+
+
+def check_whole(path: str) -> None:
+    """Raise UserError if an .npz file is truncated, by the list of contents at its end."""
+    with bf.BlobFile(path, "rb") as f:
+        if not zipfile.is_zipfile(f):
+            raise UserError(
+                f"{path} is damaged: its end is missing.\nMove it away to compute it again, or choose another --output"
+            )
 
 
 def write_result(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
