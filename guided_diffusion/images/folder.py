@@ -129,7 +129,7 @@ def check_outside(
     """
     within = {os.path.dirname(path) for path in images}
     within = {"/".join(parts[:i]) for parts in (path.split("/") for path in within) for i in range(len(parts) + 1)}
-    searched = {_identity(os.path.join(data_dir, path)) for path in {"", *within}}
+    searched = {_identity(os.path.join(data_dir, path)) for path in {"", *within}} - {None}
     if output := next((output for output in outputs if _is_below(output, searched)), None):
         raise UserError(
             f"{what} would be written to {output!r} (--output), which is inside {data_dir!r} ({flag}): the next run "
