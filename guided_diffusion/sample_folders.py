@@ -9,7 +9,6 @@ unit's samples. The numbers of trajectories and of turns are not settings: a lat
 from __future__ import annotations
 
 import argparse
-import itertools
 import os
 import re
 from collections import Counter
@@ -90,7 +89,7 @@ class SampleRun(Run):
         self.total = len(folders) * len(images) * args.num_trajectories * args.num_turns
         self.to_do, self.chains = 0, list[Chain]()
         self.written: Counter[int] = Counter()  # number of samples by k
-        self.unreadable: UnreadableFiles = {k: {IMAGES: {}, SAMPLES: {}} for k in folders}
+        self.unreadable: UnreadableFiles = {k: {kind: {} for kind in KEYS} for k in folders}
 
     def _open(self) -> None:
         """Raises UserError if a folder contains another experiment, or the starting images have changed."""
@@ -266,7 +265,7 @@ class SampleRun(Run):
             for unit in chain.turns
             for row in unit.todo
         }
-        all_unreadable: dict[str, Unreadable] = {IMAGES: {}, SAMPLES: {}}
+        all_unreadable: dict[str, Unreadable] = {kind: {} for kind in KEYS}
         disappeared: list[str] = []
         with self._locked_records():
             for k, folder in self.folders.items():
@@ -279,12 +278,13 @@ class SampleRun(Run):
                     for image in self.images
                     if (names := [name for name in self._samples_of_image(k, image.path) if name not in files])
                 }
-                unreadable = {kind: _recorded_unreadable(record, kind) for kind in all_unreadable}
-                for kind, (_, noted) in itertools.product(unreadable, reports):
-                    all_unreadable[kind] |= noted[k][kind]
-                    unreadable[kind] |= noted[k][kind]
-                unreadable = {kind: {p: found[p] for p in lacking if p in found} for kind, found in unreadable.items()}
-                explained = unreadable[IMAGES].keys() | unreadable[SAMPLES].keys()
+                unreadable = {}
+                for kind in KEYS:
+                    noted = {path: why for _, of_rank in reports for path, why in of_rank[k][kind].items()}
+                    all_unreadable[kind] |= noted
+                    known = {**_recorded_unreadable(record, kind), **noted}
+                    unreadable[kind] = {path: known[path] for path in lacking if path in known}
+                explained = {*unreadable[IMAGES], *unreadable[SAMPLES]}
                 missing = [name for path, names in lacking.items() if path not in explained for name in names]
                 lost = [name for name in missing if (k, name) in mine]
                 disappeared += [f"{folder.path}/{name}" for name in lost]
@@ -299,9 +299,7 @@ class SampleRun(Run):
                 with_sample = len(self.images) - len(lacking)
                 record["finished"] = not lacking
                 record["images"] = {"chosen": len(self.images), "with_sample": with_sample}
-                record["images"] |= {KEYS[IMAGES]: unreadable[IMAGES]}
-                if unreadable[SAMPLES]:
-                    record["images"] |= {KEYS[SAMPLES]: unreadable[SAMPLES]}
+                record["images"] |= {KEYS[kind]: found for kind, found in unreadable.items() if found or kind == IMAGES}
                 samples_written = sum(written[k] for written, _ in reports)
                 if samples_written or not record["runs"]:  # a run with nothing to do leaves no trace
                     record["runs"] = [*record["runs"], {"samples_written": samples_written, **facts}]
@@ -409,7 +407,7 @@ def _recorded_unreadable(record: Record, kind: str) -> Unreadable:
     """The images that earlier runs and other shards could not read, or whose samples they could not read."""
     counts = record.get("images")
     found = counts.get(KEYS[kind]) if isinstance(counts, dict) else None
-    return dict(found) if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _parts_of_inputs(folder: SampleFolder) -> dict[int, str]:
