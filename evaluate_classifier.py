@@ -62,7 +62,7 @@ from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.compute.transfer import upload
-from guided_diffusion.errors import UserError, named_write_errors
+from guided_diffusion.errors import NothingReadable, named_write_errors
 from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
 from guided_diffusion.images.classes import read_classes
 from guided_diffusion.images.folder import LabelledImage
@@ -227,7 +227,7 @@ def write_time(
     """Write the files of the t-th time, k. Returns the number of pairs; raises UserError if none was readable."""
     images, trajectories, unreadable, arrays = join_parts(comparison.parts, batches, t, comparison.unreadable)
     if not images:
-        raise UserError(f"none of the pairs of k = {k} could be read: there is nothing to write (--data_dir)")
+        raise NothingReadable(f"none of the pairs of k = {k} could be read: there is nothing to write (--data_dir)")
     record = {
         "finished": not unreadable,
         "num_shards": comparison.shard.count,

@@ -23,7 +23,7 @@ from typing import Any
 
 from guided_diffusion import dist_util, logger
 from guided_diffusion.checkpoints import load_model
-from guided_diffusion.command_line.flags import INT, REQUIRED, RUN, add_flags, flag
+from guided_diffusion.command_line.flags import ANY_SEED, REQUIRED, RUN, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
@@ -43,7 +43,7 @@ from guided_diffusion.forward_backward import (
     noised_image,
 )
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from guided_diffusion.images.folder import LabelledImage, find_images
+from guided_diffusion.images.folder import LabelledImage, check_outside, find_images
 from guided_diffusion.images.io import read_image
 from guided_diffusion.runs.settings import digest_of, settings_of, weights_digest
 from guided_diffusion.runs.shards import Shard, shard_of
@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output or default_output(args.data_dir)
     folders = {k: SampleFolder(output, k, num_steps, args.diffusion_steps, args.image_format) for k in times}
     dist_util.on_main(check_names, folders, images, args.num_trajectories, args.num_turns)
+    written = [folder.path for folder in folders.values()]
+    dist_util.on_main(check_outside, written, args.data_dir, [image.path for image in images])
 
     model = dist_util.on_every_rank(load_model, args.model_path, vars(args), args.seed)
     recorded = dist_util.on_main(recorded_compilation, folders.values())
@@ -190,7 +192,7 @@ def create_argparser() -> argparse.ArgumentParser:
             *("seed", "clip_denoised", "sampler", "use_ddim"),
         ],
         model_path=REQUIRED,
-        seed=flag("seed", kind=INT),
+        seed=flag("seed", kind=ANY_SEED),
     )
     add_flags(
         parser.add_argument_group("the run"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from .compute.memory import enough_memory_for_network
 from .dist_util import load_weights
 from .errors import UserError
 from .script_util import CHANNEL_MULT, create_classifier, create_model, downsampling_factors, numbers, sr_create_model
-from .system.checkpoint_files import Shapes, difference, shapes_of
+from .system.checkpoint_files import Shapes, check_finite_weights, difference, shapes_of
 from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 UNTRAINED = "untrained"
@@ -102,7 +102,9 @@ def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> A
     expected = shapes_of(model.state_dict())
     weights = load_weights(path, flag=network.path_flag, expected=expected)
     check_fit(network, path, found=shapes_of(weights), expected=expected, flags=flags)
-    model.load_state_dict({name: w.to(torch.float32) for name, w in weights.items()}, assign=True)
+    weights = {name: w.to(torch.float32) for name, w in weights.items()}
+    check_finite_weights(weights, f"{network.path_flag} {path}")
+    model.load_state_dict(weights, assign=True)
     return model
 
 
@@ -144,12 +146,16 @@ def check_fit(
         yours[mult] = numbers(yours[mult], mult)
     if mult in theirs and theirs[mult] != yours.get(mult) and flags[network.size_flag] in network.sizes:
         sizes = [size for size, multipliers in network.sizes.items() if multipliers == theirs[mult]]
-    if "attention_factors" in theirs:  # compared as resolutions, for the correct image size
+    if "attention_factors" in theirs:
         size = sizes[0] if sizes else flags[network.size_flag]
-        flag = network.flag("attention_resolutions")
-        levels = {2**level for level in range(len(theirs[mult]))}
-        both = theirs.pop("attention_factors"), levels.intersection(downsampling_factors(size, flags[flag]))
-        theirs[flag], yours[flag] = (",".join(str(size // f) for f in sorted(factors)) for factors in both)
+        flag, factors = network.flag("attention_resolutions"), sorted(theirs.pop("attention_factors"))
+        if not _has_attention(size, flags[flag], factors, theirs[mult]):
+            sides = ",".join(str(size // f) for f in factors)
+            fitting = [] if sizes else _fitting_sizes(network, flags, factors, theirs[mult])
+            if fitting:  # the flags are right, but for another size
+                theirs[network.size_flag], yours[network.size_flag] = fitting[0], f"{size}, where it is {sides}"
+            else:
+                theirs[flag], yours[flag] = sides, flags[flag]
     differing = [name for name, value in theirs.items() if value != yours[name]]
     differences = [
         _in_words(network, name, theirs=theirs[name], yours=yours[name], sizes=sizes, flags=flags) for name in differing
@@ -161,10 +167,32 @@ def check_fit(
     raise UserError(f"the checkpoint {path}{named} does not fit your flags: {'; '.join(reasons)}{advice}")
 
 
+def _has_attention(size: int, resolutions: str, factors: Sequence[int], mult: Sequence[float]) -> bool:
+    """Whether a network for this image size has attention at these downsampling factors and nowhere else."""
+    levels = {2**level for level in range(len(mult))}
+    return levels.intersection(downsampling_factors(size, resolutions)) == {*factors}
+
+
+def _fitting_sizes(
+    network: Network, flags: Mapping[str, Any], factors: Sequence[int], mult: Sequence[float]
+) -> list[int]:
+    """The powers of two, as image sizes, at which the user's other flags give these factors and multipliers."""
+    flag = network.flag("attention_resolutions")
+    sizes = {int(side * factor) for side in numbers(flags[flag], flag) for factor in factors}
+    given = flags.get(network.flag("channel_mult"))
+    return sorted(
+        size
+        for size in sizes
+        if size & (size - 1) == 0
+        and (given or network.sizes.get(size) == mult)
+        and _has_attention(size, flags[flag], factors, mult)
+    )
+
+
 def network_in(shapes: Shapes) -> Network | str:
     """The network in a checkpoint, or a description if it is none of the three."""
-    first = shapes.get("input_blocks.0.0.weight")
-    if first is None or "time_embed.0.weight" not in shapes:
+    first, embedding = (shapes.get(name, ()) for name in ("input_blocks.0.0.weight", "time_embed.0.weight"))
+    if len(first) != 4 or len(embedding) != 2 or not embedding[1]:
         return f"{len(shapes)} weights of another network (the first is {next(iter(shapes), 'none')!r})"
     decoder = any(name.startswith("output_blocks.") for name in shapes)
     network = {(3, True): DIFFUSION_MODEL, (6, True): UPSAMPLER, (3, False): CLASSIFIER}.get((first[1], decoder))
@@ -192,7 +220,7 @@ def read_flags(shapes: Shapes) -> dict[str, Any]:
     if levels != 1:
         flags["resblock_updown"] = not any("op" in kinds for kinds in inputs.values())
     embedded, activations = (
-        shapes.get(f"middle_block.0.{layer}.weight", (0,))[0] for layer in ("emb_layers.1", "out_layers.0")
+        _outputs(shapes, f"middle_block.0.{layer}.weight") for layer in ("emb_layers.1", "out_layers.0")
     )
     flags["use_scale_shift_norm"] = embedded == 2 * activations
     if network_in(shapes) is CLASSIFIER:
@@ -204,7 +232,7 @@ def read_flags(shapes: Shapes) -> dict[str, Any]:
             flags["pool"] = "spatial_v2" if "out.1.weight" in shapes else "spatial"
         return {CLASSIFIER.flag(name): value for name, value in flags.items()}
     flags["class_cond"] = "label_emb.weight" in shapes
-    if (out_channels := shapes.get("out.2.weight", (0,))[0]) in (3, 6):
+    if (out_channels := _outputs(shapes, "out.2.weight")) in (3, 6):
         flags["learn_sigma"] = out_channels == 6
     return flags
 
@@ -222,7 +250,12 @@ def _blocks(shapes: Shapes, part: str) -> dict[int, list[str]]:
 def _width(shapes: Shapes, block: int) -> int:
     """Number of output channels of an input block."""
     names = (f"input_blocks.{block}.0.{layer}.weight" for layer in ("out_layers.3", "op"))
-    return next((shapes[name][0] for name in names if name in shapes), 0)
+    return next((_outputs(shapes, name) for name in names if name in shapes), 0)
+
+
+def _outputs(shapes: Shapes, name: str) -> int:
+    """Number of output channels of a layer, given the name of its weight; 0 if it has none, or is a single number."""
+    return next(iter(shapes.get(name, ())), 0)
 
 
 def _levels(shapes: Shapes, channels: int) -> int | None:
@@ -254,6 +287,9 @@ def _in_words(
         return f"the checkpoint has {6 if theirs else 3} output channels, so {remedy}", remedy
     if name == "class_cond":
         return f"the checkpoint has {'a' if theirs else 'no'} class embedding, so {remedy}", remedy
+    if name == network.size_flag:
+        attention = network.flag("attention_resolutions")
+        return f"{attention} {flags[attention]} fits the checkpoint at {name} {value}, not at {yours}", remedy
     if name != network.flag("channel_mult"):
         return f"{name} is {value} in the checkpoint, {mine} in your flags", remedy
     value, mine = (",".join(map(str, multipliers)) for multipliers in (theirs, yours))

@@ -3,7 +3,9 @@
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+
+import blobfile as bf
 
 
 class UserError(ValueError):
@@ -21,6 +23,18 @@ class ResultError(UserError):
     status = 1
 
 
+class NothingReadable(UserError):
+    """None of a run's images could be read."""
+
+    status = 1
+
+
+class WriteError(UserError):
+    """The operating system or the remote storage refused to write a file, such as on a full disk."""
+
+    status = 1
+
+
 class LostPeer(RuntimeError):
     """Another process of the run is gone; the message names it."""
 
@@ -34,13 +48,14 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def named_write_errors(path: str = "") -> Iterator[None]:
-    """Turn an OSError in the block into a UserError that names the file: `path`, or the one in the exception."""
+    """Turn a system's or storage's error in the block into a WriteError that names the file: `path`, or its own."""
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path or error.filename or 'the output'}: {error.strerror or error}. Choose another "
-            "--output,\nor fix this and rerun the same command to resume"
+    except (OSError, bf.Error) as error:
+        name = path or getattr(error, "filename", None) or "the output"
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise WriteError(
+            f"cannot write {name}: {reason}. Choose another --output,\nor fix this and rerun the same command to resume"
         ) from error
 
 
@@ -56,6 +71,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def print_to_stderr(text: str) -> None:
-    """Print text on a line of its own, even next to a progress bar."""
-    sys.stderr.write(f"\n{text}\n" if sys.stderr.isatty() else f"{text}\n")
-    sys.stderr.flush()
+    """Print text on a line of its own, even next to a progress bar; nothing if stderr is closed or full."""
+    with suppress(OSError, ValueError, AttributeError):
+        sys.stderr.write(f"\n{text}\n" if sys.stderr.isatty() else f"{text}\n")
+        sys.stderr.flush()

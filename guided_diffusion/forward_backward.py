@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -20,7 +19,9 @@ import torch
 from .compute.transfer import download
 from .errors import ResultError
 from .gaussian_diffusion import GaussianDiffusion, check_step_reverse
-from .images.folder import LabelledImage
+from .images.folder import LabelledImage, is_folder_of_samples, path_of_start
+from .images.folder import SampleName as SampleName
+from .images.folder import parse_sample as parse_sample
 from .images.io import to_float
 from .runs.resumable import IMAGES
 from .runs.shards import cut
@@ -57,6 +58,7 @@ class NoiseStreams:
     """One stream of standard normal numbers per image of a batch; the `generator` of a sampling loop.
 
     A stream depends only on the seed, the image's name, the step and the trajectory, not on the batch or the process.
+    PyTorch's generator of a CPU uses 32 of the seed's 64 bits: there, any two streams are equal with probability 2^-32.
 
     Args:
         seed: seed of the run.
@@ -88,7 +90,7 @@ class NoiseStreams:
 
 
 def noise_seed(seed: int, name: str, step: int, trajectory: int = 1) -> int:
-    """The 64-bit seed of an image's noise at one step: a hash, so that streams are independent."""
+    """The 64-bit seed of an image's noise at one step: a hash, so that seeds are as good as independent."""
     words = [str(seed).encode(), os.fsencode(name), str(step).encode()]
     if trajectory > 1:  # the first has the seed of a run with a single sample of each image
         words.append(str(trajectory).encode())
@@ -319,40 +321,17 @@ class SampleFolder:
         return f"{os.path.splitext(image_path)[0]}_t{time:04d}{which}.{ending}"
 
 
-class SampleName(NamedTuple):
-    """What the name of a sample says.
-
-    Attributes:
-        start: the starting image, without its extension.
-        time: t0500, the time as in the name.
-        trajectory, turn: 1, 2, ...
-    """
-
-    start: str
-    time: str
-    trajectory: int
-    turn: int
-
-
-def parse_sample(stem: str) -> SampleName | None:
-    """The meaning of a sample's name without its extension; None if it is not the name of a sample."""
-    match = re.fullmatch(r"(.*)_(t\d{4,})(?:_s(\d{3,}))?(?:_u(\d{2,}))?", stem, re.DOTALL)
-    return match and SampleName(match[1], match[2], int(match[3] or 1), int(match[4] or 1))
-
-
 def in_order_of_starts(images: Sequence[LabelledImage], data_dir: str) -> list[LabelledImage]:
     """Order the samples of another run by the images that they started from; leave other images in their order.
 
     By name alone, image_1.png comes before image_10.png, but image_1_t0500.png after image_10_t0500.png. With this
     order, a run that starts from the samples of another one has the same batches as one run of two turns.
     """
-    if not re.fullmatch(r"t_\d+_\d+_images", os.path.basename(data_dir.rstrip("/"))):
+    if not is_folder_of_samples(data_dir):
         return list(images)
 
     def place(image: LabelledImage) -> tuple[int, str, str]:
-        stem, extension = os.path.splitext(image.path)
-        name = parse_sample(stem)
         label = -1 if image.label is None else image.label
-        return label, (name.start if name else stem) + extension, image.path
+        return label, path_of_start(image.path), image.path
 
     return sorted(images, key=place)

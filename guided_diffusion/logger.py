@@ -380,18 +380,54 @@ def _progress_files() -> list[Path]:
     return [Path(current.dir) / f"progress{current.log_suffix}.{kind}" for kind in ("csv", "json")]
 
 
+class _Tolerant:
+    """stderr for a progress bar, which must not end a run if the terminal is gone, or the disk of a log file full."""
+
+    def __init__(self, stream: Any):
+        self._wrapped = stream  # a name by which tqdm compares streams
+
+    def works(self) -> bool:
+        """Whether there is a stream, and everything written to it so far has arrived."""
+        try:
+            self._wrapped.flush()
+        except (OSError, ValueError, AttributeError):
+            return False
+        return True
+
+    def write(self, text: str) -> None:
+        """Write as far as possible."""
+        with suppress(OSError, ValueError):
+            self._wrapped.write(text)
+
+    def flush(self) -> None:
+        """Flush as far as possible."""
+        with suppress(OSError, ValueError):
+            self._wrapped.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._wrapped, name)
+
+    def __eq__(self, other: object) -> bool:
+        return self._wrapped == getattr(other, "_wrapped", other)
+
+    def __hash__(self) -> int:
+        return hash(self._wrapped)
+
+
 def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0, kind: Callable[..., tqdm] = tqdm) -> tqdm:
     """Progress bar on rank 0, hidden if nothing is left to do. In a log file, it prints a line per minute.
 
     `kind` is the class of the bar.
     """
+    stream = _Tolerant(sys.stderr)
     return kind(
         total=total,
         initial=initial,
         desc=desc,
         unit=unit,
-        disable=_rank() != 0 or total == initial,
-        mininterval=0.2 if sys.stderr.isatty() else 60,
+        file=stream,
+        disable=_rank() != 0 or total == initial or not stream.works(),
+        mininterval=0.2 if stream.works() and sys.stderr.isatty() else 60,
         dynamic_ncols=True,
     )
 

@@ -37,7 +37,10 @@ from .system.files import SCRATCH, remove_scratch, remove_scratch_of, walk, writ
 LONGEST_NAME = 255  # bytes of a file name, on nearly every file system
 UPDATE = 600.0  # seconds to wait for other shards to update a record
 
-Unreadable = dict[str, str]  # path of an image -> why it cannot be read
+KEYS = {IMAGES: "unreadable", SAMPLES: "unreadable_samples"}  # in the record, by kind
+
+Unreadable = dict[str, str]  # path of an image -> why it, or a sample of it, cannot be read
+UnreadableFiles = dict[int, dict[str, Unreadable]]  # by k and by kind: starting images, and samples that a turn needs
 ReadImage = Callable[[str, Check | None], np.ndarray]  # see `images.io.read_image`
 
 
@@ -86,7 +89,7 @@ class SampleRun(Run):
         self.total = len(folders) * len(images) * args.num_trajectories * args.num_turns
         self.to_do, self.chains = 0, list[Chain]()
         self.written: Counter[int] = Counter()  # number of samples by k
-        self.unreadable: dict[int, Unreadable] = {k: {} for k in folders}
+        self.unreadable: UnreadableFiles = {k: {kind: {} for kind in KEYS} for k in folders}
 
     def _open(self) -> None:
         """Raises UserError if a folder contains another experiment, or the starting images have changed."""
@@ -130,9 +133,11 @@ class SampleRun(Run):
         unit = chain.turns[0]
         ((kind, paths),) = chain.files.items()
         unreadable = [row for row in sorted(unit.todo) if not pictures.readable[row]]
+        noted = self.unreadable[unit.step_reverse]
         for row in unreadable:
-            why = pictures.unreadable[kind][paths[row]]
-            self.unreadable[unit.step_reverse].setdefault(unit.images[row].path, why)
+            path = unit.images[row].path
+            if path not in noted[IMAGES]:  # of which there is no sample to read
+                noted[kind].setdefault(path, pictures.unreadable[kind][paths[row]])
         return len(unreadable) < len(unit.todo)
 
     def write(self, unit: Unit, pictures: Pictures, samples: Pixels) -> None:
@@ -234,22 +239,19 @@ class SampleRun(Run):
         if listed is None:
             return _Contents(record, files, None, parts.values())
         entries = dict(listed.get("images", {}))
-        units = cut_units(self.images, self.args.batch_size, folder.step_reverse, self.args.num_trajectories)
-        for index, path in parts.items():
-            read = (read_entries(path) or {}).get("images", {})
-            entries |= read
-            for image in units[index].images if index < len(units) else ():
-                if image.path not in read:
-                    entries.pop(image.path, None)  # it was unreadable, and may have been repaired since
-        for path in _recorded_unreadable(record):
-            entries.pop(path, None)
+        for path in parts.values():
+            entries |= (read_entries(path) or {}).get("images", {})
+        for image in self.images:  # one that was never read may have been repaired or replaced since
+            entry = entries.get(image.path)
+            if entry and not entry.sha256 and files.isdisjoint(self._samples_of_image(folder.step_reverse, image.path)):
+                del entries[image.path]
         return _Contents(record, files, entries, parts.values())
 
-    def _close_folders(self, reports: Sequence[tuple[Counter[int], dict[int, Unreadable]]], facts: Record) -> int:
+    def _close_folders(self, reports: Sequence[tuple[Counter[int], UnreadableFiles]], facts: Record) -> int:
         """Check the folders and record the run. Returns the exit status.
 
         Args:
-            reports: per rank, `written` and `unreadable`.
+            reports: for each rank, `written` and `unreadable`.
             facts: see `Run.facts`.
 
         Raises:
@@ -263,7 +265,7 @@ class SampleRun(Run):
             for unit in chain.turns
             for row in unit.todo
         }
-        all_unreadable: Unreadable = {}
+        all_unreadable: dict[str, Unreadable] = {kind: {} for kind in KEYS}
         disappeared: list[str] = []
         with self._locked_records():
             for k, folder in self.folders.items():
@@ -276,11 +278,14 @@ class SampleRun(Run):
                     for image in self.images
                     if (names := [name for name in self._samples_of_image(k, image.path) if name not in files])
                 }
-                now_unreadable = {path: why for _, unreadable in reports for path, why in unreadable[k].items()}
-                all_unreadable |= now_unreadable
-                known = {**_recorded_unreadable(record), **now_unreadable}
-                unreadable = {path: known[path] for path in lacking if path in known}
-                missing = [name for path, names in lacking.items() if path not in unreadable for name in names]
+                unreadable = {}
+                for kind in KEYS:
+                    noted = {path: why for _, of_rank in reports for path, why in of_rank[k][kind].items()}
+                    all_unreadable[kind] |= noted
+                    known = {**_recorded_unreadable(record, kind), **noted}
+                    unreadable[kind] = {path: known[path] for path in lacking if path in known}
+                explained = {*unreadable[IMAGES], *unreadable[SAMPLES]}
+                missing = [name for path, names in lacking.items() if path not in explained for name in names]
                 lost = [name for name in missing if (k, name) in mine]
                 disappeared += [f"{folder.path}/{name}" for name in lost]
                 if parts := _parts_of_inputs(folder):
@@ -293,7 +298,8 @@ class SampleRun(Run):
 
                 with_sample = len(self.images) - len(lacking)
                 record["finished"] = not lacking
-                record["images"] = {"chosen": len(self.images), "with_sample": with_sample, "unreadable": unreadable}
+                record["images"] = {"chosen": len(self.images), "with_sample": with_sample}
+                record["images"] |= {KEYS[kind]: found for kind, found in unreadable.items() if found or kind == IMAGES}
                 samples_written = sum(written[k] for written, _ in reports)
                 if samples_written or not record["runs"]:  # a run with nothing to do leaves no trace
                     record["runs"] = [*record["runs"], {"samples_written": samples_written, **facts}]
@@ -309,7 +315,10 @@ class SampleRun(Run):
                 f"{len(disappeared)} sample(s) that were written are missing, such as {disappeared[0]}:\n"
                 "was the folder changed during the run? Rerun the same command to compute them again"
             )
-        return report_unreadable(all_unreadable, "they have no sample", len(self.images))
+        return max(
+            report_unreadable(all_unreadable[IMAGES], "they have no sample", len(self.images)),
+            report_unreadable(all_unreadable[SAMPLES], "no turn can start from them", things="samples"),
+        )
 
     def _chains_of_shard(self, present: Mapping[int, set[str]]) -> Sequence[Chain]:
         """This shard's units of all times; `present` has the samples in their folders, by k. Some may have no turns."""
@@ -394,10 +403,10 @@ def _read_record(folder: SampleFolder) -> Record | None:
     return read_record(folder.record, {"settings": dict, "begun_with": dict, "runs": list}, folder.path)
 
 
-def _recorded_unreadable(record: Record) -> Unreadable:
-    """The images that earlier runs and other shards could not read."""
+def _recorded_unreadable(record: Record, kind: str) -> Unreadable:
+    """The images that earlier runs and other shards could not read, or whose samples they could not read."""
     counts = record.get("images")
-    found = counts.get("unreadable") if isinstance(counts, dict) else None
+    found = counts.get(KEYS[kind]) if isinstance(counts, dict) else None
     return found if isinstance(found, dict) else {}
 
 

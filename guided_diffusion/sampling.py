@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 import torch
 from torchvision.utils import make_grid
@@ -144,6 +146,7 @@ def write_samples(
     with ResultRun([result], f"{stem}_parts", settings, machine, {}, args) as run:
         if not run.unfinished:
             logger.info(f"{result.path} exists already, with the same settings: nothing to do")
+            dist_util.on_main(restore_preview, result.path, shape)
             return
         batches = [SampleBatch(i, numbers) for i, numbers in enumerate(cut(range(args.num_samples), args.batch_size))]
         left = run.remaining_units(batches)
@@ -161,8 +164,8 @@ def write_samples(
                 record["classes"] = {str(index): class_names[index] for index in sorted({*labels.tolist()})}
             record["last_run"] = {"samples_made": to_do, **facts}
             first = islice((x for index in range(len(batches)) for x in run.parts.read(index)["pixels"]), GRID)
+            write_preview(f"{stem}.png", np.stack(list(first)))
             with named_write_errors():
-                write_whole(f"{stem}.png", encode(image_grid(np.stack(list(first))), "png", 0))
                 write_json(record_of(result.path), record)
                 pixels = (run.parts.read(index)["pixels"] for index in range(len(batches)))
                 write_npz(result.path, shape, pixels, labels)  # last: if it exists, everything does
@@ -170,6 +173,26 @@ def write_samples(
 
         run.finish(len(batches), join_parts)
     logger.info(f"{args.num_samples} samples are in {result.path}")
+
+
+def write_preview(path: str, pixels: np.ndarray) -> None:
+    """Write a picture of samples, uint8 (n, H, W, 3). Raises UserError."""
+    with named_write_errors():
+        write_whole(path, encode(image_grid(pixels), "png", 0))
+
+
+def restore_preview(result: str, shape: tuple[int, ...]) -> None:
+    """Write the preview next to a finished file of samples again if it is gone. `shape` is (N, H, W, 3)."""
+    path = f"{os.path.splitext(result)[0]}.png"
+    if bf.exists(path):
+        return
+    first = (min(shape[0], GRID), *shape[1:])
+    with bf.BlobFile(result, "rb") as f, zipfile.ZipFile(f) as archive, archive.open("arr_0.npy") as rows:
+        np.lib.format.read_magic(rows)
+        np.lib.format.read_array_header_1_0(rows)
+        pixels = np.frombuffer(bytearray(rows.read(math.prod(first))), np.uint8).reshape(first)
+    write_preview(path, pixels)
+    logger.info(f"{path} was missing, and is written again")
 
 
 def write_npz(path: str, shape: tuple[int, ...], pixels: Iterable[np.ndarray], labels: np.ndarray | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from guided_diffusion.command_line.flags import NATURAL, POSITIVE, Flag
+from guided_diffusion.command_line.flags import POSITIVE, Flag, whole_number
 
 FLAGS = {
     "num_symbols": Flag(POSITIVE, "number of symbols v per level, and of classes"),
@@ -12,7 +12,7 @@ FLAGS = {
     "branching": Flag(POSITIVE, "number of symbols s in a rule"),
     "depth": Flag(POSITIVE, "number of levels of rules L"),
     "patch_size": Flag(POSITIVE, "side of a patch, in pixels; an image has 2^L x 2^L patches"),
-    "grammar_seed": Flag(NATURAL, "seed of the rules and the patches"),
+    "grammar_seed": Flag((whole_number(0, 2**63 - 1), "INT"), "seed of the rules and the patches"),
 }
 
 

@@ -44,7 +44,7 @@ from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.memory import enough_memory
 from guided_diffusion.compute.transfer import upload
 from guided_diffusion.correlations import Pairs
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import NothingReadable, UserError
 from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
 from guided_diffusion.images.io import Check, UnreadableImage, read_image
 from guided_diffusion.runs.inputs import Inputs
@@ -209,7 +209,9 @@ def write_results(
     for t, (k, result) in enumerate(results.items()):
         joined = join_parts(measurement.parts, units, t, measurement.unreadable)
         if not joined.names:
-            raise UserError(f"no start has two readable samples of k = {k}: there is nothing to write (--data_dir)")
+            raise NothingReadable(
+                f"no start has two readable samples of k = {k}: there is nothing to write (--data_dir)"
+            )
         unreadable = {p: why for p in result.files[SAMPLES] if (why := measurement.unreadable.get(p))}
         record = {
             "finished": not joined.left_out and not unreadable,

@@ -30,7 +30,7 @@ from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.compute.memory import enough_memory
-from guided_diffusion.errors import UserError, named_write_errors
+from guided_diffusion.errors import NothingReadable, named_write_errors
 from guided_diffusion.forward_backward import NoiseStreams, from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
 from guided_diffusion.images.classes import read_classes
@@ -151,7 +151,7 @@ def write_results(nll: ResultRun, result: Result, batches: Sequence[ImageBatch],
         for name in TERMS:
             sums[name] = sums[name] + part[name][readable].sum(axis=0, dtype=np.float64)  # (N,)
     if not names:
-        raise UserError("none of the images could be read: there is nothing to write (--data_dir)")
+        raise NothingReadable("none of the images could be read: there is nothing to write (--data_dir)")
     nll.write_lists(result)
     with named_write_errors():
         for name, path in zip(TERMS, result.companions, strict=True):

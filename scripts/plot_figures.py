@@ -73,6 +73,7 @@ from guided_diffusion.command_line.flags import (
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.errors import UserError
+from guided_diffusion.images.folder import check_outside
 from guided_diffusion.runs.inputs import evenly_spaced
 from guided_diffusion.script_util import number_of_steps
 from guided_diffusion.system.files import write_json
@@ -93,6 +94,8 @@ def main(argv: list[str] | None = None) -> int:
         return plot_changes(args)
     if bool(args.starting_data_dir) != bool(args.data_dir):
         raise UserError("the gallery needs both --starting_data_dir and --data_dir; without a gallery, give neither")
+    if args.starting_data_dir:
+        check_outside([args.output], args.starting_data_dir, [], "--starting_data_dir", "the figures")
     name = name_in_files(args.classifier_name)
     folder = args.results or default_folder(name)
     num_steps = steps_of(args)

@@ -15,6 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -49,6 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     logger.make_dir()
     diffusion = dist_util.on_every_rank(diffusion_from_flags, vars(args))
     small = dist_util.on_every_rank(SmallImages, args.base_samples, args.small_size, args.class_cond)
+    dist_util.on_main(small.check)
     model = dist_util.on_every_rank(load_upsampler, args.model_path, vars(args), args.seed)
     settings = settings_of(
         args,
@@ -98,30 +102,15 @@ class SmallImages:
         if not path:
             raise UserError("no small images: give --base_samples FILE.npz")
         expected = f"expected uint8 (n, {size}, {size}, 3) (--small_size)"
-        try:
+        self._path = path
+        with _named_errors(path):
             self._archive = zipfile.ZipFile(bf.BlobFile(path, "rb"))
+            if not {"arr_0", *(["arr_1"] if with_labels else [])} <= {*self._names()}:
+                needed = "arr_0, the images" + (", and arr_1, their classes (--class_cond)" if with_labels else "")
+                raise UserError(f"--base_samples {path} has {', '.join(self._names()) or 'nothing'}; expected {needed}")
             self._rows, self._shape, dtype = self._open("arr_0")
             self._start = self._rows.tell()
             labels = self._read_labels() if with_labels else None
-        except KeyError as error:
-            needed = "arr_0, the images" + (", and arr_1, their classes (--class_cond)" if with_labels else "")
-            raise UserError(
-                f"--base_samples {path} has {', '.join(self._names()) or 'nothing'}; expected {needed}"
-            ) from error
-        except zipfile.BadZipFile as error:
-            with bf.BlobFile(path, "rb") as f:
-                if f.read(len(LFS_POINTER)) == LFS_POINTER:
-                    raise UserError(
-                        f"--base_samples {path} is a Git LFS pointer, not the file itself: run git lfs pull"
-                    ) from error
-            raise UserError(
-                f"--base_samples {path} is not an .npz file, or is truncated: {first_line(error)}"
-            ) from error
-        except (OSError, bf.Error) as error:
-            reason = getattr(error, "strerror", None) or first_line(error)
-            raise UserError(f"--base_samples {path} cannot be read: {reason}") from error
-        except (ValueError, EOFError) as error:
-            raise UserError(f"--base_samples {path} does not contain plain arrays: {first_line(error)}") from error
         if dtype != np.uint8 or self._shape[1:] != (size, size, 3) or not self._shape[0]:
             raise UserError(f"--base_samples {path}: arr_0 is {dtype} {self._shape}, {expected}")
         if with_labels:
@@ -134,13 +123,20 @@ class SmallImages:
     def read(self, indices: range) -> np.ndarray:
         """The images of the samples with these indices: uint8 (B, size, size, 3). Raises UserError."""
         images = np.empty((len(indices), *self._shape[1:]), np.uint8)
-        for image, index in zip(images, indices, strict=True):
-            self._rows.seek(self._start + index % len(self) * image.size)
-            data = self._rows.read(image.size)
-            if len(data) < image.size:
-                raise UserError(f"--base_samples {self._archive.filename}: arr_0 is truncated")
-            image[:] = np.frombuffer(data, np.uint8).reshape(image.shape)
+        with _named_errors(self._path):
+            for image, index in zip(images, indices, strict=True):
+                self._rows.seek(self._start + index % len(self) * image.size)
+                data = self._rows.read(image.size)
+                if len(data) < image.size:
+                    raise UserError(f"--base_samples {self._path}: arr_0 is truncated")
+                image[:] = np.frombuffer(data, np.uint8).reshape(image.shape)
         return images
+
+    def check(self) -> None:
+        """Read the whole file. Raises UserError if it is damaged, which `read` might not notice."""
+        with _named_errors(self._path):
+            if damaged := self._archive.testzip():
+                raise zipfile.BadZipFile(f"{damaged} has a wrong checksum")
 
     def _names(self) -> list[str]:
         return [name.removesuffix(".npy") for name in self._archive.namelist()]
@@ -157,6 +153,29 @@ class SmallImages:
     def _read_labels(self) -> np.ndarray:
         with self._archive.open("arr_1.npy") as entry:
             return np.lib.format.read_array(entry, allow_pickle=False)
+
+
+@contextmanager
+def _named_errors(path: str) -> Iterator[None]:
+    """Turn errors of reading --base_samples in the block into UserErrors that name the file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, zlib.error) as error:
+        with bf.BlobFile(path, "rb") as f:
+            if f.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise UserError(
+                    f"--base_samples {path} is a Git LFS pointer, not the file itself: run git lfs pull"
+                ) from error
+        raise UserError(
+            f"--base_samples {path} is not an .npz file, or is truncated or damaged: {first_line(error)}"
+        ) from error
+    except (OSError, bf.Error) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"--base_samples {path} cannot be read: {reason}") from error
+    except (ValueError, KeyError, EOFError) as error:
+        raise UserError(f"--base_samples {path} does not contain plain arrays: {first_line(error)}") from error
 
 
 def _check_labels(path: str, labels: np.ndarray, count: int) -> None:

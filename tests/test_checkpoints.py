@@ -255,6 +255,51 @@ def test_a_classifier_whose_widths_leave_its_levels_open_is_refused_in_words():
             check_fit(CLASSIFIER, "x.pt", found, shapes_made(CLASSIFIER, {**flags, **wrong}), {**flags, **wrong})
 
 
+def test_flags_for_another_image_size():
+    """The weights do not depend on the size, except through the levels that have attention."""
+    right = {**model_and_diffusion_defaults(), **SMALL_MODEL}
+    found = shapes_made(DIFFUSION_MODEL, right)
+    for wrong, words in (
+        (
+            {"image_size": 64},
+            "attention_resolutions 16 fits .* at image_size 32, not at 64, where it is 32",
+        ),
+        ({"attention_resolutions": "9"}, "attention_resolutions is 16 in the checkpoint, 9 in your flags"),
+        ({"attention_resolutions": ""}, "attention_resolutions is 16 in the checkpoint, '' in your flags"),
+    ):
+        flags = {**right, **wrong}
+        with pytest.raises(UserError, match=words):
+            check_fit(DIFFUSION_MODEL, "x.pt", found, shapes_made(DIFFUSION_MODEL, flags), flags)
+        check_advice(DIFFUSION_MODEL, "x.pt", found, flags)
+    name, flags = "128_512_upsampler.pt", parse(UPSAMPLER, PUBLISHED["128_512_upsampler.pt"]["flags"])
+    flags |= {"large_size": 256}
+    with pytest.raises(UserError, match=r"32,16 fits .* at large_size 512, not at 256, where it is 16,8"):
+        check_fit(UPSAMPLER, name, shapes_in(name), shapes_made(UPSAMPLER, flags), flags)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_weights_that_are_not_finite(network, value, tmp_path):
+    """Clipping the predicted image would hide them."""
+    flags = {**DEFAULTS[network], **SMALL[network]}
+    weights = fill_weights(build(network, flags)).state_dict()
+    weights["middle_block.0.in_layers.2.weight"][0, 0, 0, 0] = value
+    torch.save(weights, tmp_path / "damaged.pt")
+    words = rf"{network.path_flag} .*damaged\.pt is damaged: middle_block\.0\.in_layers\.2\.weight has weights that"
+    with pytest.raises(UserError, match=words):
+        LOADERS[network](str(tmp_path / "damaged.pt"), flags)
+
+
+@pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
+def test_weights_of_any_number_of_dimensions_are_refused_in_words(network):
+    flags = {**DEFAULTS[network], **SMALL[network]}
+    expected = shapes_made(network, flags)
+    for name in expected:
+        for shape in ((), (0,), (4, 0), (3, 3, 3)):
+            with pytest.raises(UserError, match=r"x\.pt"):
+                check_fit(network, "x.pt", {**expected, name: shape}, expected, flags)
+
+
 def test_differences_that_no_flag_explains():
     flags = {**model_and_diffusion_defaults(), **SMALL_MODEL}
     expected = shapes_made(DIFFUSION_MODEL, flags)

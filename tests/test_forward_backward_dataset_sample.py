@@ -381,16 +381,17 @@ def test_a_name_that_leaves_no_room_for_the_time_is_refused_at_once(flags, photo
         data = tmp_path / f"data{len(letters)}{suffix}"
         data.mkdir()
         shutil.copy(photographs / "n02123045/n02123045_1.JPEG", data / (letters + suffix))
-        mine = [*flags, "--data_dir", data, "--step_reverse", 1, "--output", tmp_path / data.name / "out"]
+        output = tmp_path / f"out{len(letters)}{suffix}"
+        mine = [*flags, "--data_dir", data, "--step_reverse", 1, "--output", output]
         if fits:
             assert run_here(*mine) == 0
-            (name,) = samples(tmp_path / data.name / "out")
+            (name,) = samples(output)
             assert len(os.fsencode(name.rpartition("/")[2])) == 255
         else:
             assert_refused(
                 capsys, [*mine, "--model_path", "missing.pt"], "would have a name of 256 bytes", "at most 255"
             )
-            assert not (tmp_path / data.name / "out").exists()
+            assert not output.exists()
 
 
 def test_an_unreadable_image_costs_only_itself(flags, reference_run, tmp_path, capsys):
@@ -443,8 +444,11 @@ def test_a_folder_belongs_to_one_experiment(flags, photographs, small_checkpoint
 
 
 def test_plain_mistakes_get_plain_words(flags, small_checkpoint, tmp_path, capsys):
-    output = tmp_path / "out"
+    output, data = tmp_path / "out", tmp_path / "data"
     (tmp_path / "empty").mkdir()
+    data.mkdir()
+    Image.new("RGB", (32, 32)).save(data / "a.png")
+    (data / "linked").symlink_to(data)
     (tmp_path / "text.pt").write_text("not a checkpoint\n" * 100)
     (tmp_path / "half.pt").write_bytes(small_checkpoint.read_bytes()[:500_000])
     (tmp_path / "labels.txt").write_text("cat\ndog\n")
@@ -470,6 +474,11 @@ def test_plain_mistakes_get_plain_words(flags, small_checkpoint, tmp_path, capsy
         (["--data_dir", tmp_path / "empty"], ["--data_dir", "no files"]),
         (["--labels_file", tmp_path / "labels.txt"], ["--labels_file", "cat"]),
         (["--output", tmp_path / "file" / "out"], ["--output", "Not a directory"]),
+        (
+            ["--data_dir", data, "--output", data / "out"],
+            ["t_3_20_images' (--output)", "inside", f"{data}' (--data_dir)"],
+        ),
+        (["--data_dir", data, "--output", data / "linked"], ["(--output)", "the next run would take them"]),
     ]
     for change, words in mistakes:
         assert_refused(capsys, [*flags, "--output", output, *change], *words)
@@ -503,7 +512,7 @@ def test_disk_full(flags, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (2600, resource.RLIM_INFINITY))
 
     done = run_script(*mine, preexec_fn=limit)
-    assert_plain_words(done, "cannot write", "t_3_20_images", "File too large", "--output")
+    assert_plain_words(done, "cannot write", "t_3_20_images", "File too large", "--output", status=1)
     assert not scratch_files(tmp_path)
     there = samples(tmp_path / "out")
     assert all(len(data) <= 2600 for data in there.values())
@@ -519,7 +528,23 @@ def test_a_folder_that_cannot_be_written(flags, tmp_path):
     else:
         target = tmp_path / "locked"
         target.mkdir(mode=0o500)
-    assert_plain_words(run_script(*flags, "--output", target), "--output", str(target))
+    assert_plain_words(run_script(*flags, "--output", target), "--output", str(target), status=1)
+
+
+@pytest.mark.parametrize("kind", ["full", "closed pipe"])
+def test_messages_that_cannot_be_written_do_not_end_a_run(kind, flags, tmp_path):
+    if kind == "full":
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reading, stderr = os.pipe()
+        os.close(reading)
+    try:
+        mine = [*flags, "--step_reverse", 3, "--num_samples", 2]
+        assert run_script(*mine, "--output", tmp_path / "out", stderr=stderr).returncode == 0
+        assert run_script(*mine, "--step_reverse", 99, "--output", tmp_path / "none", stderr=stderr).returncode == 2
+    finally:
+        os.close(stderr)
+    assert len(samples(tmp_path / "out")) == 2
 
 
 def test_a_misspelt_flag_is_told_before_a_missing_one(capsys):

@@ -446,7 +446,7 @@ def test_labels_reach_a_class_conditional_model(stub, images, tmp_path):
         run_main(*recorded)
 
 
-def test_plain_mistakes_get_plain_words(small_checkpoint, images, tmp_path):
+def test_plain_mistakes_get_plain_words(small_checkpoint, images, tmp_path, capsys):
     output = tmp_path / "out"
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
@@ -473,8 +473,11 @@ def test_plain_mistakes_get_plain_words(small_checkpoint, images, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot write.*Not a directory.*--output"):
         run_main(*flags, "--output", tmp_path / "file" / "out")
-    with pytest.raises(UserError, match="none of the images could be read"):
+    capsys.readouterr()
+    with pytest.raises(UserError, match="none of the images could be read") as caught:
         run_main(*flags, "--data_dir", tmp_path / "broken", "--output", output)
+    assert caught.value.status == 1
+    assert "cannot be read: it is not one of JPEG" in capsys.readouterr().err
     assert not list(output.glob("*.npz"))
     for change in (["--batch_size", "0"], ["--num_workers", "-1"], ["--clip_denoised", "maybe"]):
         with pytest.raises(SystemExit):

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import io
 import json
 import os
 import subprocess
@@ -17,7 +18,6 @@ from guided_diffusion.system.other_scripts import REPOSITORY
 import numpy as np
 import pytest
 import torch
-from tqdm import tqdm
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +53,40 @@ def test_messages(capsys):
     assert captured.out == ""
 
 
+class Breaking(io.StringIO):
+    """A stream that fails after `left` writes."""
+
+    left = 0
+
+    def write(self, text):
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return super().write(text)
+
+    def flush(self):
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("left", [None, -1, 0, 1, 2, 3, 5])
+def test_a_progress_bar_goes_on_without_stderr(left, monkeypatch):
+    stream = None if left is None else Breaking()
+    if stream:
+        stream.left = left
+    monkeypatch.setattr(sys, "stderr", stream)
+    with logger.progress_bar(3, "working", "step") as bar:
+        bar.mininterval = 0
+        for _ in range(3):
+            time.sleep(0.01)
+            bar.update()
+            bar.set_postfix(images=1)
+            logger.info("said")
+
+
 def test_messages_do_not_break_a_progress_bar(capsys):
-    with tqdm(total=2, file=sys.stderr, mininterval=0, ncols=40) as bar:
+    with logger.progress_bar(2, "", "step") as bar:
+        bar.mininterval, bar.ncols = 0, 40
         bar.update(1)
         time.sleep(0.01)
         logger.info("said")

@@ -197,6 +197,17 @@ def test_a_finished_file_is_left_as_it_is(monkeypatch, tmp_path, capsys):
         with pytest.raises(UserError, match=words):
             run_main("image_sample", *flags, *change)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    preview, result = folder / "samples_3x4x4x3.png", folder / "samples_3x4x4x3.npz"
+    picture, whole = preview.read_bytes(), result.read_bytes()
+    preview.unlink()
+    run_main("image_sample", *flags)
+    assert preview.read_bytes() == picture and result.stat().st_mtime_ns == before[result]
+    result.write_bytes(whole[:100])
+    with pytest.raises(UserError, match=r"samples_3x4x4x3\.npz is damaged: its end is missing\.\nMove it away"):
+        run_main("image_sample", *flags)
+    result.unlink()
+    run_main("image_sample", *flags)
+    assert result.read_bytes() == whole
     (folder / "samples_3x4x4x3.json").unlink()
     with pytest.raises(UserError, match="another --output"):
         run_main("image_sample", *flags)
@@ -508,6 +519,26 @@ def expect_plain_words(words, name, flags, output):
     assert not output.exists()
 
 
+def damaged(path, place: int) -> bytes:
+    """The content of a file with one byte changed."""
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    return bytes(data)
+
+
+def test_small_images_that_cannot_be_read_to_the_end(tmp_path):
+    path = tmp_path / "small.npz"
+    images = np.random.default_rng(0).integers(0, 16, (400, 16, 16, 3), dtype=np.uint8)
+    np.savez_compressed(path, arr_0=images)
+    data = bytearray(path.read_bytes())
+    data[50_000:-200] = np.random.default_rng(1).bytes(len(data) - 50_200)
+    path.write_bytes(data)
+    small = script("super_res_sample").SmallImages(str(path), 16, False)
+    assert (small.read(range(3)) == images[:3]).all()
+    with pytest.raises(UserError, match=r"^--base_samples .*small\.npz is .* damaged: "):
+        small.read(range(399, 400))
+
+
 def test_small_images_that_are_none(monkeypatch, small_images, tmp_path):
     use(monkeypatch, "load_upsampler", lambda *_: pytest.fail("the mistake is to be found before"))
     images, labels = small_images.images, small_images.labels
@@ -527,12 +558,16 @@ def test_small_images_that_are_none(monkeypatch, small_images, tmp_path):
         "fractions.npz": {"arr_0": images, "arr_1": labels / 2},
         "classes.npz": {"arr_0": images, "arr_1": labels + 1},
         "pickled.npz": {"arr_0": images, "arr_1": labels.astype(object)},
+        "damaged.npz": damaged(small_images.path, 300),
+        "damaged_labels.npz": damaged(small_images.path, small_images.path.read_bytes().index(b"arr_1.npy") + 100),
     }
     for name, content in files.items():
         if isinstance(content, bytes):
             (tmp_path / name).write_bytes(content)
         elif content is not None:
             np.savez(tmp_path / name, **content)
+    np.savez(tmp_path / "late.npz", arr_0=np.concatenate([images] * 200), arr_1=np.concatenate([labels] * 200))
+    (tmp_path / "damaged_late.npz").write_bytes(damaged(tmp_path / "late.npz", 40_000))
     np.save(tmp_path / "single.npy", images)
     mistakes = {
         "": ["--base_samples FILE.npz"],
@@ -552,6 +587,9 @@ def test_small_images_that_are_none(monkeypatch, small_images, tmp_path):
         "fractions.npz": ["arr_1", "float64", "integer"],
         "classes.npz": ["arr_1", "1 to 1000", "0..999"],
         "pickled.npz": ["does not contain plain arrays"],
+        "damaged.npz": ["--base_samples", "damaged: Bad CRC-32 for file 'arr_0.npy'"],
+        "damaged_late.npz": ["--base_samples", "damaged: arr_0.npy has a wrong checksum"],
+        "damaged_labels.npz": ["--base_samples", "damaged: Bad CRC-32 for file 'arr_1.npy'"],
     }
     flags = ["--small_size", 4, "--large_size", 64, "--class_cond", "True", "--model_path", "untrained"]
     for name, words in mistakes.items():
@@ -604,6 +642,8 @@ def test_flags_that_cannot_be_read(name, capsys):
         (["--batch_size", "0"], "--batch_size"),
         (["--num_samples", "ten"], "--num_samples"),
         (["--clip_denoised", "maybe"], "True or False"),
+        (["--seed", "18446744073709551616"], "--seed: expected a whole number from 0 to 18446744073709551615"),
+        (["--output", "s3://bucket/out"], "--output: expected a local folder, gs://, az:// or https://"),
     ):
         with pytest.raises(SystemExit) as caught:
             script(name).main(flags)

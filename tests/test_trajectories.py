@@ -282,6 +282,32 @@ def test_an_unreadable_image_costs_all_of_its_samples_and_no_others(flags, start
     assert samples(tmp_path / "out") == {name: eight[name] for name in expected_names(3, 2)}
 
 
+def test_an_unreadable_sample_keeps_its_starting_image_on_record(flags, starts, tmp_path, capsys):
+    """A turn cannot start from a damaged sample, but another image in the place of the start is not accepted."""
+    shutil.copytree(starts, tmp_path / "data")
+    more = [*flags, "--step_reverse", 2, "--data_dir", tmp_path / "data", "--output", tmp_path / "out"]
+    assert run_here(*more) == 0
+    sample = tmp_path / "out/t_2_4_images/a_2_t0500.png"
+    whole = sample.read_bytes()
+    sample.write_bytes(whole[:100])
+    capsys.readouterr()
+    assert run_here(*more, "--num_turns", 2) == 1
+    said = capsys.readouterr().err
+    assert "error: 1 samples could not be read: no turn can start from them" in said
+    assert "a_2_t0500.png" in said and "they have no sample" not in said
+    images = json.loads((tmp_path / "out/t_2_4_run.json").read_text())["images"]
+    assert images["unreadable"] == {} and list(images["unreadable_samples"]) == ["a_2.png"]
+    start = tmp_path / "data/a_2.png"
+    original = start.read_bytes()
+    start.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    with pytest.raises(UserError, match=r"a_2\.png differs, its content has changed"):
+        run_here(*more, "--num_trajectories", 2)
+    start.write_bytes(original)
+    sample.write_bytes(whole)
+    assert run_here(*more, "--num_turns", 2) == 0
+    assert "unreadable_samples" not in json.loads((tmp_path / "out/t_2_4_run.json").read_text())["images"]
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

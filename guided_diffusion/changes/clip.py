@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..checkpoints import UNTRAINED
 from ..classifier.preprocessing import Preprocess
 from ..errors import UserError, first_line
-from ..system.checkpoint_files import difference, read_checkpoint, shapes_of
+from ..system.checkpoint_files import check_finite_weights, difference, read_checkpoint, shapes_of
 from ..system.files import is_remote
 
 NAME = "ViT-B-32"
@@ -130,6 +130,7 @@ def _load(visual: nn.Module, found: dict[str, Tensor], path: str) -> None:
     if problem := difference(shapes_of(of_images), shapes_of(visual.state_dict())):
         raise UserError(f"--classifier_path {path} is not CLIP {NAME} (--tokens clip): {problem}")
     visual.load_state_dict({entry: w.float() for entry, w in of_images.items()})
+    check_finite_weights(dict(visual.named_parameters()), f"--classifier_path {path}")
 
 
 def _is_torchscript(path: str) -> bool:

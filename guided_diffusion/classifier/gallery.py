@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import UserError
-from ..forward_backward import parse_sample
-from ..images.folder import list_images, without_extension
+from ..images.folder import list_images, parse_sample, without_extension
 from ..images.io import open_image, read_image
 from ..runs.inputs import Inputs, inputs_of, read_entries
 from .figures import COLUMN, PAGE, TIME_LABEL, Rows, new_figure

@@ -20,7 +20,7 @@ from .. import dist_util
 from ..checkpoints import UNTRAINED
 from ..errors import UserError, first_line
 from ..runs.settings import weights_digest
-from ..system.checkpoint_files import difference, read_checkpoint, shapes_of
+from ..system.checkpoint_files import check_finite_weights, difference, read_checkpoint, shapes_of
 from .layers import WatchedLayer, find_layers
 from .preprocessing import Preprocess, as_preset
 
@@ -214,10 +214,12 @@ def _load(model: nn.Module, found: dict[str, Tensor], path: str, what: str) -> N
     shapes, expected = shapes_of(found), shapes_of(model.state_dict())
     problem = ""
     try:
-        missing, unexpected = model.load_state_dict(found, strict=False, assign=True)
-        if not missing and not unexpected:
-            return
+        if any(model.load_state_dict(found, strict=False, assign=True)):  # missing or unexpected names
+            problem = "other names"
     except (RuntimeError, ValueError) as error:  # other shapes, or another version than the network needs
         problem = " ".join(str(error).split())[:300]
-    problem = difference(shapes, expected) or problem
-    raise UserError(f"--classifier_path {path} does not fit {what}: {problem}")
+    if problem:
+        problem = difference(shapes, expected) or problem
+        raise UserError(f"--classifier_path {path} does not fit {what}: {problem}")
+    # Not of all entries: a buffer may contain -inf, such as the mask of an attention layer.
+    check_finite_weights(dict(model.named_parameters()), f"--classifier_path {path}")

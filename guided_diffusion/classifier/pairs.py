@@ -14,8 +14,16 @@ import numpy as np
 
 from .. import logger
 from ..errors import UserError
-from ..forward_backward import SampleFolder, parse_sample
-from ..images.folder import LabelledImage, check_stems, label_where_known, list_images, list_some, without_extension
+from ..forward_backward import SampleFolder
+from ..images.folder import (
+    LabelledImage,
+    check_stems,
+    label_where_known,
+    list_images,
+    list_some,
+    parse_sample,
+    without_extension,
+)
 from ..images.io import Check, UnreadableImage, open_image
 from ..runs.inputs import Inputs
 from ..runs.parts import Parts
@@ -185,8 +193,8 @@ def read_sample(path: str, image_size: int, check: Check | None = None) -> np.nd
 def check_starts(inputs: Inputs, starts: Sequence[str], folders: Mapping[int, SampleFolder], data_dir: str) -> None:
     """Raise UserError if the samples were made, according to their records, from images with other contents."""
     for folder in folders.values():
-        inputs.merge(recorded_inputs(folder) or {}, folder.path)
-    inputs.known = inputs.entries(starts)
+        recorded = recorded_inputs(folder) or {}
+        inputs.merge({path: recorded[path] for path in starts if path in recorded}, folder.path)
     inputs.compare(starts, data_dir, "make the samples again")
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import NothingReadable
 from ..runs.inputs import Entries
 from ..runs.parts import Parts
 from ..runs.resumable import IMAGES
@@ -85,11 +85,11 @@ def read_part(parts: Parts, index: int) -> Statistics:
 def as_arrays(classifier: Classifier, statistics: Statistics) -> dict[str, Any]:
     """The arrays of the file of statistics; top1 and top5 only if the classes of all images are known.
 
-    Raises UserError if no image was readable.
+    Raises NothingReadable if no image was readable.
     """
     ranks = statistics.ranks
     if not len(ranks):
-        raise UserError("none of the images could be read: there is nothing to write (--data_dir)")
+        raise NothingReadable("none of the images could be read: there is nothing to write (--data_dir)")
     arrays: dict[str, Any] = {"layers": np.array([layer.name for layer in classifier.layers])}
     for layer in classifier.layers:
         moments = statistics.moments[layer.name].as_arrays()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from ..gaussian_diffusion import SAMPLERS
 
@@ -29,20 +31,50 @@ def bool_or_auto(text: str) -> bool | str:
         raise argparse.ArgumentTypeError(f"expected True, False or auto, not {text!r}") from None
 
 
-def whole_number(low: int, high: int | None = None) -> Callable[[str], int]:
-    """The type of an integer flag with a minimum, and perhaps a maximum."""
+LARGEST = 2**31 - 1  # of whole numbers without a maximum of their own; larger ones are mistakes
+
+
+def whole_number(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """The type of an integer flag with a minimum and a maximum."""
 
     def parse(text: str) -> int:
-        expected = f"a whole number >= {low}" if high is None else f"a whole number from {low} to {high}"
+        expected = f"a whole number >= {low}" if high == LARGEST else f"a whole number from {low} to {high}"
         try:
             number = int(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"expected {expected}, not {text!r}") from None
-        if number < low or (high is not None and number > high):
+            raise argparse.ArgumentTypeError(f"expected {expected}, not {text[:40]!r}") from None
+        if number > high == LARGEST:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {low} to {high}, not {number}")
+        if not low <= number <= high:
             raise argparse.ArgumentTypeError(f"expected {expected}, not {number}")
         return number
 
     return parse
+
+
+def finite_number(text: str) -> float:
+    """Parse a number that is neither NaN nor infinite. Raises argparse.ArgumentTypeError."""
+    try:
+        if math.isfinite(number := float(text)):
+            return number
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"expected a finite number, not {text!r}")
+
+
+def folder(text: str) -> str:
+    """Parse the path of a folder, local or on remote storage. Raises argparse.ArgumentTypeError."""
+    url = urlsplit(text)
+    remote = url.scheme in ("gs", "az") or (url.scheme, url.netloc[-22:]) == ("https", ".blob.core.windows.net")
+    if url.scheme and not url.netloc and not remote:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} looks like the address of a remote folder; for a local one, ./{text}"
+        )
+    if url.netloc and not remote:
+        raise argparse.ArgumentTypeError(
+            f"expected a local folder, gs://, az:// or https://ACCOUNT.blob.core.windows.net/, not {text!r}"
+        )
+    return text
 
 
 def time_list(text: str) -> list[int]:
@@ -61,8 +93,12 @@ class Flattened(argparse.Action):
 
 
 # A type, and its placeholder in --help.
-FOLDER, FILE, NAME, TEXT = ((str, metavar) for metavar in ("FOLDER", "FILE", "NAME", "TEXT"))
-INT, FLOAT, NATURAL, POSITIVE = (int, "INT"), (float, "FLOAT"), (whole_number(0), "INT"), (whole_number(1), "INT")
+FILE, NAME, TEXT = ((str, metavar) for metavar in ("FILE", "NAME", "TEXT"))
+FOLDER, FLOAT = (folder, "FOLDER"), (finite_number, "FLOAT")
+INT, NATURAL, POSITIVE = ((whole_number(low), "INT") for low in (-1, 0, 1))
+SEED, ANY_SEED = ((whole_number(low, 2**64 - 1), "INT") for low in (0, -(2**63)))  # what PyTorch takes
+THREADS = (whole_number(0, 1024), "INT")
+REPEATS = (whole_number(1, 100_000), "INT")
 BOOL, AUTO, TIMES = (str2bool, "True|False"), (bool_or_auto, "True|False|auto"), (time_list, "K")
 REQUIRED = object()  # in place of a default
 
@@ -212,7 +248,7 @@ FLAGS = {
         action=Flattened,
     ),
     "num_trajectories": Flag(
-        POSITIVE, "samples of each image at each time, with independent noise; a later run may ask for more", 1
+        REPEATS, "samples of each image at each time, with independent noise; a later run may ask for more", 1
     ),
     "share_noise": Flag(
         TEXT,
@@ -222,7 +258,7 @@ FLAGS = {
         choices=("start",),
     ),
     "num_turns": Flag(
-        POSITIVE,
+        REPEATS,
         "consecutive U-turns, each starting from the sample that the previous one saved; a later run may ask for more",
         1,
     ),
@@ -266,10 +302,10 @@ FLAGS = {
     "sample_steps": Flag(POSITIVE, "DDIM steps of these samples", 50),
     # The run
     "output": Flag(FOLDER, "folder for results", empty="$OPENAI_LOGDIR, else a folder in results/"),
-    "seed": Flag(NATURAL, "seed of all random numbers", 0),
+    "seed": Flag(SEED, "seed of all random numbers", 0),
     "batch_size": Flag(POSITIVE, "images per batch, on each process", 16),
-    "num_workers": Flag(NATURAL, "workers that read images ahead, for each process; 0: none", 4),
-    "num_threads": Flag(NATURAL, "CPU threads per process; 0: an equal share of the cores", 0),
+    "num_workers": Flag(THREADS, "workers that read images ahead, for each process; 0: none", 4),
+    "num_threads": Flag(THREADS, "CPU threads per process; 0: an equal share of the cores", 0),
     "device": Flag(TEXT, "where to compute; auto: GPU if there is one", "auto", choices=("auto", "cpu", "cuda")),
     "compile": Flag(AUTO, "compile the network; auto: in long runs on a GPU", "auto"),
     "shard": Flag((whole_number(0), "I"), "index of this job, 0..num_shards-1, such as $SLURM_ARRAY_TASK_ID", 0),

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import blobfile as bf
+
 from .. import dist_util
 from ..compute.memory import not_enough_memory
 from ..errors import UserError, is_out_of_memory
@@ -97,10 +99,10 @@ def when_stopped(describe: Callable[[], str]) -> None:
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and exit with its status.
 
-    Expected errors are printed without a traceback. Exit statuses: `status` of a UserError; 1 for an OSError (disk
-    full, no permission); 2 if memory is insufficient; 3 if another rank is gone; 128 + number for a signal. Signals
-    during the exit are ignored, except for a Ctrl-C at least a second after the first one. An error on all ranks is
-    printed once; a rank that fails alone informs the others.
+    Expected errors are printed without a traceback. Exit statuses: `status` of a UserError; 1 for an error of the
+    system or the storage (disk full, no permission); 2 if memory is insufficient; 3 if another rank is gone;
+    128 + number for a signal. Signals during the exit are ignored, except for a Ctrl-C at least a second after the
+    first one. An error on all ranks is printed once; a rank that fails alone informs the others.
     """
     global _received
     _received = _Received()
@@ -121,7 +123,7 @@ def run(main: Callable[[], int | None]) -> None:
         status = main() or 0
     except UserError as error:
         status, words, reason = error.status, f"error: {error}", error
-    except OSError as error:
+    except (OSError, bf.Error) as error:
         status, words, reason = 1, f"error: {error}", error
     except Stopped as stopped:
         status, reason = 128 + stopped.signum, stopped

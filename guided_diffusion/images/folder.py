@@ -10,9 +10,9 @@ import errno
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import blobfile as bf
 
@@ -94,8 +94,13 @@ def _scan(folder: str) -> list[tuple[str, bool]]:
     if is_remote(folder):
         return [(entry.name, entry.is_dir) for entry in bf.scandir(folder)]
     with os.scandir(folder) as entries:
-        # A broken link counts as a file, to be reported as unreadable; pipes and sockets are skipped.
-        return [(e.name, _is(e.is_dir)) for e in entries if _is(e.is_dir) or _is(e.is_file) or e.is_symlink()]
+        # A broken link counts as a file, to be reported as unreadable; pipes, sockets and links to them are skipped.
+        kinds = [(e, _is(e.is_dir), _is(e.is_file)) for e in entries]
+        return [(e.name, is_dir) for e, is_dir, is_file in kinds if is_dir or is_file or _is_broken_link(e)]
+
+
+def _is_broken_link(entry: os.DirEntry) -> bool:
+    return entry.is_symlink() and not os.path.exists(entry.path)
 
 
 def _is(kind: Callable[[], bool]) -> bool:
@@ -113,6 +118,82 @@ def _extensions(files: Sequence[str]) -> str:
     kinds = Counter(os.path.splitext(path)[1].lower() or "no extension" for path in files)
     commonest = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
     return ", ".join(commonest[:5]) + (", ..." if len(commonest) > 5 else "")
+
+
+def check_outside(
+    outputs: Iterable[str], data_dir: str, images: Sequence[str], flag: str = "--data_dir", what: str = "the samples"
+) -> None:
+    """Raise UserError if images in the folders `outputs`, which need not exist, would be found below `data_dir`.
+
+    `images` are the images that were found, in case they are in linked folders; `flag` and `what` are for the message.
+    """
+    within = {os.path.dirname(path) for path in images}
+    within = {"/".join(parts[:i]) for parts in (path.split("/") for path in within) for i in range(len(parts) + 1)}
+    searched = {_identity(os.path.join(data_dir, path)) for path in {"", *within}} - {None}
+    if output := next((output for output in outputs if _is_below(output, searched)), None):
+        raise UserError(
+            f"{what} would be written to {output!r} (--output), which is inside {data_dir!r} ({flag}): the next run "
+            f"would take them for its images.\nChoose an --output outside of {flag}"
+        )
+
+
+def _is_below(folder: str, searched: Collection[Any]) -> bool:
+    """Whether a folder is found if those with these identities are searched."""
+    path = folder.rstrip("/") if is_remote(folder) else os.path.realpath(folder)
+    while path and _identity(path) not in searched:
+        parent, name = os.path.split(path)
+        if name.startswith(".") or parent == path:  # hidden folders are not searched
+            return False
+        path = parent
+    return bool(path)
+
+
+def _identity(folder: str) -> Any:
+    """What tells a folder from others, whatever the links to it; None if it does not exist."""
+    if is_remote(folder):
+        return folder.rstrip("/")
+    try:
+        stat = os.stat(folder)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
+
+
+# Samples of another run as images
+
+
+class SampleName(NamedTuple):
+    """What the name of a sample says.
+
+    Attributes:
+        start: the starting image, without its extension.
+        time: t0500, the time as in the name.
+        trajectory, turn: 1, 2, ...
+    """
+
+    start: str
+    time: str
+    trajectory: int
+    turn: int
+
+
+def parse_sample(stem: str) -> SampleName | None:
+    """The meaning of a sample's name without its extension; None if it is not the name of a sample."""
+    match = re.fullmatch(r"(.*)_(t\d{4,})(?:_s(\d{3,}))?(?:_u(\d{2,}))?", stem, re.DOTALL)
+    return match and SampleName(match[1], match[2], int(match[3] or 1), int(match[4] or 1))
+
+
+def is_folder_of_samples(data_dir: str) -> bool:
+    """Whether a folder has the name of one that forward_backward_dataset_sample.py writes, such as t_125_250_images."""
+    name = os.path.basename(data_dir.rstrip("/") if is_remote(data_dir) else os.path.abspath(data_dir))
+    return re.fullmatch(r"t_\d+_\d+_images", name) is not None
+
+
+def path_of_start(path: str) -> str:
+    """The path of a sample's starting image, with the sample's extension; other paths as they are."""
+    stem, extension = os.path.splitext(path)
+    name = parse_sample(stem)
+    return name.start + extension if name else path
 
 
 # Labelling
@@ -140,14 +221,18 @@ def label_images(
     - the top-level folder, or in a flat folder the part of the file name before the first "_". If any name has no "_",
       the images have no class.
 
+    In a folder of samples, t_K_N_images, samples have the classes of the images that they started from.
+
     Indices are ImageNet's, or else count the names in the order `class_order` (see `number_classes`). If the classes
-    of a model are `recorded`, their indices are used. `data_dir` and `flag` are used only in messages.
+    of a model are `recorded`, their indices are used. `flag` names `data_dir` in messages.
 
     Raises UnknownClasses if only some images have a class, and for the official ILSVRC2012_val_ files without a
     `labels_file`; UserError for a class that is not `recorded`, or a `class_order` that contradicts it.
     """
     where = f"{data_dir!r} ({flag})"
-    images = _label(where, paths, labels_file, "text" if recorded else class_order)
+    named = [path_of_start(path) for path in paths] if is_folder_of_samples(data_dir) else paths
+    images = _label(where, named, labels_file, "text" if recorded else class_order)
+    images = [replace(image, path=path) for image, path in zip(images, paths, strict=True)]
     if recorded is None:
         return images
     index = recorded.indices({image.class_name for image in images if image.class_name}, where)
@@ -341,7 +426,7 @@ def find_images(args: argparse.Namespace) -> list[LabelledImage]:
         )
     if (classes := len({image.label for image in found})) > args.num_classes:
         logger.info(f"{args.num_classes} of {classes} classes are taken (--num_classes)")
-    if warning := shortage(images, args.num_classes, args.num_per_class, args.num_samples):
+    if warning := shortage(found, images, args.num_classes, args.num_per_class, args.num_samples):
         logger.warn(warning)
     check_stems([image.path for image in images])
     return images
@@ -392,9 +477,13 @@ def _have_classes(images: Sequence[LabelledImage]) -> bool:
 
 
 def shortage(
-    chosen: Sequence[LabelledImage], num_classes: int, num_per_class: int, num_samples: int | None = None
+    found: Sequence[LabelledImage],
+    chosen: Sequence[LabelledImage],
+    num_classes: int,
+    num_per_class: int,
+    num_samples: int | None = None,
 ) -> str | None:
-    """A warning if `choose_images` found fewer images than asked for, else None."""
+    """A warning if `choose_images` has chosen fewer images, of those found, than asked for; else None."""
     if not _have_classes(chosen):
         missing = num_samples is not None and len(chosen) < num_samples
         return f"{num_samples} images asked for (--num_samples), {len(chosen)} found" if missing else None
@@ -403,5 +492,7 @@ def shortage(
         asked = min(asked, num_samples)
     if len(chosen) >= asked:
         return None
-    found = f"{len(chosen)} found in {len({image.label for image in chosen})} classes"
-    return f"{asked} images asked for, {found} (--num_classes, --num_per_class, --num_samples)"
+    limits = f"--num_classes {num_classes}, --num_per_class {num_per_class}"
+    limits += "" if num_samples is None else f", --num_samples {num_samples}"
+    classes = len({image.label for image in found})
+    return f"{len(chosen)} of {len(found)} images in {classes} classes are taken, {asked} were asked for ({limits})"

@@ -83,6 +83,8 @@ def _decode(path: str, file: BinaryIO, crop_side: int | None) -> Image.Image:
             raise ValueError("it is a Git LFS pointer, not the image: fetch it with git lfs pull")
         file.seek(0)
         with Image.open(file, formats=FORMATS) as image:
+            if crop_side:
+                _check_scaled(image, crop_side)
             raw_mode = str(image.tile[0][3]) if image.tile else ""
             image.load()
             file.close()  # frees memory
@@ -95,6 +97,17 @@ def _decode(path: str, file: BinaryIO, crop_side: int | None) -> Image.Image:
             return _to_rgb(image if turn is None else image.transpose(turn))
     except Exception as error:  # depends on the decoder
         raise UnreadableImage(f"image {path!r} cannot be read: {reason_of(error)}") from error
+
+
+def _check_scaled(image: Image.Image, short_side: int) -> None:
+    """Raise ValueError if an image is so elongated that scaling its short side takes too much memory."""
+    pixels = short_side**2 * max(image.size) // min(image.size)
+    most = 2 * (Image.MAX_IMAGE_PIXELS or math.inf)
+    if pixels > most:
+        raise ValueError(
+            f"it has {image.width}x{image.height} pixels, and would have {pixels:,} with a short side of "
+            f"{short_side}: at most {most:,} are possible. Crop it"
+        )
 
 
 LARGE = 2**25  # pixels beyond which copies of an image take too much memory

@@ -1,8 +1,8 @@
 """Identity of the files that a run reads, by content, so that results of different data are never mixed.
 
 A run records the name and size of every file that it selects, and the SHA-256 of each file that it reads. A rerun
-compares all sizes, and the digests of all files if they total less than 1 GB, else of 64 evenly spaced ones. For
-ImageNet's 50,000 files, this takes seconds.
+compares the sizes of all files that were read, and their digests, or 64 evenly spaced ones if the files total 1 GB or
+more. For ImageNet's 50,000 files, this takes seconds. A file that was never read, such as a damaged one, may change.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -12,7 +13,7 @@ import blobfile as bf
 import numpy as np
 
 from .. import dist_util, logger
-from ..errors import ResultError, UserError, named_write_errors
+from ..errors import ResultError, UserError, first_line, named_write_errors
 from ..system.files import SCRATCH, remove_scratch, walk, whole_file, write_json
 from .inputs import Entries, as_entries, read_entries
 from .locks import Locks
@@ -21,6 +22,13 @@ from .settings import differences, machine_changes
 from .shards import WHOLE, Shard, check_num_shards
 
 NOTES = "notes"  # name of a part's array of JSON text
+
+
+class DamagedPart(ResultError):
+    """A part that cannot be read, such as a truncated one. args: (reason,)."""
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}.\nRemove it, and rerun the same command to compute it again"
 
 
 class Parts:
@@ -93,18 +101,21 @@ class Parts:
             np.savez(f, **arrays)
 
     def read(self, index: int) -> dict[str, np.ndarray]:
-        """Arrays of a part. Raises ResultError if the part has disappeared."""
+        """Arrays of a part. Raises ResultError if the part has disappeared or is damaged."""
         with self._opened(index) as part:
             return {name: part[name] for name in part.files if name != NOTES}
 
     def is_complete(self, index: int) -> bool:
-        """Whether all files of a part were readable. Raises ResultError if the part has disappeared."""
+        """Whether all files of a part were readable. Raises ResultError if the part has disappeared or is damaged."""
         with self._opened(index) as part:
             all_readable = "readable" not in part.files or bool(part["readable"].all())
             return all_readable and not any(_notes_in(part).get("unreadable", {}).values())
 
     def notes(self, index: int) -> dict[str, Any]:
-        """Notes of a part; empty for parts of an earlier version. Raises ResultError if the part has disappeared."""
+        """Notes of a part; empty for parts of an earlier version.
+
+        Raises ResultError if the part has disappeared or is damaged.
+        """
         with self._opened(index) as part:
             return _notes_in(part)
 
@@ -115,21 +126,25 @@ class Parts:
     def known_files(self, path: str) -> dict[str, Entries] | None:
         """Entries of the files that parts were computed from, by kind, from the list `path` and the parts' notes.
 
-        None if there are parts of an earlier version, which did not record the contents of files.
+        None if there are parts of an earlier version, which did not record the contents of files. Damaged parts are
+        removed, with a warning, to be computed again.
         """
         if self.shard.count == 1 and not self.present():
             return {}
-        listed = read_entries(path)
-        notes = [self.notes(index) for index in sorted(self.present())]
-        if listed is None and not all("inputs" in note for note in notes):
+        known, notes = read_entries(path), []
+        for index in sorted(self.present()):
+            try:
+                notes.append(self.notes(index))
+            except DamagedPart as error:
+                logger.warn(f"{error.args[0]}: it is computed again")
+                bf.remove(self._path(index))
+        if all("inputs" in note for note in notes):  # files that were never read may have been repaired or replaced
+            known = {kind: {f: e for f, e in files.items() if e.sha256} for kind, files in (known or {}).items()}
+        if known is None:
             return None
-        known = listed or {}
         for note in notes:
             for kind, entries in as_entries(note.get("inputs", {})).items():
                 known.setdefault(kind, {}).update(entries)
-            for kind, unreadable in note.get("unreadable", {}).items():
-                for file in unreadable:  # may have been repaired since
-                    known.get(kind, {}).pop(file, None)
         return known
 
     @contextmanager
@@ -141,6 +156,8 @@ class Parts:
             raise ResultError(
                 f"{self._path(index)} has disappeared: was the output removed during the run? Rerun the same command"
             ) from error
+        except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            raise DamagedPart(f"{self._path(index)} is damaged ({first_line(error)})") from error
 
     def _path(self, index: int) -> str:
         return f"{self.folder}/{index:06d}.npz"

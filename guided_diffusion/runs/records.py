@@ -7,6 +7,7 @@ NAME_inputs.json lists the files that it was computed from.
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from datetime import datetime, timezone
 from typing import Any
@@ -71,6 +72,15 @@ def finished_record(result: str, settings: Mapping[str, Any], shard: Shard = WHO
     return record if record["finished"] else None
 
 
+def check_whole(path: str) -> None:
+    """Raise UserError if an .npz file is truncated, by the list of contents at its end."""
+    with bf.BlobFile(path, "rb") as f:
+        if not zipfile.is_zipfile(f):
+            raise UserError(
+                f"{path} is damaged: its end is missing.\nMove it away to compute it again, or choose another --output"
+            )
+
+
 def write_result(path: str, arrays: Mapping[str, np.ndarray], record: Mapping[str, Any]) -> None:
     """Write a result and its record, which is marked as finished only once both are complete. Raises UserError."""
     with named_write_errors():
@@ -91,14 +101,16 @@ def check_finite(arrays: Mapping[str, np.ndarray], source: str) -> None:
             )
 
 
-def report_unreadable(unreadable: Mapping[str, str], consequence: str, chosen: int | None = None) -> int:
+def report_unreadable(
+    unreadable: Mapping[str, str], consequence: str, chosen: int | None = None, things: str = "images"
+) -> int:
     """Log the images that could not be read (path -> why), and return the exit status.
 
-    `consequence` completes the message; `chosen` is the total number of images.
+    `consequence` completes the message; `chosen` is the total number of images; `things` is what they are.
     """
     for why in unreadable.values():
         logger.warn(why)
     if unreadable:
         count = len(unreadable) if chosen is None else f"{len(unreadable)} of {chosen}"
-        logger.error(f"{count} images could not be read: {consequence}")
+        logger.error(f"{count} {things} could not be read: {consequence}")
     return 1 if unreadable else 0

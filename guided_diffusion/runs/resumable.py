@@ -22,6 +22,7 @@ import blobfile as bf
 import numpy as np
 
 from .. import dist_util, logger
+from ..errors import NothingReadable
 from ..images.folder import LabelledImage
 from ..images.io import Check, UnreadableImage
 from ..system.files import remove_scratch_of
@@ -30,7 +31,7 @@ from .locks import Locks, locked_by_main
 from .parts import Parts, recorded_settings, remove_parts
 from .pipeline import read_ahead
 from .progress import SharedBar
-from .records import Record, finished_record, now, record_of, report_unreadable
+from .records import Record, check_whole, finished_record, now, record_of, report_unreadable
 from .shards import WHOLE, Shard, cut
 
 IMAGES = "images"  # kind of files
@@ -223,7 +224,7 @@ class Result:
         path: an .npz file, written last: if it exists, everything does.
         settings: settings that determine its bytes.
         files: paths of the files that it is computed from, by kind.
-        companions: other files of the same result.
+        companions: other .npz files of the same result.
     """
 
     path: str
@@ -232,8 +233,12 @@ class Result:
     companions: Sequence[str] = ()
 
     def is_finished(self, shard: Shard) -> bool:
-        """Whether all files exist and are complete. Raises UserError if they have other settings."""
-        return finished_record(self.path, self.settings, shard) is not None and all(map(bf.exists, self.companions))
+        """Whether all files exist and are complete. Raises UserError if they have other settings, or are truncated."""
+        if finished_record(self.path, self.settings, shard) is None or not all(map(bf.exists, self.companions)):
+            return False
+        for path in (self.path, *self.companions):
+            check_whole(path)
+        return True
 
 
 class ResultRun(Run):
@@ -344,7 +349,12 @@ class ResultRun(Run):
                     self.unreadable |= unreadable
             if missing:
                 return report_unreadable(self.unreadable, "the results will exclude them")
-            status = write_results(facts)
+            try:
+                status = write_results(facts)
+            except NothingReadable:
+                for why in self.unreadable.values():
+                    logger.warn(why)
+                raise
             if status == 0:
                 remove_parts(self._folder)
             return status

@@ -26,8 +26,18 @@ Shapes = Mapping[str, tuple[int, ...]]  # shape of each entry of a state dict, b
 
 
 def shapes_of(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shape of each entry of a state dict, by name."""
-    return {name: tuple(w.shape) for name, w in state_dict.items()}
+    """Shape of each entry of a state dict, by name; () for a nested tensor, which has none."""
+    return {name: () if w.is_nested else tuple(w.shape) for name, w in state_dict.items()}
+
+
+def check_finite_weights(state_dict: Mapping[str, torch.Tensor], what: str) -> None:
+    """Raise UserError if a weight is NaN or infinite; `what` names the file and its flag. Reads every weight once."""
+    for name, w in state_dict.items():
+        if w.is_floating_point() and w.numel() and not torch.stack(w.detach().aminmax()).isfinite().all():
+            raise UserError(
+                f"{what} is damaged: {name} has weights that are NaN or infinite in float32.\n"
+                "Copy or download the file again, or take an earlier checkpoint"
+            )
 
 
 def difference(found: Shapes, expected: Shapes) -> str:
@@ -91,8 +101,9 @@ def read_checkpoint(
             "torch.save(model.state_dict(), path)"
         )
     for name, w in state.items():  # in place, to keep the version that a state dict may have as an attribute
-        if w.layout != torch.strided or w.is_quantized or w.is_complex() or w.is_meta:
-            kind = "meta" if w.is_meta else f"{w.layout}, {w.dtype}".replace("torch.", "")
+        if w.layout != torch.strided or w.is_nested or w.is_quantized or w.is_complex() or w.is_meta:
+            layout = "nested" if w.is_nested else w.layout
+            kind = "meta" if w.is_meta else f"{layout}, {w.dtype}".replace("torch.", "")
             raise UserError(f"{flag} {path} contains a tensor of kind {kind}, {name}; expected dense, real tensors")
         state[name] = _in_aligned_memory(w)
     return state if expected is None else _unwrapped(state, expected)
@@ -249,7 +260,9 @@ def _diagnosis(error: Exception, head: bytes, size: int, whole_zip: bool) -> str
 
 
 def _describe(value: Any) -> str:
-    if not isinstance(value, dict) or not value:
-        return f"a {type(value).__name__}" if value else f"an empty {type(value).__name__}"
+    if isinstance(value, (dict, list, tuple)) and not value:
+        return f"an empty {type(value).__name__}"
+    if not isinstance(value, dict):
+        return f"a {type(value).__name__}"
     others = [f"{key!r}: {type(entry).__name__}" for key, entry in value.items() if not isinstance(entry, torch.Tensor)]
     return f"entries other than tensors ({_keys(others)})" if others else "unnamed tensors"

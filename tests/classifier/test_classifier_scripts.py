@@ -511,6 +511,23 @@ def test_killed_between_the_files_of_two_times(flags, measured, results, tmp_pat
     assert archives(output) == archives(results)
 
 
+def test_images_that_are_all_unreadable_are_named(flags, statistics_flags, starts, measured, tmp_path, capsys):
+    for name in names_of(starts):
+        path = tmp_path / "starts" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"nothing")
+    flags = {**flags, "starting_data_dir": tmp_path / "starts"}
+    for call, mine in ((statistics, {**statistics_flags, "data_dir": tmp_path / "starts"}), (evaluate, flags)):
+        output = tmp_path / call.__name__
+        output.mkdir()
+        if call is evaluate:
+            copy_statistics(measured, output)
+        with pytest.raises(UserError, match="could be read: there is nothing to write") as caught:
+            call(mine, output)
+        assert caught.value.status == 1
+        assert "n07920052/1.JPEG' cannot be read: it is not one of" in capsys.readouterr().err
+
+
 def test_an_unreadable_image_is_named_and_left_out(flags, statistics_flags, results, starts, samples, tmp_path, capsys):
     starting, sampled, output = tmp_path / "starts", tmp_path / "samples", tmp_path / "output"
     shutil.copytree(starts, starting)

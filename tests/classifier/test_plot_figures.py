@@ -251,6 +251,11 @@ def damage(folder):
             "--gallery image_003: none",
         ),
         (None, ["--starting_data_dir", "start", "--data_dir", "x"], "does not exist"),
+        (
+            None,
+            ["--starting_data_dir", ".", "--data_dir", "x"],
+            r"the figures would be written to 'figures' \(--output\), which is inside '\.' \(--starting_data_dir\)",
+        ),
     ],
 )
 def test_mistakes(tmp_path, monkeypatch, change, flags, words):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from contextlib import nullcontext
 
 from guided_diffusion.checkpoints import CLASSIFIER, DIFFUSION_MODEL, UPSAMPLER, build
-from guided_diffusion.command_line.flags import FLAGS
+from guided_diffusion.command_line.flags import FLAGS, FLOAT, add_flags
+from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.errors import UserError
 from guided_diffusion.gaussian_diffusion import SAMPLERS
 from guided_diffusion.runs.settings import differences
@@ -18,6 +20,7 @@ from guided_diffusion.script_util import (
     sr_model_and_diffusion_defaults,
 )
 
+import blobfile
 import pytest
 import torch
 from conftest import REPOSITORY, load_script
@@ -122,8 +125,6 @@ def test_a_record_from_before_a_flag_existed_agrees_with_its_default():
     [
         ("image_train", "--dropout 2", "--dropout 2.0: expected a probability, from 0 to 1"),
         ("super_res_train", "--dropout -1", "--dropout -1.0: expected a probability, from 0 to 1"),
-        ("image_train", "--lr nan", r"--lr nan .* expected lr > 0"),
-        ("image_train", "--weight_decay inf", r"--weight_decay inf: expected"),
         ("image_train", "--fp16_scale_growth 0", r"--fp16_scale_growth 0.0: expected a number above 0"),
         ("image_train", "--num_heads_upsample 5", r"5 attention heads \(--num_heads, --num_heads_upsample\)"),
     ],
@@ -139,6 +140,62 @@ def test_whole_numbers_out_of_range(flag, capsys):
     with pytest.raises(SystemExit):
         load_script("scripts/image_train.py").main([f"--{flag}", "0"])
     assert f"--{flag}: expected a whole number >= 1, not 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name, entry in FLAGS.items() if entry.kind is FLOAT])
+@pytest.mark.parametrize("text", ["nan", "-inf", "1e999", "one"])
+def test_numbers_are_finite(name, text, capsys):
+    parser = ArgumentParser()
+    add_flags(parser, [name])
+    with pytest.raises(SystemExit):
+        parser.parse_args([f"--{name}={text}"])
+    assert f"--{name}: expected a finite number, not {text!r}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "highest"),
+    [
+        ("seed", 2**64, 2**64 - 1),
+        ("num_threads", 100_000, 1024),
+        ("num_workers", 100_000, 1024),
+        ("num_trajectories", 10**11, 10**5),
+        ("num_turns", 10**11, 10**5),
+        ("batch_size", 10**11, 2**31 - 1),
+        ("num_heads", 2**31, 2**31 - 1),
+        ("step_reverse", 10**11, 2**31 - 1),
+    ],
+)
+def test_numbers_have_upper_limits(name, number, highest, capsys):
+    parser = ArgumentParser()
+    add_flags(parser, [name, "step_reverse"])
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--step_reverse", "1", f"--{name}", str(number)])
+    said = capsys.readouterr().err
+    assert f"--{name}: expected a whole number from " in said and f" to {highest}, not {number}" in said
+    found = getattr(parser.parse_args(["--step_reverse", "1", f"--{name}", str(highest)]), name)
+    assert found in (highest, [highest])
+
+
+@pytest.mark.parametrize(
+    ("path", "is_fine"),
+    {
+        **dict.fromkeys(["", ".", "out", "/a/b", "./out:/", "a b/c", "gs://b/c", "az://a/c/d"], True),
+        "https://account.blob.core.windows.net/c/d": True,
+        **dict.fromkeys(["s3://b/c", "out:/", "a:b/c", "//a/b", "https://example.com/a", "file:///a"], False),
+    }.items(),
+)
+def test_folders_are_those_that_blobfile_knows(path, is_fine, capsys):
+    parser = ArgumentParser()
+    add_flags(parser, ["output"])
+    if is_fine:
+        assert parser.parse_args(["--output", path]).output == path
+    else:
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--output", path])
+        assert f"--output: {'' if '//' in path else repr(path)}" in capsys.readouterr().err
+    if not is_fine or "://" not in path:
+        with nullcontext() if is_fine else pytest.raises(blobfile.Error):
+            blobfile.exists(path)
 
 
 # The table of flags

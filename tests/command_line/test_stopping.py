@@ -7,7 +7,7 @@ import sys
 import threading
 
 import pytest
-from conftest import environment
+from conftest import environment, run_python
 from fork_server import start
 
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
@@ -81,6 +81,27 @@ class Script:
         said, words = self.process.communicate()
         self.alarm.cancel()
         return self.process.returncode, said, words
+
+
+FAILING = """
+import blobfile
+from guided_diffusion.command_line.stopping import run
+from guided_diffusion.errors import named_write_errors
+
+def main():
+    with named_write_errors({path!r}) if {path!r} else __import__("contextlib").nullcontext():
+        raise blobfile.Error("no such bucket")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize("path", ["", "gs://b/out.npz"])
+def test_an_error_of_remote_storage_is_one_of_the_system(path):
+    done = run_python("-c", FAILING.format(path=path))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    named = "error: cannot write gs://b/out.npz: no such bucket. Choose another --output,"
+    assert done.stderr.startswith(named if path else "error: no such bucket")
 
 
 @pytest.mark.parametrize("kind", ["plain", "looping"])

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import zlib
+from contextlib import nullcontext
 
 from guided_diffusion.errors import UserError
 from guided_diffusion.images import folder as image_folder
@@ -16,6 +17,7 @@ from guided_diffusion.images.classes import Classes, OtherClasses
 from guided_diffusion.images.folder import (
     LabelledImage,
     UnknownClasses,
+    check_outside,
     choose_images,
     label_images,
     label_where_known,
@@ -110,7 +112,9 @@ def test_list_follows_links_but_not_in_circles(tmp_path):
     (tmp_path / "data" / "broken.jpg").symlink_to(tmp_path / "nothing")
     (tmp_path / "elsewhere" / "up").symlink_to(tmp_path / "data")
     os.mkfifo(tmp_path / "data" / "pipe.jpg")
-    expected = ["b.jpg", "broken.jpg", "linked.jpg", "linked/n01440764/a.jpg"]
+    (tmp_path / "data" / "linked_pipe.jpg").symlink_to("pipe.jpg")
+    (tmp_path / "data" / "circle.jpg").symlink_to("circle.jpg")
+    expected = ["b.jpg", "broken.jpg", "circle.jpg", "linked.jpg", "linked/n01440764/a.jpg"]
     assert list_images(str(tmp_path / "data")) == expected
 
 
@@ -427,6 +431,45 @@ def test_images_without_an_entry(tmp_path):
     assert "It has 2, the first for 'ILSVRC2012_val_00000001'." in str(error.value)
 
 
+@pytest.mark.parametrize("stem", ["img{}", "cat_{}", "cat_{}_t0400"])
+def test_samples_have_the_classes_of_the_images_that_they_started_from(stem, tmp_path):
+    """With names, with a list of labels, and by a path that does not end in the name of the folder."""
+    starts = [f"{stem.format(i)}.png" for i in (1, 2, 10)]
+    samples = [f"{stem.format(i)}_t0500{which}.JPEG" for i in (1, 2, 10) for which in ("", "_s002", "_s002_u03")]
+    of_starts = label_images("photos", starts)
+    expected = [image for image in of_starts for _ in range(3)]
+    (tmp_path / "t_5_10_images").mkdir()
+    for data_dir in ("out/t_5_10_images", f"{tmp_path}/t_5_10_images/.", "gs://b/t_5_10_images/"):
+        found = label_images(data_dir, samples)
+        assert [image.path for image in found] == samples
+        assert [(image.label, image.class_name) for image in found] == [(i.label, i.class_name) for i in expected]
+    (tmp_path / "labels.txt").write_text("".join(f"{name} {i}\n" for i, name in enumerate(starts)))
+    labelled = label_images("t_5_10_images", samples, str(tmp_path / "labels.txt"))
+    assert [image.label for image in labelled] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_an_output_inside_of_the_images(tmp_path, monkeypatch):
+    """Through links of all kinds; not in hidden folders, which are not searched."""
+    data, other = tmp_path / "data", tmp_path / "other"
+    for folder in (data / "a", other / "b"):
+        folder.mkdir(parents=True)
+        (folder / "x.png").touch()
+    (data / "linked").symlink_to(other)
+    (tmp_path / "data_too").symlink_to(data)
+    monkeypatch.chdir(data)
+    images = list_images(str(data))
+    below = (data, data / "out", data / "a/out/t_1_2_images", other / "new", other / "b", tmp_path / "data_too/c")
+    for output in below:
+        for data_dir in (str(data), f"{tmp_path}/data_too/", "."):
+            with pytest.raises(UserError, match=r"\(--output\), which is inside '.*' \(--data_dir\): the next run"):
+                check_outside([str(tmp_path / "fine"), str(output)], data_dir, images)
+    for output in (tmp_path / "out", data / ".out/c", tmp_path / "data_2", "gs://data", "../results"):
+        check_outside([str(output)], str(data), images)
+    for output, inside in (("gs://b/data/out", True), ("gs://b/data2", False), ("gs://b/data/.out/c", False)):
+        with pytest.raises(UserError) if inside else nullcontext():
+            check_outside([output], "gs://b/data/", ["a/x.png"])
+
+
 # Choosing
 
 
@@ -446,8 +489,8 @@ def test_images_without_classes_are_all_chosen():
     images = [LabelledImage(f"{i}.jpg", None, "") for i in range(30)]
     assert choose_images(images[::-1], 1, 1) == sorted(images, key=lambda image: image.path)
     assert len(choose_images(images, 1000, 10, 20)) == 20
-    assert shortage(images, 1000, 10) is None and shortage(images, 1000, 10, 30) is None
-    assert shortage(images, 1000, 10, 31) == "31 images asked for (--num_samples), 30 found"
+    assert shortage(images, images, 1000, 10) is None and shortage(images, images, 1000, 10, 30) is None
+    assert shortage(images, images, 1000, 10, 31) == "31 images asked for (--num_samples), 30 found"
 
 
 @pytest.mark.parametrize("flag", ["num_classes", "num_per_class", "num_samples"])
@@ -462,14 +505,19 @@ def test_choice_of_nothing(flag):
         (2, 1, None, None),
         (2, 2, 3, None),
         (9, 9, 3, None),
-        (3, 1, None, "3 images asked for, 2 found in 2 classes (--num_classes, --num_per_class, --num_samples)"),
-        (2, 2, None, "4 images asked for, 3 found in 2 classes (--num_classes, --num_per_class, --num_samples)"),
-        (9, 9, 20, "20 images asked for, 3 found in 2 classes (--num_classes, --num_per_class, --num_samples)"),
+        (3, 1, None, "2 of 3 images in 2 classes are taken, 3 were asked for (--num_classes 3, --num_per_class 1)"),
+        (2, 2, None, "3 of 3 images in 2 classes are taken, 4 were asked for (--num_classes 2, --num_per_class 2)"),
+        (
+            *(9, 9, 20),
+            "3 of 3 images in 2 classes are taken, 20 were asked for (--num_classes 9, --num_per_class 9, "
+            "--num_samples 20)",
+        ),
     ],
 )
 def test_shortage(num_classes, num_per_class, num_samples, message):
     asked = (num_classes, num_per_class, num_samples)
-    assert shortage(choose_images(images_of(4, 4, 8), *asked), *asked) == message
+    found = images_of(4, 4, 8)
+    assert shortage(found, choose_images(found, *asked), *asked) == message
 
 
 # Reading
@@ -752,6 +800,17 @@ def unreadable(tmp_path):
         "bomb.png": (png_of(bomb), "it has more than 178,956,970 pixels; make it smaller"),
         "missing.jpg": (None, "No such file or directory"),
     }
+
+
+def test_an_elongated_image_is_unreadable_instead_of_taking_all_memory(tmp_path):
+    """Scaled to a short side of 256, it would take 12 GB."""
+    path = str(tmp_path / "thin.png")
+    Image.new("RGB", (1, 60000)).save(path)
+    for read in (read_image, lambda path, size: training_data.read_augmented(path, size, True, True, random.Random(0))):
+        with pytest.raises(UnreadableImage, match=r"thin\.png' cannot be read: it has 1x60000 pixels, and would have"):
+            read(path, 256)
+    Image.new("RGB", (2, 2000)).save(path)
+    assert read_image(path, 256).shape == (256, 256, 3)
 
 
 def test_unreadable_files_say_which_and_why(tmp_path):

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import ResultError, UserError
+from guided_diffusion.runs.inputs import Entry, write_entries
 from guided_diffusion.runs.parts import Parts, remove_parts
 from guided_diffusion.runs.records import finished_record, record_of
 from guided_diffusion.runs.settings import differences, settings_of
@@ -40,6 +41,41 @@ def test_nothing_is_unpickled(tmp_path):
     parts = Parts(str(tmp_path / "parts"), SETTINGS, THREADS)
     parts.write(0, a=np.array([print], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):
+        parts.read(0)
+
+
+def test_a_file_that_one_part_could_not_read_is_known_from_another(tmp_path):
+    """It was read for part 1, so that it must not change; the other was never read, so that it may be repaired."""
+    parts = Parts(str(tmp_path / "parts"), SETTINGS, THREADS)
+    listed, entry = str(tmp_path / "parts/inputs.json"), Entry(7, "ab" * 32)
+    write_entries(listed, {"images": {"a.png": Entry(7, None), "b.png": Entry(8, None)}})
+    parts.write(0, {"inputs": {"images": {}}, "unreadable": {"images": {"a.png": "?", "b.png": "?"}}})
+    parts.write(1, {"inputs": {"images": {"a.png": entry}}, "unreadable": {"images": {}}})
+    parts.write(2, {"inputs": {"images": {}}, "unreadable": {"images": {"a.png": "?"}}})
+    assert parts.known_files(listed) == {"images": {"a.png": entry}}
+
+
+@pytest.mark.parametrize("kept", [0, 100, -30])
+def test_a_damaged_part_is_computed_again(kept, tmp_path, capsys):
+    parts = Parts(str(tmp_path / "parts"), SETTINGS, THREADS)
+    for index in range(2):
+        parts.write(index, {"inputs": {}}, a=np.arange(100))
+    damaged = tmp_path / "parts/000000.npz"
+    damaged.write_bytes(damaged.read_bytes()[:kept])
+    with pytest.raises(ResultError, match=r"000000\.npz is damaged \(.+\)\.\nRemove it, and rerun the same command"):
+        parts.read(0)
+    assert parts.known_files(str(tmp_path / "parts/inputs.json")) == {}
+    assert parts.present() == {1}
+    assert "warning: " in (said := capsys.readouterr().err) and "000000.npz is damaged" in said
+
+
+def test_a_part_with_a_wrong_checksum_is_named(tmp_path):
+    parts = Parts(str(tmp_path / "parts"), SETTINGS, THREADS)
+    parts.write(0, a=np.arange(100))
+    data = bytearray((tmp_path / "parts/000000.npz").read_bytes())
+    data[400] ^= 1
+    (tmp_path / "parts/000000.npz").write_bytes(data)
+    with pytest.raises(ResultError, match=r"000000\.npz is damaged \(Bad CRC-32"):
         parts.read(0)
 
 

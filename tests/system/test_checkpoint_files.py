@@ -111,6 +111,7 @@ def test_several_state_dicts_that_fit_are_listed_and_the_advice_works(network, m
     assert_same(LOADERS[network](str(path), flags_of(network)), model)
 
 
+@pytest.mark.filterwarnings("ignore:.*nested")
 @pytest.mark.parametrize("network", SMALL, ids=NETWORKS)
 def test_what_is_in_a_file_without_the_network_is_listed(network, tmp_path):
     path, flag = str(tmp_path / "other.pt"), network.path_flag
@@ -129,6 +130,9 @@ def test_what_is_in_a_file_without_the_network_is_listed(network, tmp_path):
             rf"^{flag} {path} contains entries other than tensors \('epoch': int, 'list': list\)",
         ),
         ({0: torch.zeros(1)}, rf"^{flag} {path} contains unnamed tensors; expected a dict of tensors"),
+        (torch.zeros(2), rf"^{flag} {path} contains a Tensor; expected a dict of tensors"),
+        (torch.nested.nested_tensor([torch.zeros(2)]), rf"^{flag} {path} contains a Tensor; expected a dict"),
+        ({"ema": {"a": torch.nested.nested_tensor([torch.zeros(2)])}, "epoch": 1}, "tensor of kind nested, float32, a"),
         ([torch.zeros(1)], rf"^{flag} {path} contains a list; expected a dict of tensors"),
         ({}, rf"^{flag} {path} contains an empty dict; expected a dict of tensors"),
         ({"n_averaged": torch.tensor(3)}, rf"^{flag} {path} contains 0 weights of another network"),
@@ -228,7 +232,7 @@ def test_where_and_how_a_tensor_is_stored_does_not_matter(suffix, tmp_path):
         assert w.is_contiguous() and w.data_ptr() % 64 == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*(sparse csr|quantize)")
+@pytest.mark.filterwarnings("ignore:.*(sparse csr|quantize|nested)")
 @pytest.mark.parametrize(
     ("kind", "convert"),
     {
@@ -237,6 +241,7 @@ def test_where_and_how_a_tensor_is_stored_does_not_matter(suffix, tmp_path):
         "strided, qint8": lambda w: torch.quantize_per_tensor(w, 0.1, 0, torch.qint8),
         "strided, complex64": lambda w: w * 1j,
         "meta": lambda w: w.to("meta"),
+        "nested, float32": lambda w: torch.nested.nested_tensor(list(w)),
     }.items(),
 )
 def test_tensors_that_are_not_dense_and_real(kind, convert, models, tmp_path):
