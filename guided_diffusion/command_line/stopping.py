@@ -118,29 +118,39 @@ def run(main: Callable[[], int | None]) -> None:
     _handle_stop_signals(stop)
     reason = None
     try:
-        status = main() or 0
-    except UserError as error:
-        status, words, reason = error.status, f"error: {error}", error
-    except OSError as error:
-        status, words, reason = 1, f"error: {error}", error
+        try:
+            status = main() or 0
+        except Exception as error:
+            expected = _expected_ending(error)
+            if expected is None:
+                _handle_stop_signals(leave)
+                dist_util.leave_after_bug(error)
+                raise
+            status, words, reason = expected
     except Stopped as stopped:
+        # If a rank dies, the launcher sends SIGTERM to the others, perhaps while they wait to learn which rank is lost.
+        _handle_stop_signals(leave)
         status, reason = 128 + stopped.signum, stopped
         words = f"stopped by {signal.Signals(stopped.signum).name}: {_saved_state()}"
-    except Exception as error:
-        lost = dist_util.lost_peer_behind(error)
-        if lost is not None:
-            status, words, reason = lost.status, f"error: {lost}", lost
-        elif is_out_of_memory(error):
-            status, words, reason = 2, f"error: {not_enough_memory(error)}", error
-        else:
-            dist_util.leave_after_bug(error)
-            raise
     _handle_stop_signals(leave)
     if reason is None:
         sys.exit(status)
     sys.stdout.flush()
     dist_util.report_and_leave(reason, words)
     os._exit(status)
+
+
+def _expected_ending(error: Exception) -> tuple[int, str, Exception] | None:
+    """Exit status, message and reason of an expected error; None for a bug. May wait until a lost rank is known."""
+    if isinstance(error, UserError):
+        return error.status, f"error: {error}", error
+    if isinstance(error, OSError):
+        return 1, f"error: {error}", error
+    if lost := dist_util.lost_peer_behind(error):
+        return lost.status, f"error: {lost}", lost
+    if is_out_of_memory(error):
+        return 2, f"error: {not_enough_memory(error)}", error
+    return None
 
 
 def _handle_stop_signals(handler: Callable[[int, Any], None]) -> None:
