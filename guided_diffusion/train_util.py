@@ -169,7 +169,6 @@ class TrainLoop:
             self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=self.device.type in ("cpu", "cuda")
         )
         self.ema_params: list[list[Tensor]] = []
-        self._continues_log = False
         self._request = StopRequest()
         self._stop_signal = 0  # signal that all processes have agreed to obey
         self._load_start()
@@ -440,7 +439,7 @@ class TrainLoop:
         if start is not None:
             verb = "resuming" if resumed else "starting"
             logger.info(f"{verb} from {start.path}, after {self.step} steps")
-        if self._continues_log:
+        if resumed:
             logger.rewind("step", self.step)
         else:
             logger.set_aside_files()
@@ -507,7 +506,6 @@ class TrainLoop:
             self.schedule_sampler.load_state_dict(training["schedule_sampler"])
         if start.resumed and "meter" in training:
             self.meter.load(training["meter"], keep=dist_util.is_main())
-            self._continues_log = True
         if hasattr(self.data, "seek"):
             self.data.seek(training.get("position", self.step * self.global_batch))
 

@@ -101,7 +101,10 @@ class CSVOutputFormat(KVWriter):
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """Numeric metrics for TensorBoard in the folder `dir`, one step per call. Raises UserError without the package."""
+    """Numeric metrics for TensorBoard in the folder `dir`, at the step that the metric "step" gives.
+
+    Without that metric, each call is one step later than the previous one. Raises UserError without the package.
+    """
 
     def __init__(self, dir: str | os.PathLike):
         try:
@@ -112,6 +115,10 @@ class TensorBoardOutputFormat(KVWriter):
         self.step = 1
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        # Not the number of calls: a resumed run's first line is not step 1.
+        step = plain(kvs.get("step"))
+        if isinstance(step, int | float) and math.isfinite(step):
+            self.step = int(step)
         for key, val in kvs.items():
             if isinstance(val := plain(val), int | float):
                 self.writer.add_scalar(key, val, self.step)

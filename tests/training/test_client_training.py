@@ -136,6 +136,28 @@ def test_loggers_within_loggers(tmp_path):
         assert list((tmp_path / "new/tb").iterdir())
 
 
+def test_metrics_are_changed_in_place(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=["csv"])
+    logger.get_current().name2val["images"] += 4.0
+    values = logger.getkvs()
+    values["images"] += 4
+    assert values["loss"] == 0
+    logger.record_tabular("step", 7)
+    assert logger.dump_tabular() == {"images": 8.0, "loss": 0.0, "step": 7} and values == {}
+    assert read_csv(tmp_path) == [{"images": "8.0", "loss": "0.0", "step": "7"}]
+
+
+def test_the_default_logger_comes_back_after_another(tmp_path):
+    default = logger.get_current()
+    assert logger.Logger.DEFAULT is logger.Logger.CURRENT is default
+    logger.configure(dir=str(tmp_path / "other"), format_strs=["csv"])
+    assert logger.Logger.CURRENT is not logger.Logger.DEFAULT is default
+    logger.reset()
+    assert logger.get_current() is default
+    logger.reset()
+    assert logger.Logger.DEFAULT is logger.Logger.CURRENT is None
+
+
 def test_means_over_the_ranks_of_a_communicator(tmp_path):
     """Of a client that hands one over; its other rank has logged a loss of 4 three times."""
 
@@ -442,6 +464,33 @@ def test_what_subclasses_override_is_called(tmp_path):
     assert [row["taken"] for row in read_csv(tmp_path / "run")] == ["1", "2", "3", "4"]
 
 
+def test_the_log_of_a_loop_that_saves_by_itself_is_continued(tmp_path):
+    class Loop(TrainLoop):
+        def save(self):
+            torch.save(self.model.state_dict(), tmp_path / f"model{self.step:06d}.pt")
+            average = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
+            torch.save(average, tmp_path / f"ema_0.9_{self.step:06d}.pt")
+            torch.save(self.opt.state_dict(), tmp_path / f"opt{self.step:06d}.pt")
+
+    for steps in (2, 4):
+        logger.configure(str(tmp_path), ["csv"])
+        loop_of(Loop, lr_anneal_steps=steps).run_loop()
+    assert [row["step"] for row in read_csv(tmp_path)] == ["1", "2", "3", "4"]
+    assert not (tmp_path / "progress.1.csv").exists()
+
+
+def test_loops_of_one_process_share_its_log(tmp_path):
+    for _ in range(2):  # an earlier run, with other folders
+        logger.configure(str(tmp_path / "log"), ["csv"])
+        for name in "ab":
+            loop_of(output=str(tmp_path / name), iterations=1).run_loop()
+            (tmp_path / name / "model000001.pt").rename(tmp_path / name / "kept.pt")
+            for path in (tmp_path / name).glob("*000001.pt"):
+                path.unlink()
+    assert [row["step"] for row in read_csv(tmp_path / "log")] == ["1", "1"]
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["progress.1.csv", "progress.csv"]
+
+
 def test_a_step_of_the_client_s_own(tmp_path):
     """Its losses, its log, and the step's number left to the loop."""
 
@@ -616,6 +665,5 @@ def test_the_folder_of_an_original_run_is_resumed(original_run, named):
             assert torch.equal(loop.opt.state[param][moment], right)
     loop.run_loop()
     assert (folder / "model000006.pt").exists() and (folder / "opt000002.pt").exists()
-    assert [row["step"] for row in read_csv(folder)] == ["4", "5", "6"]
-    assert (folder / "progress.1.csv").read_text().endswith("0.5,12,2\n")
+    assert [row["step"] for row in read_csv(folder)] == ["2", "4", "5", "6"]  # the log is continued
     assert loop_of(lr_anneal_steps=0, iterations=7).step == 6  # and once more, from our own
