@@ -12,7 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..compute.memory import not_enough_memory
 from ..errors import UserError, is_out_of_memory
 
@@ -56,6 +56,7 @@ class _Received:
 
 
 _received = _Received()
+_in_run = False  # whether `run` has called the script
 _when_stopped: Callable[[], str] | None = None
 
 
@@ -73,9 +74,13 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        global _received
+        if not _in_run:  # a program that dealt with an earlier signal, and went on
+            _received = _Received()
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for signum in STOP_SIGNALS:
-                self._before[signum] = signal.signal(signum, self._defer)
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._defer)
         return self
 
     def __exit__(self, *_) -> None:
@@ -86,6 +91,18 @@ class StopRequest:
         self.signum = self.signum or signum
         if _received.add(signum):
             raise Stopped(signum)
+
+
+def hand_over(stopped: Stopped) -> None:
+    """Stop in the way of the program: under `run`, raise `stopped`; else send it the signal that a block deferred.
+
+    The program's own handler then does what it likes. By default, Ctrl-C raises KeyboardInterrupt, and other signals
+    end the process. If the handler returns, so does this function.
+    """
+    if _in_run:
+        raise stopped
+    logger.info(f"{signal.Signals(stopped.signum).name}: {_saved_state()}")
+    signal.raise_signal(stopped.signum)
 
 
 def when_stopped(describe: Callable[[], str]) -> None:
@@ -102,8 +119,8 @@ def run(main: Callable[[], int | None]) -> None:
     during the exit are ignored, except for a Ctrl-C at least a second after the first one. An error on all ranks is
     printed once; a rank that fails alone informs the others.
     """
-    global _received
-    _received = _Received()
+    global _received, _in_run
+    _received, _in_run = _Received(), True
     gc.freeze()  # the garbage collector need not visit imported modules, which live until the end, even at exit
 
     def stop(signum, frame):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from guided_diffusion import dist_util, fp16_util, logger, nn, train_util, unet
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
-from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_util import TrainLoop, log_loss_dict
 
@@ -384,11 +384,12 @@ def test_operations_of_attention_are_counted():
 # TrainLoop
 
 
-def loop_of(loop_class=TrainLoop, data=None, model=None, **options):
-    net, diffusion = make_model()
+def loop_of(loop_class=TrainLoop, data=None, model=None, diffusion=None, **options):
+    net, usual = make_model()
     arguments = {"batch_size": 4, "microbatch": -1, "lr": 1e-3, "ema_rate": "0.9", "log_interval": 1}
     arguments |= {"save_interval": 2, "resume_checkpoint": "", "lr_anneal_steps": 4}
-    return loop_class(model=model or net, diffusion=diffusion, data=data or batches(), **{**arguments, **options})
+    arguments |= {"model": model or net, "diffusion": diffusion or usual, "data": data or batches()}
+    return loop_class(**{**arguments, **options})
 
 
 @HALF
@@ -526,6 +527,53 @@ def test_a_step_of_the_client_s_own(tmp_path):
         assert all(float(row["loss"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
         assert (folder / "model000004.pt").exists() and not loop.use_ddp
         assert any(not torch.equal(a, b) for a, b in zip(before, loop.ema_params[0], strict=True))
+
+
+def test_overrides_that_know_only_the_original_s_arguments(tmp_path):
+    """A sampler without our generator, a diffusion without noise, and terms that are one number for all images."""
+    _, plain = make_model()
+
+    class Late(ScheduleSampler):
+        def weights(self):
+            return [1] * 50 + [3] * 50
+
+        def sample(self, batch_size, device):
+            return super().sample(batch_size, device)
+
+    class Regularised(type(plain)):
+        def training_losses(self, model, x_start, t, model_kwargs=None):
+            terms = super().training_losses(model, x_start, t, model_kwargs=model_kwargs)
+            penalty = sum(param.square().sum() for param in model.parameters())
+            return {**terms, "loss": terms["loss"] + 0.1 * penalty, "penalty": penalty, "rate": 0.1}
+
+    logger.configure(str(tmp_path), ["csv"])
+    plain.__class__ = Regularised
+    np.random.seed(0)
+    loop = loop_of(diffusion=plain, schedule_sampler=Late(), microbatch=3)
+    loop.run_loop()
+    for row in read_csv(tmp_path):
+        assert float(row["rate"]) == pytest.approx(0.1) and float(row["penalty"]) > 1
+        assert float(row["loss"]) == pytest.approx(float(row["mse"]) + 0.1 * float(row["penalty"]), rel=1e-4)
+    t, weights = loop.draw_timesteps(0)
+    assert weights.tolist() == [2 if step < 50 else pytest.approx(2 / 3) for step in t.tolist()]
+
+
+def test_names_of_the_original_s_trainer_and_sampler():
+    assert train_util.INITIAL_LOG_LOSS_SCALE == fp16_util.INITIAL_LOG_LOSS_SCALE == 20.0
+    model, diffusion = make_model()
+    trainer = MixedPrecisionTrainer(model=model)
+    assert all(a is b for a, b in zip(trainer.model_params, model.parameters(), strict=True))
+    for use_fp16 in (False, True):
+        doubled = [2 * param.detach() for param in trainer.model_params]
+        groups = trainer.param_groups_and_shapes
+        state = fp16_util.master_params_to_state_dict(model, groups, doubled, use_fp16)
+        assert all(torch.equal(state[name], 2 * param) for name, param in model.named_parameters())
+
+    sampler = create_named_schedule_sampler("loss-second-moment", diffusion)
+    assert not sampler._warmed_up()
+    sampler.update_with_all_losses(list(range(100)) * 10, [float(i) for i in range(1000)])
+    assert sampler._warmed_up() and sampler._loss_history[3].tolist() == [3 + 100 * i for i in range(10)]
+    assert (sampler._loss_counts == 10).all()
 
 
 def test_a_loop_that_counts_the_steps_too_is_told(tmp_path):
