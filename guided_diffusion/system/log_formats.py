@@ -159,8 +159,8 @@ def as_text(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A Python number from a 0-d tensor or NumPy scalar; anything else unchanged."""
-    return value.item() if hasattr(value, "item") else value
+    """A Python number from a tensor or array of one number, or a NumPy scalar; anything else unchanged."""
+    return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
 
 
 def _json_value(value: Any) -> Any:

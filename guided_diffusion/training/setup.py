@@ -94,6 +94,9 @@ def training_folder(args: argparse.Namespace, default: str) -> Iterator[Training
             f"--anneal_lr True --iterations {args.iterations}: expected the number of steps in which the learning rate "
             "falls to 0,\nor --anneal_lr False"
         )
+    for name in ("labels_file", "class_order"):
+        if getattr(args, name, "") and not getattr(args, "class_cond", True):
+            raise UserError(f"--{name} is for a class-conditional model: give --class_cond True, or omit it")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images (1 or more), or -1 for all")
     dist_util.setup_dist(args.device)

@@ -143,8 +143,9 @@ def test_metrics_are_changed_in_place(tmp_path):
     values["images"] += 4
     assert values["loss"] == 0
     logger.record_tabular("step", 7)
-    assert logger.dump_tabular() == {"images": 8.0, "loss": 0.0, "step": 7} and values == {}
-    assert read_csv(tmp_path) == [{"images": "8.0", "loss": "0.0", "step": "7"}]
+    logger.logkv("shape", np.arange(3))
+    assert logger.dump_tabular()["images"] == 8 and values == {}
+    assert read_csv(tmp_path) == [{"images": "8.0", "loss": "0.0", "step": "7", "shape": "[0 1 2]"}]
 
 
 def test_the_default_logger_comes_back_after_another(tmp_path):

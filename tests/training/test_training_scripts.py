@@ -742,6 +742,8 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
         ("image_train", {"noise_schedule": "linaer"}, r"--noise_schedule linaer"),
         ("image_train", {"resume_checkpoint": "missing/model000010.pt"}, r"--resume_checkpoint missing/model000010.pt"),
         ("image_train", {"labels_file": "missing.csv", "class_cond": True}, r"--labels_file 'missing.csv' cannot"),
+        ("image_train", {"labels_file": "x.csv"}, r"--labels_file is for a class-conditional model: give --"),
+        ("super_res_train", {"class_order": "text"}, r"--class_order is for a class-conditional model"),
         ("super_res_train", {"small_size": 0}, r"--small_size 0"),
         ("super_res_train", {"large_size": 48}, r"--large_size 48"),
         ("classifier_train", {"val_data_dir": "missing"}, r"'missing' does not exist \(--val_data_dir\)"),
