@@ -60,7 +60,13 @@ class MixedPrecisionTrainer:
         fp16_scale_growth: increase of the base-2 logarithm of the loss scale per step.
         initial_lg_loss_scale: base-2 logarithm of the initial loss scale.
         half: dtype of mixed precision; None: the `half_precision_dtype` of the device.
+
+    Attributes:
+        master_params, model_params: parameters of the model, in float32.
+        param_groups_and_shapes: None, since there are no flat copies of the parameters.
     """
+
+    param_groups_and_shapes: Groups | None = None
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class MixedPrecisionTrainer:
         self.model = model
         if use_fp16 and hasattr(model, "use_mixed_precision"):
             model.use_mixed_precision()
-        self.master_params = list(model.parameters())
+        self.master_params = self.model_params = list(model.parameters())
         self.device = self.master_params[0].device
         self.dtype = (half or half_precision_dtype(self.device)) if use_fp16 else torch.float32
         self.use_fp16 = self.dtype != torch.float32
@@ -121,7 +127,8 @@ class MixedPrecisionTrainer:
         """
         self.scaler.unscale_(opt)
         grad_norm = get_total_norm([param.grad for param in self.master_params if param.grad is not None])
-        param_norm = get_total_norm([param.detach() for param in self.master_params])
+        # Integers, such as a frozen table of indices, have no norm.
+        param_norm = get_total_norm([param.detach() for param in self.master_params if param.is_floating_point()])
         self.scaler.step(opt)
         self.scaler.update()
         return grad_norm, param_norm
@@ -183,8 +190,8 @@ def unflatten_master_params(param_group: NamedParams, master_param: Tensor) -> l
 def master_params_to_state_dict(
     model: nn.Module, param_groups_and_shapes: Groups | None, master_params: Iterable[Tensor], use_fp16: bool
 ) -> dict[str, Tensor]:
-    """The model's state dict with other values, given as flat copies if `use_fp16`, else one tensor per parameter."""
-    if use_fp16:
+    """The model's state dict with other values: flat copies if `use_fp16` and there are groups, else a tensor each."""
+    if use_fp16 and param_groups_and_shapes is not None:
         values = {
             name: piece
             for master, (group, _) in zip(master_params, param_groups_and_shapes, strict=True)

@@ -5,7 +5,6 @@ Our own scripts use `images.folder`, `images.io` and `training.data`.
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from . import dist_util, logger
 from .errors import UserError
@@ -28,7 +27,7 @@ from .script_util import NUM_CLASSES
 from .training.data import BatchDataset, DataStream, read_augmented
 
 
-class ImageDataset:
+class ImageDataset(Dataset):
     """A map-style dataset for torch: item i is (image, extra), with image float32 (3, resolution, resolution) in
     [-1, 1], and extra {"y": class index} if there are `classes`, else {}.
 
@@ -76,7 +75,8 @@ def load_data(
     seed: int = 0,
     num_workers: int = 2,
 ) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Endless batches (images, extra) of the images below a folder; our own scripts use `training_stream`.
+    """Endless batches (images, extra) of the images below a folder, until `close()`; our own scripts use
+    `training_stream`.
 
     By default the same stream, except that `extra["y"]` numbers the part of the file names before the first "_",
     whatever the folders. With `list_images`, `drop_last=False` or `preprocess_fn` as in the released experiment:
@@ -113,7 +113,12 @@ def load_data(
             "(batch_size, drop_last=False)"
         )
     loader = DataLoader(images, batch_size, shuffle=not deterministic, drop_last=drop_last, num_workers=num_workers)
-    return itertools.chain.from_iterable(itertools.repeat(loader))
+    return _epochs(loader)
+
+
+def _epochs(loader: DataLoader) -> Iterator[Any]:
+    while True:
+        yield from loader
 
 
 def _classes_by_prefix(paths: Sequence[str]) -> tuple[dict[int, str], list[int]]:

@@ -67,18 +67,26 @@ class Logger:
         dir: folder of the files; None: no files.
         output_formats: writers of metrics and messages.
         comm: MPI communicator over which `dumpkvs` averages; None: rank 0 writes its own values.
+
+    Attributes:
+        CURRENT: current logger, if any.
+        DEFAULT: logger that `get_current` created because the script had not called `configure`, if any.
+        name2val: metrics for the next `dumpkvs`; a missing one counts as 0.
+        earlier_files: progress.csv and progress.json of an earlier run, which existed before `configure`.
     """
 
     CURRENT: "Logger | None" = None
+    DEFAULT: "Logger | None" = None
 
     def __init__(self, dir: str | None, output_formats: Iterable[KVWriter | SeqWriter], comm: Any = None):
-        self.name2val: dict[str, Any] = {}
+        self.name2val: dict[str, Any] = defaultdict(float)
         self.name2cnt: dict[str, int] = defaultdict(int)
         self.level = INFO
         self.dir = dir
         self.output_formats = list(output_formats)
         self.comm = comm
         self.log_suffix = ""
+        self.earlier_files: list[Path] = []
 
     def logkv(self, key: str, val: Any) -> None:
         """Record a metric for the next `dumpkvs`; the last value counts."""
@@ -142,6 +150,7 @@ def get_current() -> Logger:
     """The current logger; calls `configure` if there is none."""
     if Logger.CURRENT is None:
         configure()
+        Logger.DEFAULT = Logger.CURRENT
     return Logger.CURRENT
 
 
@@ -179,6 +188,7 @@ def configure(
     current = Logger(str(folder), writers, comm)
     current.log_suffix, current.level = log_suffix, (Logger.CURRENT or _before_configure).level
     Logger.CURRENT = current
+    current.earlier_files = [path for path in _progress_files() if path.exists()]
     if not named:
         info(f"logging to {folder}")
 
@@ -204,10 +214,12 @@ def make_dir() -> None:
 
 
 def reset() -> None:
-    """Close the files and remove the current logger."""
+    """Close the files and remove the current logger. The one before `configure`, `Logger.DEFAULT`, takes its place."""
     if Logger.CURRENT is not None:
         Logger.CURRENT.close()
-        Logger.CURRENT = None
+    if Logger.CURRENT is Logger.DEFAULT:
+        Logger.DEFAULT = None
+    Logger.CURRENT = Logger.DEFAULT
 
 
 @contextmanager
@@ -293,13 +305,17 @@ def logkvs(d: Mapping[str, Any]) -> None:
 
 
 def getkvs() -> dict[str, Any]:
-    """The metrics recorded since the last `dumpkvs`."""
-    return dict(Logger.CURRENT.name2val) if Logger.CURRENT else {}
+    """The metrics recorded since the last `dumpkvs`, which the caller may change; a missing one counts as 0."""
+    return get_current().name2val
 
 
 def dumpkvs() -> dict[str, Any]:
     """See `Logger.dumpkvs`."""
     return Logger.CURRENT.dumpkvs() if Logger.CURRENT else {}
+
+
+record_tabular = logkv
+dump_tabular = dumpkvs
 
 
 @contextmanager
@@ -346,11 +362,12 @@ def mpi_weighted_mean(comm: Any, local_name2valcount: Mapping[str, tuple[Any, fl
 
 
 def set_aside_files() -> None:
-    """Rename existing progress.csv and progress.json to progress.1.csv and so on, on rank 0. Raises OSError.
+    """Rename the `earlier_files`, progress.csv and progress.json, to progress.1.csv and so on. Raises OSError.
 
-    A new run must not append to the log of another one, such as one that was killed before its first checkpoint.
+    A new run must not append to the log of another one, such as one that was killed before its first checkpoint. What
+    this process has written belongs to the new run.
     """
-    if renamed := set_aside(*map(str, _progress_files())):
+    if renamed := set_aside(*map(str, _take_earlier_files())):
         names = ", ".join(map(os.path.basename, renamed.values()))
         info(f"the log in {get_dir()} belongs to an earlier run: renamed to {names}")
 
@@ -361,6 +378,7 @@ def rewind(key: str, last: float) -> None:
     A run resumed from a checkpoint logs those steps again, so the files end up as if the run had never been killed. A
     truncated last line is dropped too; lines without the key stay. Each file is rewritten atomically.
     """
+    _take_earlier_files()  # they are this run's
     for path in _progress_files():
         values_of = _csv_values if path.suffix == ".csv" else _json_values
         if not path.exists():
@@ -370,6 +388,15 @@ def rewind(key: str, last: float) -> None:
         kept = b"".join(line for line, value in values_of(lines, key) if not _is_above(value, last))
         if kept != data:
             write_whole(str(path), kept)
+
+
+def _take_earlier_files() -> list[Path]:
+    """The current logger's `earlier_files`, which it forgets."""
+    current = Logger.CURRENT
+    if current is None:
+        return []
+    files, current.earlier_files = current.earlier_files, []
+    return files
 
 
 def _progress_files() -> list[Path]:

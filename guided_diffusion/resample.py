@@ -38,7 +38,7 @@ class ScheduleSampler(ABC):
         Returns:
             (timesteps, weights) on `device`: int64 and float32, each (batch_size,).
         """
-        weights = self.weights()
+        weights = np.asarray(self.weights(), dtype=np.float64)
         p = weights / weights.sum()
         steps = (generator or np.random).choice(len(p), size=batch_size, p=p)
         importance = 1 / (len(p) * p[steps])
@@ -99,32 +99,39 @@ class LossSecondMomentResampler(LossAwareSampler):
         self.diffusion = diffusion
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
-        self._losses = np.zeros((diffusion.num_timesteps, history_per_term))  # newest last
-        self._counts = np.zeros(diffusion.num_timesteps, dtype=np.int64)
+        self._loss_history = np.zeros((diffusion.num_timesteps, history_per_term))  # newest last
+        self._loss_counts = np.zeros(diffusion.num_timesteps, dtype=np.int64)
 
     def weights(self) -> np.ndarray:
-        num_steps = len(self._counts)
-        if self._counts.min() < self.history_per_term:
+        num_steps = len(self._loss_counts)
+        if not self._warmed_up():
             return np.ones(num_steps)
-        weights = np.sqrt(np.mean(self._losses**2, axis=1))
+        weights = np.sqrt(np.mean(self._loss_history**2, axis=1))
         return (1 - self.uniform_prob) * weights / weights.sum() + self.uniform_prob / num_steps
+
+    def _warmed_up(self) -> bool:
+        """Whether every timestep has a full history."""
+        return bool((self._loss_counts == self.history_per_term).all())
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         for t, loss in zip(ts, losses, strict=True):
             if np.isfinite(loss):  # one overflow would corrupt all probabilities
-                self._losses[t] = [*self._losses[t, 1:], loss]
-                self._counts[t] = min(self._counts[t] + 1, self.history_per_term)
+                self._loss_history[t] = [*self._loss_history[t, 1:], loss]
+                self._loss_counts[t] = min(self._loss_counts[t] + 1, self.history_per_term)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        return {"losses": torch.from_numpy(self._losses.copy()), "counts": torch.from_numpy(self._counts.copy())}
+        return {
+            "losses": torch.from_numpy(self._loss_history.copy()),
+            "counts": torch.from_numpy(self._loss_counts.copy()),
+        }
 
     def load_state_dict(self, state: Mapping[str, torch.Tensor]) -> None:
         """Restore a `state_dict`. Raises UserError if its number of timesteps or losses differs."""
-        saved, own = state["losses"].shape, self._losses.shape
+        saved, own = state["losses"].shape, self._loss_history.shape
         if saved != own:
             raise UserError(
                 f"the checkpoint contains {saved[1]} losses for each of {saved[0]} timesteps, expected {own[1]} for "
                 f"each of {own[0]} (--diffusion_steps, --timestep_respacing)"
             )
-        self._losses = state["losses"].numpy().copy()
-        self._counts = state["counts"].numpy().copy()
+        self._loss_history = state["losses"].numpy().copy()
+        self._loss_counts = state["counts"].numpy().copy()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -26,12 +26,13 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from . import dist_util, logger
-from .command_line.stopping import Stopped, StopRequest, when_stopped
+from .command_line.stopping import Stopped, StopRequest, hand_over, when_stopped
 from .compute.inference import hardware, versions, wide_enough_for_channels_last
 from .compute.transfer import upload
 from .dist_util import get_rank, get_world_size
 from .errors import ResultError, UserError
 from .forward_backward import NoiseStreams
+from .fp16_util import INITIAL_LOG_LOSS_SCALE as INITIAL_LOG_LOSS_SCALE
 from .fp16_util import MixedPrecisionTrainer
 from .gaussian_diffusion import GaussianDiffusion
 from .nn import update_ema
@@ -78,13 +79,16 @@ class TrainLoop:
         weight_decay: weight decay of AdamW.
         lr_anneal_steps: last step, by which the learning rate falls linearly to 0; 0: no limit and a constant rate.
         iterations: last step; 0: no limit.
-        seed: seed of timesteps, noise and dropout.
+        seed: seed of timesteps, noise and dropout; None: the one in `settings`, else that of the run if it is resumed,
+            else rank 0's `torch.initial_seed()`, which `torch.manual_seed` sets.
         output: checkpoint folder; None: `get_blob_logdir()`.
         settings: settings that must not change when the run is resumed, by flag; None: `default_settings`.
         on_start: called on rank 0 with whether the run is resumed, before anything is written.
         before_save: called on rank 0 before a checkpoint is written.
         on_save: called on rank 0 after a checkpoint with (model, step); the model has the weights of the first moving
-            average, if any.
+            average, if any. The other ranks wait.
+        on_resume: called as `on_save` with the checkpoint that a run is resumed from, since the run may have been
+            killed before `on_save`.
         check_fit: called with (path, shapes in the checkpoint, shapes in the model) if these differ; raises UserError.
         extra_state: more entries for "training" in the optimizer's file.
 
@@ -119,12 +123,13 @@ class TrainLoop:
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
         iterations: int = 0,
-        seed: int = 0,
+        seed: int | None = None,
         output: str | None = None,
         settings: Mapping[str, Any] | None = None,
         on_start: Callable[[bool], None] | None = None,
         before_save: Callable[[], None] | None = None,
         on_save: Callable[[Callable[..., Tensor], int], None] | None = None,
+        on_resume: Callable[[Callable[..., Tensor], int], None] | None = None,
         check_fit: Callable[[str, Shapes, Shapes], None] | None = None,
         extra_state: Mapping[str, Any] | None = None,
     ):
@@ -149,7 +154,8 @@ class TrainLoop:
         self.seed = seed
         self.settings = self.default_settings() if settings is None else dict(settings)
         self.compile_choice, self.compiled = compile, False
-        self.on_start, self.before_save, self.on_save = on_start, before_save, on_save
+        self.on_start, self.before_save = on_start, before_save
+        self.on_save, self.on_resume = on_save, on_resume
         self.check_fit = check_fit
         self.extra_state = dict(extra_state or {})
         self.output: str = output or dist_util.on_main(get_blob_logdir)
@@ -169,7 +175,6 @@ class TrainLoop:
             self.mp_trainer.master_params, lr=lr, weight_decay=weight_decay, fused=self.device.type in ("cpu", "cuda")
         )
         self.ema_params: list[list[Tensor]] = []
-        self._continues_log = False
         self._request = StopRequest()
         self._stop_signal = 0  # signal that all processes have agreed to obey
         self._load_start()
@@ -188,10 +193,11 @@ class TrainLoop:
             "--lr_anneal_steps": self.lr_anneal_steps,
             "--use_fp16": self.use_fp16,
             "--schedule_sampler": SAMPLER_NAMES.get(sampler, sampler.__name__),
-            "--seed": self.seed,
             "images per step (--batch_size times processes)": self.global_batch,
             "diffusion steps": self.diffusion.num_timesteps,
         }
+        if self.seed is not None:
+            settings["--seed"] = self.seed
         if self.use_fp16:
             settings["--fp16_scale_growth"] = self.fp16_scale_growth
         if self.half_precision != "auto":
@@ -206,25 +212,42 @@ class TrainLoop:
     def run_loop(self) -> None:
         """Train until the last step, or until a stop signal arrives, which saves a checkpoint first.
 
+        Outside `stopping.run`, the signal then goes to the program's own handler; training goes on if that returns.
+
         Raises:
             UserError: a checkpoint cannot be written.
             ResultError: a loss, a norm or a weight is NaN or infinite; that step is not saved.
             Stopped: a signal arrived.
         """
+        if self._start is not None and self._start.resumed:
+            self._call_on_main(self.on_resume)
         if self.done:
             logger.info(f"already at step {self.step}: nothing left to do")
             return
         when_stopped(partial(describe_newest, self.output, self.resume_checkpoint))
         self.model.train()
-        bar = logger.progress_bar(self.last_step, "training", "step", initial=self.step)
-        with bar, StopRequest() as self._request:
+        while not self.done:
+            stopped = None
+            bar = logger.progress_bar(self.last_step, "training", "step", initial=self.step)
             try:
-                self._take_steps(bar)
-            except RuntimeError as error:
-                # If the signal arrived before the loop, another rank may already have left and no longer answers.
-                if self._request.signum and get_world_size() > 1:
-                    raise Stopped(self._request.signum) from error
-                raise
+                with bar, StopRequest() as self._request:
+                    self._take_steps_together(bar)
+            except Stopped as reason:
+                stopped = reason
+            if stopped is not None:
+                hand_over(stopped)
+                if not self._stop_signal:  # in the middle of a step
+                    raise KeyboardInterrupt
+                self._stop_signal = 0
+
+    def _take_steps_together(self, bar: tqdm) -> None:
+        try:
+            self._take_steps(bar)
+        except RuntimeError as error:
+            # If the signal arrived before the loop, another rank may already have left and no longer answers.
+            if self._request.signum and get_world_size() > 1:
+                raise Stopped(self._request.signum) from error
+            raise
 
     def _take_steps(self, bar: tqdm) -> None:
         while not self.done:
@@ -257,13 +280,14 @@ class TrainLoop:
                 f"step is {self.step}, expected {self._expected_step}: run_step counts the steps, so the loop that "
                 "calls it must not"
             )
-        losses_and_t = self.forward_backward(batch, cond)
+        losses = self.forward_backward(batch, cond)
         self._anneal_lr()
         grad_norm, param_norm = self.mp_trainer.step(self.opt)
         # In float16, a step with overflowing gradients is skipped: it is counted, but its losses are not averaged.
         taken = grad_norm.isfinite() if self.mp_trainer.scaler.is_enabled() else None
-        if losses_and_t is not None:  # a subclass may log its losses itself
-            self.meter.add(*losses_and_t, self.diffusion.num_timesteps, taken)
+        if losses is not None:  # a subclass may log its losses itself
+            terms, t, weights = losses
+            self.meter.add(terms, t, self.diffusion.num_timesteps, taken, weights)
         self.meter.add_number("grad_norm", grad_norm, taken)
         self.meter.add_number("param_norm", param_norm)
         if taken is not None:
@@ -274,48 +298,67 @@ class TrainLoop:
         self.log_step()
 
     def _update_ema(self) -> None:
-        """Move the moving averages towards the weights."""
+        """Move the moving averages towards the weights. Integers, which are not trained, have no average."""
+        weights = [param for param in self.mp_trainer.master_params if param.is_floating_point()]
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            update_ema(params, self.mp_trainer.master_params, rate=rate)
+            update_ema([param for param in params if param.is_floating_point()], weights, rate=rate)
 
     def log_step(self) -> None:
         """Log the step number, after each step. Subclasses may log more."""
         logger.logkv("step", self.step)
         logger.logkv("samples", self.step * self.global_batch)
 
-    def forward_backward(self, batch: Tensor, cond: Cond) -> tuple[dict[str, Tensor], Tensor]:
-        """Compute the gradients of the global batch's mean loss, microbatch by microbatch.
+    def forward_backward(self, batch: Tensor, cond: Cond) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Compute the gradients of the global batch's mean weighted loss, microbatch by microbatch.
 
-        Returns the weighted loss terms by their names in the log, (B,) each, and the timesteps t, (B,).
+        Returns the loss terms by their names in the log, the timesteps t, and the weights: (B,) each.
         """
         batch = upload(batch, self.device)
         cond = {name: upload(value, self.device) for name, value in cond.items()}
         t, weights = self.draw_timesteps(self.seed, len(batch))  # (B,), (B,)
         noise = self.draw_noise(batch.shape, self.seed)
-        torch.manual_seed(step_seed(self.seed, self.step, get_rank()))  # for dropout
 
         self.mp_trainer.zero_grad()
         terms: list[dict[str, Tensor]] = []
-        for start in range(0, len(batch), self.microbatch):
-            part = slice(start, start + self.microbatch)
-            last = start + self.microbatch >= len(batch)
-            # Gradients are averaged over the processes once, in the last backward pass.
-            with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
-                with self.mp_trainer.autocast():
-                    losses = self.compute_losses(
-                        batch[part], t[part], noise[part], {name: value[part] for name, value in cond.items()}
-                    )
-                self.mp_trainer.backward((losses["loss"] * weights[part]).sum() / len(batch))
-            terms.append({name: value.detach() for name, value in losses.items()})
+        with self._step_randomness():
+            for start in range(0, len(batch), self.microbatch):
+                part = slice(start, start + self.microbatch)
+                last = start + self.microbatch >= len(batch)
+                # Gradients are averaged over the processes once, in the last backward pass.
+                with nullcontext() if last or not self.use_ddp else self.ddp_model.no_sync():
+                    with self.mp_trainer.autocast():
+                        losses = self.compute_losses(
+                            batch[part], t[part], noise[part], {name: value[part] for name, value in cond.items()}
+                        )
+                    self.mp_trainer.backward((losses["loss"] * weights[part]).sum() / len(batch))
+                terms.append(self._for_each_image(losses, len(t[part])))
 
         joined = {name: torch.cat([losses[name] for losses in terms]) for name in terms[0]}  # each (B,)
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, joined["loss"])
-        return {f"{self.prefix}{name}": value * weights for name, value in joined.items()}, t
+        return {f"{self.prefix}{name}": value for name, value in joined.items()}, t, weights
+
+    @contextmanager
+    def _step_randomness(self) -> Iterator[None]:
+        """A block whose random numbers, such as those of dropout, depend on seed, step and rank alone.
+
+        The global generators, from which the caller may draw its data, go on as if the block had drawn nothing.
+        """
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(step_seed(self.seed, self.step, get_rank()))
+            yield
+
+    def _for_each_image(self, losses: Mapping[str, Tensor | float], count: int) -> dict[str, Tensor]:
+        """Loss terms, (count,) each, without gradients. A subclass may also give one number for all images."""
+        return {
+            name: torch.as_tensor(value, device=self.device).detach().expand(count) for name, value in losses.items()
+        }
 
     def compute_losses(self, x: Tensor, t: Tensor, noise: Tensor, cond: Cond) -> dict[str, Tensor]:
         """Loss terms, (B,) each, including "loss", of images x (B, C, H, W) at timesteps t (B,)."""
-        return self.diffusion.training_losses(self.ddp_model, x, t, model_kwargs=cond, noise=noise)
+        losses = self.diffusion.training_losses
+        known = {"noise": noise} if _accepts(losses, "noise") else {}  # not in every client's override
+        return losses(self.ddp_model, x, t, model_kwargs=cond, **known)
 
     def log(self) -> dict[str, Any]:
         """Write and return a line of the log: means since the previous line, over all processes.
@@ -344,10 +387,23 @@ class TrainLoop:
         self._check_finite(self.meter.means_of(totals))
         dist_util.on_main(self._write_checkpoint, totals)
         self.saved_step = self.step
-        if self.on_save is not None and dist_util.is_main() and not self._stop_signal:
-            self.model.eval()
-            self.on_save(self._averaged_model, self.step)
-            self.model.train()
+        if not self._stop_signal:
+            self._call_on_main(self.on_save)
+
+    def _call_on_main(self, function: Callable[[Callable[..., Tensor], int], None] | None) -> None:
+        """Call `function`, if any, on rank 0 with the averaged model and the step; the others wait as long as it takes.
+
+        Not in a collective of torch.distributed, which would time out.
+        """
+
+        def call() -> None:
+            if function is not None:
+                training = self.model.training
+                self.model.eval()
+                function(self._averaged_model, self.step)
+                self.model.train(training)
+
+        dist_util.on_main(call)
 
     # Randomness of a step
 
@@ -366,7 +422,9 @@ class TrainLoop:
         generator = np.random.default_rng(step_seed(seed, self.step))
         rows = self._global_rows(self.batch_size if count is None else count)
         drawn = max(self.global_batch, rows[-1] + 1)
-        t, weights = self.schedule_sampler.sample(drawn, torch.device("cpu"), generator)
+        sample = self.schedule_sampler.sample
+        known = {"generator": generator} if _accepts(sample, "generator") else {}  # not in every client's override
+        t, weights = sample(drawn, torch.device("cpu"), **known)
         return upload(t[rows], self.device), upload(weights[rows], self.device)
 
     def draw_noise(self, shape: Sequence[int], seed: int) -> Tensor:
@@ -388,6 +446,7 @@ class TrainLoop:
         self._start = start = dist_util.on_main(choose_start, *args)
         self._file_order: list[str] | None = None
         self.origin = None if start is None else start.origin
+        self._choose_seed()
         self._load_and_sync_parameters()
         overridden = type(self)._load_and_sync_parameters is not TrainLoop._load_and_sync_parameters
         if start is not None and start.resumed and overridden:
@@ -406,6 +465,16 @@ class TrainLoop:
             dist_util.on_main(self._start_in_folder)
         if start is not None and start.resumed:
             self.saved_step = self.step
+
+    def _choose_seed(self) -> None:
+        """Choose the seed if the caller left it open, and record it."""
+        if self.seed is not None:
+            return
+        recorded = self._start.settings if self._start is not None else {}  # none unless the run is resumed
+        self.seed = self.settings.get("--seed", recorded.get("--seed"))
+        if self.seed is None:
+            self.seed = dist_util.on_main(torch.initial_seed)
+        self.settings["--seed"] = self.seed
 
     def _load_and_sync_parameters(self) -> None:
         """Load the initial weights, identical on all processes. Subclasses may load others."""
@@ -440,7 +509,7 @@ class TrainLoop:
         if start is not None:
             verb = "resuming" if resumed else "starting"
             logger.info(f"{verb} from {start.path}, after {self.step} steps")
-        if self._continues_log:
+        if resumed:
             logger.rewind("step", self.step)
         else:
             logger.set_aside_files()
@@ -507,7 +576,6 @@ class TrainLoop:
             self.schedule_sampler.load_state_dict(training["schedule_sampler"])
         if start.resumed and "meter" in training:
             self.meter.load(training["meter"], keep=dist_util.is_main())
-            self._continues_log = True
         if hasattr(self.data, "seek"):
             self.data.seek(training.get("position", self.step * self.global_batch))
 
@@ -646,16 +714,28 @@ class LossMeter:
 
     def __init__(self, device: torch.device):
         self.device = device
-        # name -> (2, 5): sum and count, over all images and over each quartile of t
+        # name -> (2, 5): sum and weight, over all images and over each quartile of t
         self.totals: dict[str, Tensor] = {}
 
-    def add(self, terms: Mapping[str, Tensor], t: Tensor, num_timesteps: int, taken: Tensor | None = None) -> None:
+    def add(
+        self,
+        terms: Mapping[str, Tensor],
+        t: Tensor,
+        num_timesteps: int,
+        taken: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         """Add loss terms (B,) of images at timesteps t (B,) of `num_timesteps`.
 
-        `taken` (0-d): whether the optimizer took the step; losses of skipped steps do not count. None: it did.
+        Args:
+            terms, t, num_timesteps: see above.
+            taken: 0-d, whether the optimizer took the step; losses of skipped steps do not count. None: it did.
+            weights: (B,), importance of each image in the means, which are over uniform timesteps; None: 1.
         """
         quartile = nn.functional.one_hot(4 * t // num_timesteps, 4).double()  # (B, 4)
         groups = torch.cat([torch.ones_like(quartile[:, :1]), quartile], dim=1)  # (B, 5)
+        if weights is not None:
+            groups = groups * weights.double()[:, None]
         for name, values in terms.items():
             self._add(name, torch.stack([values.double() @ groups, groups.sum(dim=0)]), taken)
 
@@ -716,6 +796,12 @@ def _copies(params: Iterable[Tensor]) -> list[Tensor]:
 def step_seed(*parts: int | str) -> int:
     """A 63-bit seed that depends on all of `parts`."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
+
+
+def _accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of this name, or takes any."""
+    parameters = inspect.signature(function).parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _signal_of_any_rank(request: StopRequest) -> Callable[[], int]:

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             diffusion=diffusion,
             data=data,
             schedule_sampler=schedule_sampler,
-            on_save=sample_grid(args, flags, args.image_size, folder.path, data),
+            **sample_grid(args, flags, args.image_size, folder.path, data),
             **loop_options(args, folder, data, flags | args_to_dict(args, GRAMMAR_FLAGS), DIFFUSION_MODEL),
         )
         loop.run_loop()

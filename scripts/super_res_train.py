@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
             diffusion=diffusion,
             data=WithSmallImages(data, args.small_size),
             schedule_sampler=schedule_sampler,
-            on_save=sample_grid(args, flags, args.large_size, folder.path, data),
+            **sample_grid(args, flags, args.large_size, folder.path, data),
             **loop_options(args, folder, data, flags, UPSAMPLER),
         )
         return run_to_end(loop, folder)

@@ -154,6 +154,33 @@ def train(folder):
         (folder / f"working{dist_util.get_rank()}").touch()
 
 
+def draw_slowly(folder):
+    """Train, with pictures that take rank 0 longer than the others may wait in a collective of torch.distributed."""
+    from guided_diffusion.script_util import create_gaussian_diffusion
+    from guided_diffusion.train_util import TrainLoop
+
+    class Network(torch.nn.Conv2d):
+        def forward(self, x, t):
+            return super().forward(x)
+
+    logger.configure(folder / "log", ["csv"])
+    loop = TrainLoop(
+        model=Network(3, 3, 1),
+        diffusion=create_gaussian_diffusion(steps=100),
+        data=iter([(torch.zeros(1, 3, 4, 4), {})] * 2),
+        batch_size=1,
+        microbatch=-1,
+        lr=1e-3,
+        ema_rate="",
+        log_interval=1,
+        save_interval=1,
+        iterations=2,
+        on_save=lambda model, step: time.sleep(3 if step == 1 else 0),
+    )
+    loop.run_loop()
+    return loop.step
+
+
 def compile_for_training(folder):
     """When this rank compiled a network for training: from when to when. First, one with a hook on rank 0 alone."""
     network, times = torch.nn.Linear(1, 1), []
@@ -182,7 +209,7 @@ def compile_for_training(folder):
 
 
 TASKS = (compile_for_training, tell, load, load_anything, fail_together, fail_on_last, fail_alone, speak)
-TASKS += (die_first, run_of, where, until_told, train)
+TASKS += (die_first, run_of, where, until_told, train, draw_slowly)
 TASKS = {f.__name__: f for f in TASKS}
 
 

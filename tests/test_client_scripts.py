@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import multiprocessing
 import os
 
 from guided_diffusion import dist_util
@@ -474,6 +475,22 @@ def test_classes_are_prefixes_of_base_names(folder):
     dataset = ImageDataset(8, paths, classes=[sorted(set(names)).index(name) for name in names], random_flip=False)
     assert [int(dataset[i][1]["y"]) for i in range(5)] == LABELS
     assert [greys_of(th.from_numpy(dataset[i][0])[None])[0] for i in range(5)] == GREYS
+
+
+def test_data_sets_are_joined_and_loaders_are_closed(folder):
+    paths = _list_image_files_recursively(folder)
+    first, second = ImageDataset(8, paths[:2], random_flip=False), ImageDataset(8, paths[2:], random_flip=False)
+    assert isinstance(first, torch.utils.data.Dataset)
+    assert [greys_of(th.from_numpy((first + second)[i][0])[None])[0] for i in range(5)] == GREYS
+    for more in ({}, {"drop_last": False}):
+        data = load_data(data_dir=folder, batch_size=2, image_size=8, num_workers=1, **more)
+        next(data)
+        workers = multiprocessing.active_children()
+        assert workers
+        data.close()
+        for worker in workers:
+            worker.join(60)
+        assert list(data) == [] and not multiprocessing.active_children()
 
 
 def test_load_data_of_the_released_experiment(folder):

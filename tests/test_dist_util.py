@@ -658,6 +658,12 @@ def test_a_job_that_is_suspended_as_a_whole_goes_on(tmp_path):
         finish(rank)
 
 
+def test_ranks_wait_for_a_picture_longer_than_for_a_collective(tmp_path):
+    for rank in srun(2, [*PYTHON, "draw_slowly", tmp_path], GUIDED_DIFFUSION_COLLECTIVE_TIMEOUT="2"):
+        finish(rank)
+    assert [of_rank["draw_slowly"] for of_rank in results(tmp_path, 2)] == [2, 2]
+
+
 def test_a_rank_tells_the_others_why_it_ends(tmp_path):
     first, second = srun(2, [*PYTHON, "fail_alone", tmp_path])
     assert f"rank 1 on {socket.gethostname()} failed: RuntimeError: a bug; see its output" in finish(first, 3)

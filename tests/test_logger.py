@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from guided_diffusion import logger
 from guided_diffusion.errors import UserError
@@ -152,7 +153,7 @@ def test_folder_and_formats_from_the_environment(tmp_path, monkeypatch, capsys):
 def test_nothing_to_write_needs_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     logger.info("hello")
-    assert logger.getkvs() == logger.dumpkvs() == {} and list(tmp_path.iterdir()) == []
+    assert logger.dumpkvs() == {} and list(tmp_path.iterdir()) == []
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with pytest.raises(UserError, match=r"cannot create a temporary log folder: No such file or directory\. Set"):
         logger.configure()
@@ -260,17 +261,58 @@ def test_set_aside_files(tmp_path, monkeypatch):
         for n in range(3):
             logger.logkv("n", n)
             logger.dumpkvs()
+            logger.set_aside_files()  # the files are this process's own
+            assert (tmp_path / f"progress{suffix}.csv").exists()
+            logger.configure(tmp_path, ("csv", "json"), log_suffix=suffix)  # as the next process does
             if n == 1:  # a number that is free for one of the two is not taken
                 (tmp_path / f"progress{suffix}.2.json").write_text("another's")
             monkeypatch.setattr(logger, "_rank", lambda: 1)
+            logger.configure(tmp_path, ("csv", "json"), log_suffix=suffix)
             logger.set_aside_files()
             monkeypatch.setattr(logger, "_rank", lambda: 0)
+            logger.configure(tmp_path, ("csv", "json"), log_suffix=suffix)
             logger.set_aside_files()
     numbers = {"csv": (1, 3, 4), "json": (1, 2, 3, 4)}
     names = {f"progress{suffix}.{n}.{kind}" for suffix in ("", "_x") for kind in numbers for n in numbers[kind]}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert [rows(tmp_path, f"progress_x.{n}.csv") for n in (1, 3, 4)] == [[{"n": str(n)}] for n in range(3)]
     assert (tmp_path / "progress.2.json").read_text() == "another's"
+
+
+def test_a_continued_log_is_not_set_aside_later(tmp_path):
+    """By another run of the same process, which starts from scratch."""
+    for _ in range(2):
+        logger.configure(tmp_path, ("csv",))
+        logger.logkv("step", 1)
+        logger.dumpkvs()
+    logger.rewind("step", 1)
+    logger.set_aside_files()
+    assert [row["step"] for row in rows(tmp_path)] == ["1", "1"]
+
+
+def test_the_curves_of_tensorboard_go_on_after_resuming(tmp_path, monkeypatch):
+    """By the metric "step"; lines without it are counted."""
+    points = []
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tb")
+
+        def add_scalar(self, key, value, step):
+            points.append((key, value, step))
+
+        flush = close = lambda self: None
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    for steps in (torch.tensor(10), 20), (np.int64(20), 30):
+        logger.configure(tmp_path, ("tensorboard",))
+        for step in steps:
+            logger.logkvs({"loss": 0.5, "step": step, "note": "x"})
+            logger.dumpkvs()
+    logger.logkv("loss", 0.25)
+    logger.dumpkvs()
+    assert [step for key, _, step in points if key == "loss"] == [10, 20, 20, 30, 31]
+    assert ("step", 20, 20) in points and ("loss", 0.25, 31) in points
 
 
 def test_mistakes(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 
 import blobfile as bf
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..compute.memory import not_enough_memory
 from ..errors import UserError, is_out_of_memory
 
@@ -58,6 +58,7 @@ class _Received:
 
 
 _received = _Received()
+_in_run = False  # whether `run` has called the script
 _when_stopped: Callable[[], str] | None = None
 
 
@@ -75,9 +76,13 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        global _received
+        if not _in_run:  # a program that dealt with an earlier signal, and went on
+            _received = _Received()
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for signum in STOP_SIGNALS:
-                self._before[signum] = signal.signal(signum, self._defer)
+                if signal.getsignal(signum) != signal.SIG_IGN:
+                    self._before[signum] = signal.signal(signum, self._defer)
         return self
 
     def __exit__(self, *_) -> None:
@@ -88,6 +93,18 @@ class StopRequest:
         self.signum = self.signum or signum
         if _received.add(signum):
             raise Stopped(signum)
+
+
+def hand_over(stopped: Stopped) -> None:
+    """Stop in the way of the program: under `run`, raise `stopped`; else send it the signal that a block deferred.
+
+    The program's own handler then does what it likes. By default, Ctrl-C raises KeyboardInterrupt, and other signals
+    end the process. If the handler returns, so does this function.
+    """
+    if _in_run:
+        raise stopped
+    logger.info(f"{signal.Signals(stopped.signum).name}: {_saved_state()}")
+    signal.raise_signal(stopped.signum)
 
 
 def when_stopped(describe: Callable[[], str]) -> None:
@@ -104,8 +121,8 @@ def run(main: Callable[[], int | None]) -> None:
     128 + number for a signal. Signals during the exit are ignored, except for a Ctrl-C at least a second after the
     first one. An error on all ranks is printed once; a rank that fails alone informs the others.
     """
-    global _received
-    _received = _Received()
+    global _received, _in_run
+    _received, _in_run = _Received(), True
     gc.freeze()  # the garbage collector need not visit imported modules, which live until the end, even at exit
 
     def stop(signum, frame):
@@ -120,29 +137,39 @@ def run(main: Callable[[], int | None]) -> None:
     _handle_stop_signals(stop)
     reason = None
     try:
-        status = main() or 0
-    except UserError as error:
-        status, words, reason = error.status, f"error: {error}", error
-    except (OSError, bf.Error) as error:
-        status, words, reason = 1, f"error: {error}", error
+        try:
+            status = main() or 0
+        except Exception as error:
+            expected = _expected_ending(error)
+            if expected is None:
+                _handle_stop_signals(leave)
+                dist_util.leave_after_bug(error)
+                raise
+            status, words, reason = expected
     except Stopped as stopped:
+        # If a rank dies, the launcher sends SIGTERM to the others, perhaps while they wait to learn which rank is lost.
+        _handle_stop_signals(leave)
         status, reason = 128 + stopped.signum, stopped
         words = f"stopped by {signal.Signals(stopped.signum).name}: {_saved_state()}"
-    except Exception as error:
-        lost = dist_util.lost_peer_behind(error)
-        if lost is not None:
-            status, words, reason = lost.status, f"error: {lost}", lost
-        elif is_out_of_memory(error):
-            status, words, reason = 2, f"error: {not_enough_memory(error)}", error
-        else:
-            dist_util.leave_after_bug(error)
-            raise
     _handle_stop_signals(leave)
     if reason is None:
         sys.exit(status)
     sys.stdout.flush()
     dist_util.report_and_leave(reason, words)
     os._exit(status)
+
+
+def _expected_ending(error: Exception) -> tuple[int, str, Exception] | None:
+    """Exit status, message and reason of an expected error; None for a bug. May wait until a lost rank is known."""
+    if isinstance(error, UserError):
+        return error.status, f"error: {error}", error
+    if isinstance(error, (OSError, bf.Error)):
+        return 1, f"error: {error}", error
+    if lost := dist_util.lost_peer_behind(error):
+        return lost.status, f"error: {lost}", lost
+    if is_out_of_memory(error):
+        return 2, f"error: {not_enough_memory(error)}", error
+    return None
 
 
 def _handle_stop_signals(handler: Callable[[int, Any], None]) -> None:

@@ -101,7 +101,10 @@ class CSVOutputFormat(KVWriter):
 
 
 class TensorBoardOutputFormat(KVWriter):
-    """Numeric metrics for TensorBoard in the folder `dir`, one step per call. Raises UserError without the package."""
+    """Numeric metrics for TensorBoard in the folder `dir`, at the step that the metric "step" gives.
+
+    Without that metric, each call is one step later than the previous one. Raises UserError without the package.
+    """
 
     def __init__(self, dir: str | os.PathLike):
         try:
@@ -112,6 +115,10 @@ class TensorBoardOutputFormat(KVWriter):
         self.step = 1
 
     def writekvs(self, kvs: Mapping[str, Any]) -> None:
+        # Not the number of calls: a resumed run's first line is not step 1.
+        step = plain(kvs.get("step"))
+        if isinstance(step, int | float) and math.isfinite(step):
+            self.step = int(step)
         for key, val in kvs.items():
             if isinstance(val := plain(val), int | float):
                 self.writer.add_scalar(key, val, self.step)
@@ -152,8 +159,8 @@ def as_text(value: Any) -> str:
 
 
 def plain(value: Any) -> Any:
-    """A Python number from a 0-d tensor or NumPy scalar; anything else unchanged."""
-    return value.item() if hasattr(value, "item") else value
+    """A Python number from a tensor or array of one number, or a NumPy scalar; anything else unchanged."""
+    return value.item() if hasattr(value, "item") and math.prod(value.shape) == 1 else value
 
 
 def _json_value(value: Any) -> Any:

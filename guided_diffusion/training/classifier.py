@@ -72,7 +72,7 @@ class ClassifierTrainLoop(TrainLoop):
         noise = self.draw_noise(batch.shape, seed)
         self.model.eval()
         with self.mp_trainer.autocast():
-            terms = self.compute_losses(upload(batch, self.device), t, noise, {"y": upload(cond["y"], self.device)})
+            losses = self.compute_losses(upload(batch, self.device), t, noise, {"y": upload(cond["y"], self.device)})
         self.model.train()
-        weighted = {f"val_{name}": value * weights for name, value in terms.items()}
-        self.meter.add(weighted, t, self.diffusion.num_timesteps)
+        terms = {f"val_{name}": value for name, value in self._for_each_image(losses, len(batch)).items()}
+        self.meter.add(terms, t, self.diffusion.num_timesteps, weights=weights)

@@ -111,6 +111,7 @@ class DataStream:
         self._rank, self._world_size = dist_util.get_rank(), dist_util.get_world_size()
         self._batches: Iterator | None = None  # of the loader that reads ahead
         self._workers: set[multiprocessing.Process] = set()
+        self._closed = False
 
     def compare_with_record(self, record: str, owner: str) -> bool:
         """Compare the files with a record of their content, or record it: see `inputs.compare_with_record`."""
@@ -120,10 +121,16 @@ class DataStream:
         """Start the next batch at `position`."""
         self.position, self._batches = position, None
 
+    def close(self) -> None:
+        """End the stream and the processes that read ahead."""
+        self._closed, self._batches = True, None
+
     def __iter__(self) -> DataStream:
         return self
 
     def __next__(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        if self._closed:
+            raise StopIteration
         if self._batches is None:
             self._batches = self._start_loader()
         try:

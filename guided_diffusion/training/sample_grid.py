@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import blobfile as bf
 import numpy as np
 import torch
 
@@ -43,7 +44,7 @@ class SampleGrid:
     beside: np.ndarray | None = None
 
     def __call__(self, model: Callable[..., torch.Tensor], step: int) -> None:
-        """Sample from `model` and write the picture for `step`."""
+        """Sample from `model` and write the picture for `step`. One left by an earlier run is renamed."""
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
         options = {"model_kwargs": self.model_kwargs, "device": self.device, "generator": noise}
         try:
@@ -52,8 +53,15 @@ class SampleGrid:
                 pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, noise=start, **options))
             if self.beside is not None:
                 pixels = np.concatenate([self.beside, pixels], axis=2)
-            path = f"{self.output}/samples_{step:06d}.png"
-            set_aside(path)  # left by an earlier run whose checkpoints have been moved away
-            write_whole(path, encode(image_grid(pixels), "png", 100))
+            set_aside(self._path(step))  # its checkpoints have been moved away
+            write_whole(self._path(step), encode(image_grid(pixels), "png", 100))
         except (UserError, OSError) as error:
             logger.warn(f"no sample grid at step {step} (--sample_grid): {error}")
+
+    def draw_missing(self, model: Callable[..., torch.Tensor], step: int) -> None:
+        """Write the picture for `step` if there is none, as after a kill between a checkpoint and its picture."""
+        if not bf.exists(self._path(step)):
+            self(model, step)
+
+    def _path(self, step: int) -> str:
+        return f"{self.output}/samples_{step:06d}.png"

@@ -87,7 +87,16 @@ def training_folder(args: argparse.Namespace, default: str) -> Iterator[Training
     if not 0 < args.fp16_scale_growth < math.inf:
         raise UserError(f"--fp16_scale_growth {args.fp16_scale_growth}: expected a number above 0, such as 0.001")
     if args.half_precision != "auto" and not _uses_half_precision(args):
-        raise UserError(f"--half_precision {args.half_precision}: expected half precision as well (--use_fp16 True)")
+        flag = "--classifier_use_fp16" if hasattr(args, "classifier_use_fp16") else "--use_fp16"
+        raise UserError(f"--half_precision {args.half_precision}: expected half precision as well ({flag} True)")
+    if getattr(args, "anneal_lr", False) and not args.iterations:
+        raise UserError(
+            f"--anneal_lr True --iterations {args.iterations}: expected the number of steps in which the learning rate "
+            "falls to 0,\nor --anneal_lr False"
+        )
+    for name in ("labels_file", "class_order"):
+        if getattr(args, name, "") and not getattr(args, "class_cond", True):
+            raise UserError(f"--{name} is for a class-conditional model: give --class_cond True, or omit it")
     if args.microbatch == 0 or args.microbatch < -1:
         raise UserError(f"--microbatch {args.microbatch}: expected a number of images (1 or more), or -1 for all")
     dist_util.setup_dist(args.device)
@@ -231,11 +240,11 @@ def fit_checker(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Sh
 
 def sample_grid(
     args: argparse.Namespace, flags: Mapping[str, Any], image_size: int, output: str, data: DataStream
-) -> SampleGrid | None:
-    """The sample grid to draw after each checkpoint; None if --sample_grid is 0."""
+) -> dict[str, Any]:
+    """The arguments of `TrainLoop` that draw a sample grid after each checkpoint; none if --sample_grid is 0."""
     count = args.sample_grid
     if not count:
-        return None
+        return {}
     steps = min(args.sample_steps, args.diffusion_steps)
     diffusion = dist_util.on_every_rank(diffusion_from_flags, {**flags, "timestep_respacing": str(steps)})
     device = dist_util.dev()
@@ -249,7 +258,9 @@ def sample_grid(
         model_kwargs["low_res"] = from_pixels(small).to(device)
         side = (args.large_size, args.large_size)
         beside = np.stack([np.asarray(Image.fromarray(i).resize(side, Image.Resampling.NEAREST)) for i in small])
-    return SampleGrid(diffusion, (count, 3, image_size, image_size), output, args.seed, device, model_kwargs, beside)
+    shape = (count, 3, image_size, image_size)
+    grid = SampleGrid(diffusion, shape, output, args.seed, device, model_kwargs, beside)
+    return {"on_save": grid, "on_resume": grid.draw_missing}
 
 
 def low_resolution_images(data_dir: str, count: int, large_size: int, small_size: int) -> np.ndarray:

@@ -15,6 +15,7 @@ TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 # A script that takes time to end: it waits for a line from the test.
 SCRIPT = """
 import sys
+from guided_diffusion import dist_util
 from guided_diffusion.command_line import stopping
 from guided_diffusion.command_line.stopping import Stopped, StopRequest, run, when_stopped
 
@@ -44,8 +45,21 @@ def looping():
         say("tidy")
         raise Stopped(request.signum)
 
+def wait_while_failing(error):
+    say("ready")
+    while sys.stdin.readline() != "end\\n":
+        pass
+
+def losing():
+    dist_util.lost_peer_behind = wait_while_failing
+    raise RuntimeError("a broken connection")
+
+def failing():
+    dist_util.leave_after_bug = wait_while_failing
+    raise RuntimeError("a bug")
+
 stopping.INSISTENCE = float(sys.argv[2])
-run({"plain": plain, "looping": looping}[sys.argv[1]])
+run({function.__name__: function for function in (plain, looping, losing, failing)}[sys.argv[1]])
 """
 
 
@@ -136,3 +150,18 @@ def test_one_ctrl_c_after_another_signal_does_not_insist():
     script.expect("ending")
     os.kill(script.process.pid, TERM)
     assert script.end()[0] == 128 + TERM
+
+
+def test_a_signal_while_a_rank_learns_which_other_is_lost():
+    """From the launcher, which ends the others when one has died."""
+    script = Script("losing", insistence=1000)
+    script.send(TERM)
+    complete = "all files written so far are complete. Rerun the same command to resume"
+    assert script.rest() == (128 + TERM, "", f"stopped by SIGTERM: {complete}\n")
+
+
+def test_a_signal_while_the_others_are_told_of_a_bug_does_not_hide_it():
+    script = Script("failing", insistence=1000)
+    script.send(TERM)
+    status, _, words = script.end()
+    assert status == 1 and words.endswith("RuntimeError: a bug\n") and words.count("Traceback") == 1

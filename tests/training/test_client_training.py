@@ -12,7 +12,7 @@ from pathlib import Path
 
 from guided_diffusion import dist_util, fp16_util, logger, nn, train_util, unet
 from guided_diffusion.fp16_util import MixedPrecisionTrainer
-from guided_diffusion.resample import create_named_schedule_sampler
+from guided_diffusion.resample import ScheduleSampler, create_named_schedule_sampler
 from guided_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 from guided_diffusion.train_util import TrainLoop, log_loss_dict
 
@@ -134,6 +134,29 @@ def test_loggers_within_loggers(tmp_path):
         writer.writekvs({"loss": 0.5, "note": "x"})
         writer.close()
         assert list((tmp_path / "new/tb").iterdir())
+
+
+def test_metrics_are_changed_in_place(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=["csv"])
+    logger.get_current().name2val["images"] += 4.0
+    values = logger.getkvs()
+    values["images"] += 4
+    assert values["loss"] == 0
+    logger.record_tabular("step", 7)
+    logger.logkv("shape", np.arange(3))
+    assert logger.dump_tabular()["images"] == 8 and values == {}
+    assert read_csv(tmp_path) == [{"images": "8.0", "loss": "0.0", "step": "7", "shape": "[0 1 2]"}]
+
+
+def test_the_default_logger_comes_back_after_another(tmp_path):
+    default = logger.get_current()
+    assert logger.Logger.DEFAULT is logger.Logger.CURRENT is default
+    logger.configure(dir=str(tmp_path / "other"), format_strs=["csv"])
+    assert logger.Logger.CURRENT is not logger.Logger.DEFAULT is default
+    logger.reset()
+    assert logger.get_current() is default
+    logger.reset()
+    assert logger.Logger.DEFAULT is logger.Logger.CURRENT is None
 
 
 def test_means_over_the_ranks_of_a_communicator(tmp_path):
@@ -362,11 +385,12 @@ def test_operations_of_attention_are_counted():
 # TrainLoop
 
 
-def loop_of(loop_class=TrainLoop, data=None, model=None, **options):
-    net, diffusion = make_model()
+def loop_of(loop_class=TrainLoop, data=None, model=None, diffusion=None, **options):
+    net, usual = make_model()
     arguments = {"batch_size": 4, "microbatch": -1, "lr": 1e-3, "ema_rate": "0.9", "log_interval": 1}
     arguments |= {"save_interval": 2, "resume_checkpoint": "", "lr_anneal_steps": 4}
-    return loop_class(model=model or net, diffusion=diffusion, data=data or batches(), **{**arguments, **options})
+    arguments |= {"model": model or net, "diffusion": diffusion or usual, "data": data or batches()}
+    return loop_class(**{**arguments, **options})
 
 
 @HALF
@@ -442,6 +466,33 @@ def test_what_subclasses_override_is_called(tmp_path):
     assert [row["taken"] for row in read_csv(tmp_path / "run")] == ["1", "2", "3", "4"]
 
 
+def test_the_log_of_a_loop_that_saves_by_itself_is_continued(tmp_path):
+    class Loop(TrainLoop):
+        def save(self):
+            torch.save(self.model.state_dict(), tmp_path / f"model{self.step:06d}.pt")
+            average = self.mp_trainer.master_params_to_state_dict(self.ema_params[0])
+            torch.save(average, tmp_path / f"ema_0.9_{self.step:06d}.pt")
+            torch.save(self.opt.state_dict(), tmp_path / f"opt{self.step:06d}.pt")
+
+    for steps in (2, 4):
+        logger.configure(str(tmp_path), ["csv"])
+        loop_of(Loop, lr_anneal_steps=steps).run_loop()
+    assert [row["step"] for row in read_csv(tmp_path)] == ["1", "2", "3", "4"]
+    assert not (tmp_path / "progress.1.csv").exists()
+
+
+def test_loops_of_one_process_share_its_log(tmp_path):
+    for _ in range(2):  # an earlier run, with other folders
+        logger.configure(str(tmp_path / "log"), ["csv"])
+        for name in "ab":
+            loop_of(output=str(tmp_path / name), iterations=1).run_loop()
+            (tmp_path / name / "model000001.pt").rename(tmp_path / name / "kept.pt")
+            for path in (tmp_path / name).glob("*000001.pt"):
+                path.unlink()
+    assert [row["step"] for row in read_csv(tmp_path / "log")] == ["1", "1"]
+    assert sorted(path.name for path in (tmp_path / "log").iterdir()) == ["progress.1.csv", "progress.csv"]
+
+
 def test_a_step_of_the_client_s_own(tmp_path):
     """Its losses, its log, and the step's number left to the loop."""
 
@@ -477,6 +528,53 @@ def test_a_step_of_the_client_s_own(tmp_path):
         assert all(float(row["loss"]) > 0 and float(row["grad_norm"]) > 0 for row in rows)
         assert (folder / "model000004.pt").exists() and not loop.use_ddp
         assert any(not torch.equal(a, b) for a, b in zip(before, loop.ema_params[0], strict=True))
+
+
+def test_overrides_that_know_only_the_original_s_arguments(tmp_path):
+    """A sampler without our generator, a diffusion without noise, and terms that are one number for all images."""
+    _, plain = make_model()
+
+    class Late(ScheduleSampler):
+        def weights(self):
+            return [1] * 50 + [3] * 50
+
+        def sample(self, batch_size, device):
+            return super().sample(batch_size, device)
+
+    class Regularised(type(plain)):
+        def training_losses(self, model, x_start, t, model_kwargs=None):
+            terms = super().training_losses(model, x_start, t, model_kwargs=model_kwargs)
+            penalty = sum(param.square().sum() for param in model.parameters())
+            return {**terms, "loss": terms["loss"] + 0.1 * penalty, "penalty": penalty, "rate": 0.1}
+
+    logger.configure(str(tmp_path), ["csv"])
+    plain.__class__ = Regularised
+    np.random.seed(0)
+    loop = loop_of(diffusion=plain, schedule_sampler=Late(), microbatch=3)
+    loop.run_loop()
+    for row in read_csv(tmp_path):
+        assert float(row["rate"]) == pytest.approx(0.1) and float(row["penalty"]) > 1
+        assert float(row["loss"]) == pytest.approx(float(row["mse"]) + 0.1 * float(row["penalty"]), rel=1e-4)
+    t, weights = loop.draw_timesteps(0)
+    assert weights.tolist() == [2 if step < 50 else pytest.approx(2 / 3) for step in t.tolist()]
+
+
+def test_names_of_the_original_s_trainer_and_sampler():
+    assert train_util.INITIAL_LOG_LOSS_SCALE == fp16_util.INITIAL_LOG_LOSS_SCALE == 20.0
+    model, diffusion = make_model()
+    trainer = MixedPrecisionTrainer(model=model)
+    assert all(a is b for a, b in zip(trainer.model_params, model.parameters(), strict=True))
+    for use_fp16 in (False, True):
+        doubled = [2 * param.detach() for param in trainer.model_params]
+        groups = trainer.param_groups_and_shapes
+        state = fp16_util.master_params_to_state_dict(model, groups, doubled, use_fp16)
+        assert all(torch.equal(state[name], 2 * param) for name, param in model.named_parameters())
+
+    sampler = create_named_schedule_sampler("loss-second-moment", diffusion)
+    assert not sampler._warmed_up()
+    sampler.update_with_all_losses(list(range(100)) * 10, [float(i) for i in range(1000)])
+    assert sampler._warmed_up() and sampler._loss_history[3].tolist() == [3 + 100 * i for i in range(10)]
+    assert (sampler._loss_counts == 10).all()
 
 
 def test_a_loop_that_counts_the_steps_too_is_told(tmp_path):
@@ -616,6 +714,5 @@ def test_the_folder_of_an_original_run_is_resumed(original_run, named):
             assert torch.equal(loop.opt.state[param][moment], right)
     loop.run_loop()
     assert (folder / "model000006.pt").exists() and (folder / "opt000002.pt").exists()
-    assert [row["step"] for row in read_csv(folder)] == ["4", "5", "6"]
-    assert (folder / "progress.1.csv").read_text().endswith("0.5,12,2\n")
+    assert [row["step"] for row in read_csv(folder)] == ["2", "4", "5", "6"]  # the log is continued
     assert loop_of(lr_anneal_steps=0, iterations=7).step == 6  # and once more, from our own

@@ -10,6 +10,7 @@ import signal
 from pathlib import Path
 
 from guided_diffusion import logger, resample
+from guided_diffusion.command_line import stopping
 from guided_diffusion.command_line.stopping import Stopped
 from guided_diffusion.errors import ResultError, UserError
 from guided_diffusion.forward_backward import NoiseStreams
@@ -267,6 +268,48 @@ def _with_weights(model, params, inputs):
     return torch.func.functional_call(model, dict(zip(names, params, strict=True)), inputs)
 
 
+def test_a_step_leaves_the_caller_s_random_numbers_alone(tmp_path):
+    loop = make_loop(tmp_path, model=tiny_model(learn_sigma=True, dropout=0.1), seed=3)
+    batch = next(Images(8))
+    torch.manual_seed(5)
+    loop.run_step(*batch)
+    assert torch.initial_seed() == 5
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_the_seed_is_torch_s_unless_it_is_given(tmp_path):
+    def loop_with(torch_seed, folder, **options):
+        model = tiny_model(learn_sigma=True)
+        torch.manual_seed(torch_seed)
+        return make_loop(tmp_path / folder, model=model, **options)
+
+    first, second = loop_with(5, "a", iterations=2), loop_with(2**64 - 1, "b")
+    assert (first.seed, second.seed) == (5, 2**64 - 1) and loop_with(5, "c", seed=0).seed == 0
+    assert not torch.equal(first.draw_noise((8, 3), first.seed), second.draw_noise((8, 3), second.seed))
+    assert not torch.equal(first.draw_timesteps(first.seed)[0], second.draw_timesteps(second.seed)[0])
+    first.run_loop()
+    second.run_step(*next(Images(8)))
+    second.save()
+    assert loop_with(6, "a", iterations=3).seed == 5 and loop_with(6, "b").seed == 2**64 - 1  # resumed
+    assert loop_with(6, "a", iterations=3, seed=5).seed == 5
+    with pytest.raises(UserError, match="--seed was 5 and is now 6"):
+        loop_with(5, "a", seed=6)
+    assert loop_with(6, "d", resume_checkpoint=str(tmp_path / "a/model000002.pt")).seed == 6
+
+
+def test_a_frozen_table_of_integers_is_left_alone(tmp_path):
+    model = tiny_model(learn_sigma=True)
+    model.register_parameter("table", nn.Parameter(torch.arange(3), requires_grad=False))
+    make_loop(tmp_path, model=model, iterations=1).run_loop()
+    for kind in ("model", "ema_0.9_"):
+        assert torch.load(tmp_path / f"{kind}000001.pt")["table"].tolist() == [0, 1, 2]
+    loop = make_loop(tmp_path, model=model, iterations=2)
+    loop.run_loop()
+    assert loop.step == 2
+
+
 def test_microbatches_give_the_gradient_of_the_batch(tmp_path):
     whole, parts = make_loop(tmp_path / "a"), make_loop(tmp_path / "b", microbatch=3)
     batch, cond = next(Images(8))
@@ -294,6 +337,10 @@ def test_the_log_has_the_losses_by_quartile(tmp_path):
         "grad_norm": 2.0,
     }
     assert meter.means() == {}
+    terms = {"loss": torch.tensor([1.0, 2.0, 6.0]), "acc@1": torch.tensor([1.0, 1.0, 0.0])}
+    meter.add(terms, torch.tensor([0, 24, 99]), 100, weights=torch.tensor([2.0, 0.5, 1.5]))
+    expected = {"loss": 3.0, "loss_q0": 1.2, "loss_q3": 6.0, "acc@1": 0.625, "acc@1_q0": 1.0, "acc@1_q3": 0.0}
+    assert meter.means() == pytest.approx(expected)
 
     make_loop(tmp_path, batch_size=4, iterations=7, log_interval=2).run_loop()
     lines = read_csv(tmp_path)
@@ -301,7 +348,7 @@ def test_the_log_has_the_losses_by_quartile(tmp_path):
     assert {"loss", "mse", "vb", "grad_norm", "param_norm"} <= lines[0].keys()
 
 
-def test_the_schedule_sampler_s_weights_keep_the_loss_unbiased(tmp_path):
+def test_the_schedule_sampler_s_weights_keep_the_loss_unbiased(tmp_path, monkeypatch):
     diffusion = create_gaussian_diffusion(steps=100, learn_sigma=True)
     sampler = resample.create_named_schedule_sampler("loss-second-moment", diffusion)
     loop = make_loop(tmp_path, diffusion=diffusion, schedule_sampler=sampler)
@@ -309,8 +356,13 @@ def test_the_schedule_sampler_s_weights_keep_the_loss_unbiased(tmp_path):
     t, weights = loop.draw_timesteps(0)
     p = sampler.weights() / sampler.weights().sum()
     assert weights.numpy() == pytest.approx(1 / (100 * p[t.numpy()]), rel=1e-5)
+    monkeypatch.setattr(loop, "compute_losses", lambda x, t, *_: {"loss": loop.model(x, t).mean((1, 2, 3)) * 0 + 3})
     loop.run_step(*next(Images(8)))
     assert not np.array_equal(sampler.weights() / sampler.weights().sum(), p)  # it has learned from the losses
+    means = loop.meter.means()
+    assert {name: value for name, value in means.items() if "norm" not in name} == pytest.approx(
+        {"loss": 3.0, **{f"loss_q{q}": 3.0 for q in (4 * t // 100).tolist()}}
+    )
 
 
 def test_half_precision_trains_weights_in_float32(tmp_path):
@@ -458,6 +510,25 @@ def test_a_run_with_nothing_left_to_do(trained, capfd):
         resume(trained, iterations=iterations).run_loop()
         assert capfd.readouterr().err == "already at step 4: nothing left to do\n"
     assert contents(trained) == before
+
+
+def test_a_callback_that_a_kill_prevented_is_called_when_resuming(trained, tmp_path):
+    """Also if nothing is left to do; with the averaged weights, and a network that samples."""
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    weights = torch.load(folder / "ema_0.9_000004.pt")
+    x, t = torch.ones(1, 3, 8, 8), torch.tensor([7])
+    calls = []
+
+    def note(model, step):
+        calls.append((step, loop.model.training, torch.equal(model(x, t), _with_weights(loop.model, average, (x, t)))))
+
+    average = [weights[name] for name, _ in tiny_model(learn_sigma=True).named_parameters()]
+    for iterations, later in ((4, []), (5, [(5, False, False)])):
+        calls.clear()
+        loop = resume(folder, iterations=iterations, on_save=note, on_resume=note)
+        loop.run_loop()
+        assert calls == [(4, False, True), *later]
 
 
 @pytest.mark.parametrize(
@@ -645,17 +716,67 @@ def test_weights_alone_can_be_begun_with(tmp_path, capfd):
         make_loop(tmp_path / "new", learn_sigma=False, resume_checkpoint=str(tmp_path / "published.pt"))
 
 
-def test_a_signal_is_answered_between_steps_with_a_checkpoint(tmp_path):
-    class Interrupting(Images):
-        def __next__(self):
-            if self.position == 16:
-                os.kill(os.getpid(), 15)
-            return super().__next__()
+class Interrupting(Images):
+    """A stream that sends the process a signal, once, when it is asked for the third batch."""
 
+    def __init__(self, signum):
+        super().__init__()
+        self.signum = signum
+
+    def __next__(self):
+        if self.position == 16 and self.signum:
+            os.kill(os.getpid(), self.signum)
+            self.signum = 0
+        return super().__next__()
+
+
+def test_a_signal_is_answered_between_steps_with_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(stopping, "_in_run", True)
     with pytest.raises(Stopped) as stopped:
-        make_loop(tmp_path, data=Interrupting()).run_loop()
+        make_loop(tmp_path, data=Interrupting(signal.SIGTERM)).run_loop()
     assert stopped.value.signum == 15
     assert find_resume_checkpoint(str(tmp_path), [0.9]) == str(tmp_path / "model000003.pt")
+
+
+@pytest.fixture
+def handler():
+    """Install a handler of a signal until the end of the test."""
+    before = {}
+
+    def install(signum, function):
+        before[signum] = signal.signal(signum, function)
+
+    yield install
+    for signum, function in before.items():
+        signal.signal(signum, function)
+
+
+def test_another_program_gets_the_signal_after_a_checkpoint(tmp_path, handler, capfd):
+    """Not one of our scripts: it has handlers of its own, or Python's."""
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        make_loop(tmp_path / "int", data=Interrupting(signal.SIGINT)).run_loop()
+    assert interrupt.value.__context__ is None
+    saved = tmp_path / "int/model000003.pt"
+    assert f"SIGINT: step 3 is saved in {saved}. Rerun the same command to resume\n" in capfd.readouterr().err
+
+    def leave(signum, frame):
+        raise SystemExit(7)
+
+    handler(signal.SIGTERM, leave)
+    with pytest.raises(SystemExit, match="7"):
+        make_loop(tmp_path / "term", data=Interrupting(signal.SIGTERM)).run_loop()
+    assert (tmp_path / "term/model000003.pt").exists()
+
+
+def test_training_goes_on_if_the_program_does_not_stop(tmp_path, handler):
+    noted = []
+    handler(signal.SIGUSR1, lambda signum, frame: noted.append((signum, sorted(tmp_path.glob("model*.pt")))))
+    make_loop(tmp_path, data=Interrupting(signal.SIGUSR1), iterations=5).run_loop()
+    assert noted == [(signal.SIGUSR1, [tmp_path / "model000003.pt"])] and (tmp_path / "model000005.pt").exists()
+
+    handler(signal.SIGINT, signal.SIG_IGN)  # as under nohup in some shells
+    make_loop(tmp_path / "ignored", data=Interrupting(signal.SIGINT), iterations=4).run_loop()
+    assert [path.name for path in (tmp_path / "ignored").glob("model*.pt")] == ["model000004.pt"]
 
 
 def spoil_weight(loop):

@@ -358,6 +358,13 @@ def test_class_conditional_training_draws_a_grid_of_samples(pictures, tmp_path):
         assert grid.size == (2 + 3 * 66, 2 + 2 * 66)  # magnified four times
     assert weights_of(tmp_path / "model000002.pt")["label_emb.weight"].shape[0] == 1000
 
+    picture = (tmp_path / "samples_000002.png").read_bytes()
+    (tmp_path / "samples_000002.png").unlink()  # as if killed before it was drawn
+    for iterations in (2, 3):
+        assert main_of("image_train")(*flags_of(pictures, tmp_path, **{**changes, "iterations": iterations})) == 0
+        assert (tmp_path / "samples_000002.png").read_bytes() == picture
+    assert {path.name for path in tmp_path.glob("samples_*")} == {"samples_000002.png", "samples_000003.png"}
+
 
 def numbers(folder: Path, names) -> Path:
     """A class folder of each of these names, with a picture in it."""
@@ -735,6 +742,8 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
         ("image_train", {"noise_schedule": "linaer"}, r"--noise_schedule linaer"),
         ("image_train", {"resume_checkpoint": "missing/model000010.pt"}, r"--resume_checkpoint missing/model000010.pt"),
         ("image_train", {"labels_file": "missing.csv", "class_cond": True}, r"--labels_file 'missing.csv' cannot"),
+        ("image_train", {"labels_file": "x.csv"}, r"--labels_file is for a class-conditional model: give --"),
+        ("super_res_train", {"class_order": "text"}, r"--class_order is for a class-conditional model"),
         ("super_res_train", {"small_size": 0}, r"--small_size 0"),
         ("super_res_train", {"large_size": 48}, r"--large_size 48"),
         ("classifier_train", {"val_data_dir": "missing"}, r"'missing' does not exist \(--val_data_dir\)"),
@@ -744,6 +753,12 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
             r"1 of 1 classes in 'val' \(--val_data_dir\) are not among the model's 2: hot\.\nThe model's are cold, wa",
         ),
         ("classifier_train", {"classifier_pool": "max"}, r"--classifier_pool max"),
+        ("classifier_train", {"half_precision": "bfloat16"}, r"half precision as well \(--classifier_use_fp16 True\)"),
+        (
+            "classifier_train",
+            {"anneal_lr": True, "iterations": 0},
+            r"--anneal_lr True --iterations 0: expected the number of steps .*,\nor --anneal_lr False$",
+        ),
     ],
 )
 def test_plain_mistakes_get_plain_words(pictures, tmp_path, monkeypatch, script, flags, words):
