@@ -55,12 +55,15 @@ class Tokens:
     scaled: bool = True
     table: np.ndarray | None = None
     shape: tuple[int, ...] = ()
-    _caught: list[Tensor] = field(default_factory=list)
+    _caught: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
-        watched = self.model.get_submodule(self.layer)
-        watched.register_forward_hook(lambda _module, _args, output: self._caught.append(output))
+        self.model.get_submodule(self.layer).register_forward_hook(self._catch)
+
+    def _catch(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        # A copy: layers that work in place, such as nn.ReLU(inplace=True), overwrite the output of the one before.
+        self._caught.append(output.clone() if isinstance(output, Tensor) else output)
 
     def find_shape(self, image_size: int) -> None:
         """Set `shape` for images of this size. Raises UserError if there are fewer than two positions."""

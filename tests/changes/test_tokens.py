@@ -82,6 +82,17 @@ def test_positions_of_a_feature_map(small_network):
     assert torch.allclose(changes.reshape(8, 8), expected, rtol=1e-5)
 
 
+def test_an_output_that_the_next_layer_overwrites(monkeypatch):
+    network = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 256, 5))
+    monkeypatch.setitem(sys.modules, "small", SimpleNamespace(create=lambda: (network, planes)))
+    images = two_images()
+    tokens = load_tokens(flags(tokens="0", classifier_name="small:create", classifier_path=""))
+    features, _ = features_and_changes(tokens, images)
+    with torch.inference_mode():
+        expected = network[0](torch.stack([planes(image) for image in images]))
+    assert expected.min() < 0 and torch.equal(features, expected.permute(0, 2, 3, 1))
+
+
 def test_maps_with_channels_last(small_network):
     first, last = (load_tokens(flags(tokens=name, **small_network)) for name in ("block2", "last"))
     assert (first.channel_axis, last.channel_axis) == (1, -1)
