@@ -66,7 +66,10 @@ class Tokens:
         self._caught.append(output.clone() if isinstance(output, Tensor) else output)
 
     def find_shape(self, image_size: int) -> None:
-        """Set `shape` for images of this size. Raises UserError if there are fewer than two positions."""
+        """Set `shape` for images of this size.
+
+        Raises UserError if there are fewer than two positions, or their distances are none.
+        """
         blank = self.preprocess(np.zeros((image_size, image_size, 3), np.uint8))
         self.shape = tuple(self._of_batch(blank[None]).shape[1:-1])
         if math.prod(self.shape) < 2:
@@ -75,6 +78,10 @@ class Tokens:
             raise UserError(
                 f"{self._what()} has {self.shape[0]} tokens, and a table of distances of shape {self.table.shape}"
             )
+        try:
+            self.pairs()
+        except UserError as error:
+            raise UserError(f"{self._what()}: {error}") from error
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, h, w, channels), or (B, n, channels) with a table, float32, of preprocessed images (B, ...).

@@ -136,7 +136,7 @@ def test_tokens_of_one_s_own_with_distances(monkeypatch):
     a, b = (image / 255 for image in images)
     assert changes.numpy()[0] == pytest.approx(np.sqrt(((a - b) ** 2).sum((1, 2)) / 96), rel=1e-5)
     assert tokens.pairs().distance.tolist() == list(range(32))
-    other = own(monkeypatch, Rows(), planes, distances + 1)
+    other = own(monkeypatch, Rows(), planes, 2 * distances)
     assert other.digest != tokens.digest
 
 
@@ -174,6 +174,8 @@ def test_mistakes_in_networks_of_one_s_own(monkeypatch):
         own(monkeypatch, Rows(), planes)
     with pytest.raises(UserError, match=r"has 32 tokens, and a table of distances of shape \(3, 3\)"):
         own(monkeypatch, Rows(), planes, np.zeros((3, 3)))
+    with pytest.raises(UserError, match=r"^the network of --tokens create: the distance of a token to itself is 1;"):
+        own(monkeypatch, Rows(), planes, np.ones((32, 32)))
     tokens = own(monkeypatch, nn.Identity(), planes)
     with pytest.raises(UserError, match=r"has a grid of \(16, 16\), expected \(32, 32\)"):
         tokens.features(torch.zeros(1, 3, 16, 16))
