@@ -149,7 +149,7 @@ def compare(
     A batch of B starting images with S samples of each is one forward pass of (1 + S) B images. Raises ResultError if
     the classifier gives NaN or infinity.
     """
-    blank = classifier.preprocess.on_cpu(np.zeros((args.image_size, args.image_size, 3), np.uint8))
+    blank = classifier.preprocess.blank(args.image_size)
 
     def read(function: Callable[..., np.ndarray], path: str, check: Check) -> torch.Tensor:
         return classifier.preprocess.on_cpu(function(path, args.image_size, check))
@@ -166,7 +166,7 @@ def compare(
                 classifier.model(classifier.preprocess.on_device(upload(x, dist_util.dev())))
             if pending:
                 pending()  # write the previous batch, while a GPU works on this one
-            pending = partial(write_part, comparison, batch, pictures, watch.latest)
+            pending = partial(write_part, comparison, batch, pictures, partial(watch.latest, pictures.readable))
             comparison.bar.update(len(x))
             dist_util.check_peers()
         if pending:

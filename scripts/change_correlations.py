@@ -128,7 +128,7 @@ def measure(
 
     The images of a unit pass through the network in batches, in order, and only sums over samples are kept.
     """
-    blank = tokens.preprocess.on_cpu(np.zeros((args.image_size, args.image_size, 3), np.uint8))
+    blank = tokens.preprocess.blank(args.image_size)
 
     def read(function: Callable[..., np.ndarray], path: str, check: Check) -> torch.Tensor:
         return tokens.preprocess.on_cpu(function(path, args.image_size, check))

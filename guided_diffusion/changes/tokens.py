@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .. import dist_util
 from ..classifier.layers import find_layers
-from ..classifier.networks import call_function, load_weights, open_classifier
-from ..classifier.preprocessing import Preprocess
+from ..classifier.networks import call_function, load_weights, open_classifier, try_network
+from ..classifier.preprocessing import Preprocess, own_preprocess, trial_image
 from ..classifier.results import name_in_files, prepare
 from ..correlations import GridPairs, Pairs, TablePairs
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..runs.settings import digest_of, weights_digest
 from .clip import LAST_BLOCK, open_clip_visual
 
@@ -70,8 +70,8 @@ class Tokens:
 
         Raises UserError if there are fewer than two positions, or their distances are none.
         """
-        blank = self.preprocess(np.zeros((image_size, image_size, 3), np.uint8))
-        self.shape = tuple(self._of_batch(blank[None]).shape[1:-1])
+        x = self.preprocess(trial_image(image_size))
+        self.shape = tuple(self._of_batch(x[None]).shape[1:-1])
         if math.prod(self.shape) < 2:
             raise UserError(f"{self._what()} has one position only, expected two or more (--tokens)")
         if self.table is not None and self.table.shape != (*self.shape, *self.shape):
@@ -202,7 +202,7 @@ def layer_tokens(args: argparse.Namespace) -> Tokens:
 def clip_tokens(args: argparse.Namespace) -> Tokens:
     """The 7 x 7 patches of CLIP ViT-B/32: the output of the last block, before the final normalisation."""
     model, preprocess, activation = open_clip_visual(args.clip_weights, args.classifier_path)
-    size = preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8)).shape[-1]
+    size = preprocess(trial_image(args.image_size)).shape[-1]
     ((layer,), _) = find_layers(model, size, [LAST_BLOCK], "--tokens clip")
     return Tokens(
         name=CLIP,
@@ -229,16 +229,20 @@ def custom_tokens(args: argparse.Namespace) -> Tokens:
             "preprocess, distances)"
         )
     model, preprocess, table = (*found, None)[:3]
-    load_weights(model, args.classifier_path, f"--tokens {args.tokens}")
-    with torch.inference_mode():
-        blank = preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8))
-        axis = 1 if getattr(model.eval()(blank[None]), "ndim", 0) == 4 else -1
-    table = None if table is None else np.asarray(table)
+    what = f"--tokens {args.tokens}"
+    load_weights(model, args.classifier_path, what)
+    preprocess = own_preprocess(preprocess, what)
+    output = try_network(model, preprocess(trial_image(args.image_size)), what)
+    axis = 1 if getattr(output, "ndim", 0) == 4 else -1
+    try:
+        table = None if table is None else np.asarray(table)
+    except ValueError as error:  # rows of different lengths
+        raise UserError(f"{what}: the distances are no array: {first_line(error)}") from error
     parts = [weights_digest(model), "" if table is None else digest_of(map(str, table.reshape(-1).tolist()))]
     return Tokens(
         name=name_in_files(args.tokens),
         model=model,
-        preprocess=Preprocess(preprocess),
+        preprocess=preprocess,
         layer="",
         channel_axis=axis,
         digest=digest_of(parts),

@@ -21,6 +21,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from .. import logger
 from ..errors import UserError
+from .preprocessing import named_failures
 
 # Residual and transformer blocks; SwinTransformerBlockV2 derives from SwinTransformerBlock.
 BLOCKS = (BasicBlock, Bottleneck, ResBottleneckBlock, CNBlock, MBConv, FusedMBConv, SwinTransformerBlock, EncoderBlock)
@@ -101,7 +102,8 @@ def find_layers(
         UserError: the output is not logits; no layer is named, and no layer's output is the classifier's output; a
             pattern matches no layer that can be watched; or a named layer cannot be watched.
     """
-    calls = _calls_of_modules(model, 2, size)
+    with named_failures(f"the classifier, for an input {[2, 3, size, size]},"):
+        calls = _calls_of_modules(model, 2, size)
     shape = calls[""].shape
     if len(shape) != 2 or shape[0] != 2:
         found = f"of shape {shape} for two images" if shape else "not a tensor"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from ..errors import UserError, first_line
 from ..runs.settings import weights_digest
 from ..system.checkpoint_files import difference, read_checkpoint, shapes_of
 from .layers import WatchedLayer, find_layers
-from .preprocessing import Preprocess, as_preset
+from .preprocessing import Preprocess, as_preset, named_failures, own_preprocess, trial_image
 
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")  # of GoogLeNet and Inception
 
@@ -89,12 +88,16 @@ def open_classifier(
         image_size: side of the images before preprocessing, in pixels.
         flag: flag that selected the layers, for messages.
 
-    Raises UserError if the classifier, the file or a layer does not exist, or a layer cannot be watched.
+    Raises UserError if the classifier, the file or a layer does not exist, a layer cannot be watched, or the user's
+    function, network or preprocess fails.
     """
     model, preprocess = (_custom if ":" in name else _from_torchvision)(name, classifier_path)
     model.eval().requires_grad_(False)
-    size = preprocess(np.zeros((image_size, image_size, 3), np.uint8)).shape[-1]
-    watched, num_classes = find_layers(model, size, layers, flag)
+    what = f"--classifier_name {name}"
+    x = preprocess(trial_image(image_size))
+    if ":" in name:
+        try_network(model, x, what)
+    watched, num_classes = find_layers(model, x.shape[-1], layers, flag)
     return Classifier(name.rpartition(":")[2], model, watched, preprocess, num_classes, weights_digest(model))
 
 
@@ -118,26 +121,33 @@ def _custom(name: str, path: str) -> tuple[nn.Module, Preprocess]:
     if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module) and callable(pair[1])):
         raise UserError(f"--classifier_name {name} returned {type(pair).__name__}; expected (network, preprocess)")
     model, preprocess = pair
-    load_weights(model, path, f"--classifier_name {name}")
-    return model, Preprocess(preprocess)
+    what = f"--classifier_name {name}"
+    load_weights(model, path, what)
+    return model, own_preprocess(preprocess, what)
 
 
 def call_function(name: str, flag: str) -> Any:
     """The result of a function of the user's, package.module:function; random weights are always the same.
 
-    Raises UserError, naming `flag`, if the function does not exist.
+    Raises UserError, naming `flag`, if the function does not exist or fails.
     """
     module, _, function = name.partition(":")
     try:
         create = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # of the module itself, too
         raise UserError(
             f"{flag} {name!r} cannot be found: {first_line(error)}.\n"
             "Expected package.module:function, in a module that Python can import"
         ) from error
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), named_failures(f"{flag} {name}"):
         torch.manual_seed(0)
         return create()
+
+
+def try_network(model: nn.Module, x: Tensor, what: str) -> Any:
+    """The output of the user's network `what` for one preprocessed image. Raises UserError if it fails."""
+    with torch.no_grad(), named_failures(f"the network of {what}, for an input {[1, *x.shape]},"):
+        return model.eval()(x[None])
 
 
 # Weights

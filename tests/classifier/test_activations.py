@@ -11,7 +11,7 @@ from guided_diffusion.classifier.activations import (
     load_normalization,
 )
 from guided_diffusion.classifier.networks import open_classifier
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import ResultError, UserError
 
 import numpy as np
 import pytest
@@ -312,6 +312,26 @@ def test_equal_images_similar_ones_and_nothing():
         classifier.model(torch.cat([start[:1]] * 3))  # a last batch with fewer
     assert watch.latest().cosine.shape == (2, 1, 1) and watch.latest().logits.shape == (3, 1, 3)
     assert not classifier.model.same._forward_hooks and not classifier.model._forward_hooks
+
+
+def test_rows_that_only_keep_a_place_may_be_undefined():
+    """They change nothing for the images, and NaN in an image is still an error."""
+    x = pairs(3, 2, 16)
+    classifier, normalization = echo(0.0, 1.0)
+    with torch.inference_mode(), Similarities(classifier, normalization, 2) as watch:
+        classifier.model(x)
+        expected = watch.latest()
+        x[[1, 5]] = torch.tensor([np.nan, np.inf])[:, None, None, None]  # a start, and a sample of the third
+        classifier.model(x)
+    images = np.ones(9, bool)
+    images[[1, 5]] = False
+    found = watch.latest(images)
+    fine = np.array([[True, False, False], [True, False, True]])
+    for values, others in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(values[fine], others[fine])
+    for rows in (np.arange(9) != 1, np.arange(9) != 5, None):
+        with pytest.raises(ResultError, match="the classifier gave NaN or infinity"):
+            watch.latest(rows)
 
 
 def test_in_half_precision_the_measuring_is_not():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from guided_diffusion.classifier.pairs import batch_shape
 from guided_diffusion.classifier.results import read_series
@@ -15,8 +17,10 @@ from guided_diffusion.forward_backward import SampleFolder
 
 import numpy as np
 import pytest
+import torch
 from conftest import as_flags, load_script, run_script, start_script
 from PIL import Image
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 STARTS = ("n02123045/a.png", "n02123045/b.png", "n04008634/c.png")
@@ -139,6 +143,26 @@ def test_an_unreadable_sample_is_left_out(flags, tmp_path):
     assert not record["finished"] and "b_t0500_s002.png" in record["images"]["unreadable"]["n02123045/b.png"]
     with pytest.raises(UserError, match="lacks samples of some images"):
         read_series(str(tmp_path / "out"), "resnet18")
+
+
+def test_an_unreadable_sample_if_preprocessing_is_undefined_for_one_colour(flags, tmp_path, monkeypatch):
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(), nn.Linear(4 * 256, 5)), standardised
+
+    def standardised(image):
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1).float()
+        return (x - x.mean()) / x.std()  # NaN for a black image
+
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(network=network))
+    known = {**flags, "classifier_name": "own:network", "classifier_path": ""}
+    assert evaluate(known, tmp_path / "whole") == 0
+    broken = tmp_path / "samples/t_10_20_images/n02123045/b_t0500_s002.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    assert evaluate(known, tmp_path / "out") == 1
+    for name in ("act_diff_network-t_10_20.npz", "logits_network-t_10_20.npz"):
+        found, whole = arrays(tmp_path / "out" / name), arrays(tmp_path / "whole" / name)
+        for array, values in whole.items():
+            np.testing.assert_array_equal(found[array], values if array == "layers" else np.delete(values, 4, axis=0))
 
 
 def one_is_missing(folder: Path) -> None:
