@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torchvision
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..compute.inference import choose_dtype, compute_reproducibly, describe_machine, dtype_name, keep_freed_memory
 from ..compute.memory import to_device
 from ..errors import ResultError, UserError, first_line
@@ -256,7 +256,8 @@ def with_labels_of(
     """The images, each labelled with the index of its logit, or None if that is not known.
 
     The classes recorded with the classifier apply, if any. Otherwise 1000 logits are ImageNet's classes, identified by
-    wnid; another number of logits are the classes of the folder in order, if the numbers agree.
+    wnid; another number of logits are the classes of the folder in order, if the numbers agree. A warning says if the
+    folder has classes, and which logits are theirs is not known.
 
     Args:
         classifier: the classifier.
@@ -282,6 +283,18 @@ def with_labels_of(
         number = CLASS_INDEX
     elif classifier.num_classes == len(class_names):
         number = number_classes(class_names, class_order, "the folder of images")
+    if unknown := [name for name in class_names if name not in number]:
+        count, logits = len(class_names), f"the classifier has {classifier.num_classes} logits"
+        problem = f"the images have {count} classes, and {logits}: the labels of the images are unknown"
+        if number:
+            problem = (
+                f"{logits}, taken for ImageNet's classes, and {len(unknown)} of the {count} classes of the images "
+            )
+            problem += f"are no wnids, such as {unknown[0]}: their labels are unknown"
+        logger.warn(
+            f"{problem}.\nExpected a folder with all of the classifier's classes, or their list in classes.json next "
+            "to the weights (--classifier_path)"
+        )
     return [replace(image, label=number.get(image.class_name)) for image in images]
 
 
