@@ -169,7 +169,9 @@ def load_normalization(path: str, classifier: Classifier, kind: str) -> Normaliz
         with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # depends on the damage
-        raise UserError(f"the statistics {path} are damaged: {first_line(error)}.\n{remedy}") from error
+        raise UserError(
+            f"the statistics {path} are damaged: {first_line(error)}.\nRemove the file. {remedy}"
+        ) from error
 
     means, scales, dead = {}, {}, 0
     for layer in classifier.layers:
@@ -197,7 +199,7 @@ def _statistics(path: str, layer: WatchedLayer, arrays: Mapping[str, np.ndarray]
                 f"{path} is of another classifier: {name} has shape {shape}, expected [{channels}].\n{remedy}"
             )
         if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path}: {name} contains NaN or infinity.\n{remedy}")
+            raise UserError(f"{path}: {name} contains NaN or infinity.\nRemove the file. {remedy}")
     return [arrays[name].astype(np.float64) for name in names]
 
 
