@@ -182,7 +182,9 @@ def describe(transition: Transition | None, num_times: int) -> str:
         return f"no transition: the fit needs at least {FEWEST_TIMES} times, and there are {num_times}"
     if transition is None:
         return "no transition: class retention at the first and last time agree within their errors"
-    remedy = "" if transition.resolved else ".\nThe whole fall is between two times: add times there to resolve it"
+    problems = {0: "The whole fall is between two times", 1: "A single time lies on the fall"}
+    problem = problems.get(transition.times_on_fall, "The fall is steep for the distance between times")
+    remedy = "" if transition.resolved else f".\n{problem}: add times there to resolve it"
     return (
         f"class retention falls fastest at k/N = {transition.time:.4f} +- {transition.error:.4f} "
         f"(95%: {transition.low:.4f} to {transition.high:.4f}), over a width of {transition.width:.4f}{remedy}"

@@ -113,6 +113,20 @@ def test_the_transition_is_found(drawn):
     assert found["images"] == 400
 
 
+@pytest.mark.parametrize(
+    ("resolved", "on_fall", "words"),
+    [
+        (True, 3, "over a width of 0.0100"),
+        (False, 0, "The whole fall is between two times: add times there to resolve it"),
+        (False, 1, "A single time lies on the fall: add times there to resolve it"),
+        (False, 2, "The fall is steep for the distance between times: add times there to resolve it"),
+    ],
+)
+def test_what_is_said_of_the_transition(resolved, on_fall, words):
+    transition = script.Transition(0.5, 0.1, 0.4, 0.6, 0.01, 1.0, 0.1, resolved, on_fall)
+    assert script.describe(transition, 5).endswith(words)
+
+
 def test_points_are_those_of_the_results(drawn):
     results, _, figures = drawn
     rows = read_csv(figures / "similarity_against_time.csv")
