@@ -233,6 +233,7 @@ def write_time(
         "num_shards": comparison.shard.count,
         "settings": result.settings,
         "images": {"chosen": len(result.files[STARTS]), "unreadable": unreadable},
+        "logits_layers": [layer.name for layer in classifier.layers if layer.is_logits],
         "last_run": facts,
     }
     pairs = {"names": np.array([image.path for image in images])}

@@ -28,10 +28,12 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.changes.measure import UnitSums
 from guided_diffusion.changes.results import (
     changes_file,
+    check_same_settings,
     default_folder,
     join_parts,
     parts_folder,
     result_arrays,
+    times_in,
     write_summary,
 )
 from guided_diffusion.changes.samples import StartBatch, find_starts, samples_digest, start_batches
@@ -88,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     inputs = {STARTS: Inputs(args.starting_data_dir, "--starting_data_dir"), SAMPLES: Inputs(data_dir, "--data_dir")}
     dist_util.on_main(check_starts, inputs[STARTS], starts, folders, data_dir)
+    dist_util.on_main(check_other_times, output, tokens.name, {(k, num_steps): results[k].settings for k in times})
     folder = parts_folder(output, tokens.name, times, num_steps)
     with ResultRun(list(results.values()), folder, settings, machine, inputs, args, shard) as measurement:
         if not measurement.unfinished:
@@ -186,6 +189,12 @@ def check_sizes(data_dir: str, samples: Mapping[int, Sequence[Sequence[str]]], i
     for of_time in samples.values():
         with suppress(UnreadableImage):
             read_sample(f"{data_dir}/{of_time[0][0]}", image_size)
+
+
+def check_other_times(output: str, name: str, settings: Mapping[tuple[int, int], Mapping[str, Any]]) -> None:
+    """Raise UserError if the folder has other times (k, N) of other settings: the table would join them."""
+    others = sorted(times_in(output, name) - settings.keys())
+    check_same_settings(output, name, others, {time: {"settings": own} for time, own in settings.items()})
 
 
 def spectrum_of(tokens: Tokens) -> Spectrum:

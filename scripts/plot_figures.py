@@ -49,6 +49,7 @@ from guided_diffusion.classifier.result_figures import (
 )
 from guided_diffusion.classifier.results import (
     TimeResult,
+    check_settings,
     default_folder,
     differences_file,
     name_in_files,
@@ -159,6 +160,7 @@ def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
     if not series:
         others = ", ".join(str(n) for n in sorted({result.num_steps for result in results}))
         raise UserError(f"{folder} has no results for N = {num_steps}, only for N = {others} (--timestep_respacing)")
+    check_settings({(t.step_reverse, t.num_steps): t.record for t in series}, folder, "evaluate_classifier.py")
     first = series[0]
     for result in series:
         layers = result.differences["layers"], first.differences["layers"]

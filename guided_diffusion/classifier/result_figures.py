@@ -31,7 +31,7 @@ from .ridgeline import draw_ridges, height_of, histograms_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks
+LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks, if it is not on record
 
 
 def times_of(series: Sequence[TimeResult]) -> np.ndarray:
@@ -68,6 +68,13 @@ def measure_similarity(series: Sequence[TimeResult]) -> Rows:
     return rows
 
 
+def ends_with_logits(result: TimeResult) -> bool:
+    """Whether the last layer of a result is the classifier's logits."""
+    last = result.differences["layers"].tolist()[-1]
+    known = (result.record or {}).get("logits_layers")
+    return last in known if isinstance(known, list) else LOGITS.match(last) is not None
+
+
 def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figure, Rows]:
     """A statistic of each layer's similarity as a function of time, with bands of one standard error."""
     rows = measure_similarity(series)
@@ -78,7 +85,8 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
     for depth, layer in enumerate(layers):
         value, low, high = columns(rows, *(column + end for end in ("", "_low", "_high")), depth=depth)
         colour, look = colours(depth / max(1, len(layers) - 1)), {"linewidth": 0.7, "marker": "."}
-        if depth == len(layers) - 1 and LOGITS.match(layer):
+        look |= {"label": layer} if len(layers) == 1 else {}
+        if depth == len(layers) - 1 and ends_with_logits(series[0]):
             colour, look = "black", {"linestyle": "--", "marker": "s", "zorder": 4, "label": "logits"}
         axes.fill_between(times, low, high, color=colour, alpha=0.3, linewidth=0)
         if len(times) == 1:  # too narrow for a band
@@ -86,8 +94,9 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
         axes.plot(times, value, color=colour, **look)
     axes.set(xlabel=TIME_LABEL, ylabel=f"cosine similarity,\n{column} over images", xlim=(-0.02, 1.02))
     axes.set_ylim(top=1.04)
-    bar = add_colorbar(figure, axes, 1, max(2, len(layers)), "layer (early to late)", pad=0.02)
-    bar.set_ticks([1, len(layers)] if len(layers) > 1 else [1])
+    if len(layers) > 1:
+        bar = add_colorbar(figure, axes, 1, len(layers), "layer (early to late)", pad=0.02)
+        bar.set_ticks([1, len(layers)])
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside upper center")
     # No statistic is defined for a layer whose activations are all 0.

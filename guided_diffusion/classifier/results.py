@@ -22,7 +22,8 @@ from ..images.classes import Classes, number_classes
 from ..images.folder import LabelledImage
 from ..images.imagenet import CLASS_INDEX
 from ..runs.inputs import file_digest
-from ..runs.records import read_record, record_of
+from ..runs.records import Record, read_record, record_of
+from ..runs.settings import differences as changed_settings
 from ..runs.settings import digest_of
 from .networks import Classifier, open_classifier
 
@@ -101,12 +102,14 @@ class TimeResult(NamedTuple):
         num_steps: N.
         differences: names (n,), trajectories (n,), layers (L,), and cosine, L2, L2_normalized, each float64 (n, L).
         logits: names (n,), trajectories (n,), labels int64 (n,), logits_start and logits_sample float32 (n, classes).
+        record: the record of the result, if there is one.
     """
 
     step_reverse: int
     num_steps: int
     differences: dict[str, np.ndarray]
     logits: dict[str, np.ndarray]
+    record: Record | None = None
 
     @property
     def time_columns(self) -> dict[str, float]:
@@ -139,7 +142,7 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
     times = {(int(match[2]), int(match[3])) for match in matches if match}
     if not times:
         found = f"has no results of {name}" if bf.isdir(folder) else "does not exist"
-        raise UserError(f"the folder {folder} {found}; expected files act_diff_{name}-t_K_N.npz (--output)")
+        raise UserError(f"the folder {folder} {found}; expected files act_diff_{name}-t_K_N.npz (--results)")
     results = []
     for k, n in sorted(times, key=lambda time: (time[0] / time[1], time)):
         differences_path, logits_path = differences_file(folder, name, k, n), logits_file(folder, name, k, n)
@@ -155,7 +158,8 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
                 f"{differences_path} and {logits_path} are of different images.\n"
                 "Remove both and rerun evaluate_classifier.py"
             )
-        results.append(TimeResult(k, n, differences, logits))
+        record = find_record(differences_path, "evaluate_classifier.py")
+        results.append(TimeResult(k, n, differences, logits, record))
         check_trajectories(results[-1], differences_path)
     return results
 
@@ -189,6 +193,43 @@ def read_arrays(
         raise UserError(
             f"{path} is damaged, or not a file of {script}: {first_line(error)}.\nRemove it and rerun that script"
         ) from error
+
+
+def find_record(path: str, script: str) -> Record | None:
+    """The record of a result that `script` wrote, if there is one. Raises UserError if it is corrupted."""
+    try:
+        return read_record(record_of(path), {"settings": dict}, path)
+    except UserError as error:
+        raise UserError(
+            f"{record_of(path)}, the record of {path}, is corrupted.\nRemove both files and rerun {script}"
+        ) from error
+
+
+def check_settings(
+    records: Mapping[tuple[int, int], Record | None],
+    folder: str,
+    script: str,
+    may_differ: Sequence[str] = ("samples_digest",),
+) -> None:
+    """Raise UserError unless results in a folder were made with the same settings, as far as these are on record.
+
+    Args:
+        records: records of the results by (k, N).
+        folder: their folder, for the message.
+        script: the script that wrote them, for the message.
+        may_differ: settings that may differ from time to time.
+    """
+    known = {time: record["settings"] for time, record in records.items() if record}
+    for time, settings in known.items():
+        first = next(iter(known))
+        common = (known[first].keys() & settings.keys()) - {*may_differ}
+        before, after = ({key: own[key] for key in own if key in common} for own in (known[first], settings))
+        if changes := changed_settings(before, after):
+            one, other = (f"k = {k} of N = {n}" for k, n in (first, time))
+            raise UserError(
+                f"{folder} has results of different settings: from {one} to {other}, {'; '.join(changes)}.\n"
+                f"Move those of other settings away, or make them again with {script}, and the same settings"
+            )
 
 
 # The classifier and its images

@@ -328,6 +328,35 @@ def test_settings_are_not_mixed(data, measured, tmp_path):
         run(data, output)
 
 
+def test_times_of_other_settings_are_not_joined(data, measured, tmp_path):
+    output = shutil.copytree(measured, tmp_path / "results")
+    for path in output.glob("changes_pixels-t_10_20*"):
+        path.unlink()
+    fewer = shutil.copytree(data, tmp_path / "fewer")
+    shutil.rmtree(fewer / "starts/a")
+    for k in TIMES:
+        shutil.rmtree(fewer / f"out/t_{k}_20_images/a")
+    there = contents(output)
+    message = (
+        r"from k = 5 of N = 20 to k = 10 of N = 20, the number of starting images was 5 and is now 3; the list of st"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        run(fewer, output, "--spectra", time_series=10)
+    assert contents(output) == there and str(error.value).count("\n") == 1
+    assert run(data, output, time_series=10) == 0  # spectra are for some times only
+    record = output / "changes_pixels-t_10_20.json"
+    changed = json.loads(record.read_text())
+    changed["settings"]["tokens_digest"] = "0" * 64
+    record.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"the weights of the tokens .* was pixels and is now 000000000000"):
+        read_changes(str(output), "pixels")
+    record.unlink()
+    assert len(read_changes(str(output), "pixels")) == 2  # as in the files of old versions
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"is corrupted.\nRemove both files and rerun change_correlations.py"):
+        read_changes(str(output), "pixels")
+
+
 # Figures
 
 

@@ -250,7 +250,7 @@ def damage(folder):
 @pytest.mark.parametrize(
     ("change", "flags", "words"),
     [
-        (None, ["--results", "nowhere"], "nowhere does not exist"),
+        (None, ["--results", "nowhere"], r"nowhere does not exist; expected files .* \(--results\)"),
         (None, ["--classifier_name", "resnet50"], "no results of resnet50"),
         (None, ["--timestep_respacing", "100"], r"no results for N = 100, only for N = 250 \(--timestep_respacing\)"),
         (None, ["--timestep_respacing", ""], r"no results for N = 1000, only for N = 250 \(--timestep"),
@@ -276,6 +276,54 @@ def test_mistakes(tmp_path, monkeypatch, change, flags, words):
     with pytest.raises(UserError, match=words):
         script.main(["--results", "results", *flags])
     assert not (tmp_path / "figures").exists()
+
+
+def write_records(folder, times, **entries):
+    for k in times:
+        path = Path(differences_file(str(folder), "convnext_base", k, 250)).with_suffix(".json")
+        path.write_text(json.dumps({"settings": {"normalization": "std"}, "finished": True, **entries}))
+
+
+def test_times_of_other_settings_are_not_joined(tmp_path):
+    folder = write_results(tmp_path / "results", (50, 100, 200), num_images=20, num_layers=3)
+    settings = {"classifier_digest": "0" * 64, "normalization": "std"}
+    write_records(folder, (50,), settings={**settings, "samples_digest": "1" * 64})
+    write_records(folder, (200,), settings={**settings, "samples_digest": "2" * 64})
+    assert len(script.find_series(str(folder), "convnext_base", 250)) == 3
+    for change, words in (
+        ({"normalization": "none"}, "from k = 50 of N = 250 to k = 200 of N = 250, --normalization was std and is now"),
+        (
+            {"classifier_digest": "3" * 64},
+            r"the classifier's weights \(--classifier_path\) was 000000000000... and is n",
+        ),
+    ):
+        write_records(folder, (200,), settings={**settings, **change})
+        with pytest.raises(UserError, match=words) as error:
+            script.find_series(str(folder), "convnext_base", 250)
+        assert str(error.value).count("\n") == 1
+
+
+@pytest.mark.parametrize("last", ["classifier", "projection"])
+def test_which_layer_is_the_logits_is_on_record(tmp_path, last):
+    """A hidden layer may be called classifier.0, and the last one by any name."""
+    folder = write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3)
+
+    def labels():
+        with style():
+            figure, _ = script.draw_similarity(script.find_series(str(folder), "convnext_base", 250), "mean")
+        return figure.axes[0].get_legend_handles_labels()[1], len(figure.axes)
+
+    for path in folder.glob("act_diff*.npz"):
+        arrays = dict(np.load(path))
+        arrays["layers"] = np.array(["features.0", "features.1", last])
+        np.savez(path, **arrays)
+    assert labels() == ((["logits"] if last == "classifier" else []), 2)  # a guess
+    write_records(folder, (50, 200), logits_layers=["projection"])
+    assert labels() == ((["logits"] if last == "projection" else []), 2)
+    for path in folder.glob("act_diff*.npz"):
+        arrays = dict(np.load(path))
+        np.savez(path, **{n: a[..., -1:] if n not in ("names", "trajectories") else a for n, a in arrays.items()})
+    assert labels() == (["logits" if last == "projection" else last], 1)  # one layer needs no bar of colours
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,7 @@ def test_every_pair_has_a_row(flags, tmp_path, capsys):
     assert one["names"].tolist() == list(STARTS)
     assert three["names"].tolist() == [start for start in STARTS for _ in range(3)]
     assert three["trajectories"].tolist() == [1, 2, 3] * 3 and three["cosine"].shape[0] == 9
+    assert json.loads((tmp_path / "out/act_diff_resnet18-t_10_20.json").read_text())["logits_layers"] == ["fc"]
     logits = arrays(tmp_path / "out/logits_resnet18-t_10_20.npz")
     assert list(logits) == ["names", "trajectories", "labels", "logits_start", "logits_sample"]
     assert (logits["logits_start"].reshape(3, 3, -1) == logits["logits_start"][::3, None]).all()
