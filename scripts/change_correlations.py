@@ -40,6 +40,7 @@ from guided_diffusion.changes.samples import StartBatch, find_starts, samples_di
 from guided_diffusion.changes.statistics import Spectrum
 from guided_diffusion.changes.tokens import Tokens, open_tokens
 from guided_diffusion.classifier.pairs import SAMPLES, STARTS, check_starts, read_sample
+from guided_diffusion.classifier.repair import SampleResult, digest_for_parts
 from guided_diffusion.command_line.flags import CONVENTION, REQUIRED, RUN, SAMPLES_DIR, TEXT, Flag, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
@@ -81,10 +82,11 @@ def main(argv: list[str] | None = None) -> int:
     settings = decisive_settings(args, tokens, machine["precision"], starts)
     digests = dist_util.on_main(lambda: {k: samples_digest(data_dir, of_time) for k, of_time in samples.items()})
     results = {
-        k: Result(
+        k: SampleResult(
             changes_file(output, tokens.name, k, num_steps),
             {**settings, "samples_digest": digests[k]},
             files={STARTS: starts, SAMPLES: [path for paths in samples[k] for path in paths]},
+            data_dir=data_dir,
         )
         for k in times
     }
@@ -100,9 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         to_do = dist_util.on_main(times_to_do, measurement, results, folder)
         measurement.unfinished = [results[k] for k in to_do]
         units = start_batches(starts, [samples[k] for k in to_do], starts_per_unit(samples, to_do, args.batch_size))
-        left = measurement.remaining_units(
-            units, times=to_do, batch_size=args.batch_size, samples_digest=digest_of(digests[k] for k in to_do)
-        )
+        digest = dist_util.on_main(digest_for_parts, folder, digests, results, to_do)
+        left = measurement.remaining_units(units, times=to_do, batch_size=args.batch_size, samples_digest=digest)
         logger.info(
             f"{len(starts)} starting images from {args.starting_data_dir}, with "
             f"{', '.join(str(len(samples[k][0])) for k in to_do)} samples each of k = {', '.join(map(str, to_do))} of "

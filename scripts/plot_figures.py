@@ -52,8 +52,10 @@ from guided_diffusion.classifier.results import (
     check_settings,
     default_folder,
     differences_file,
+    incomplete,
     name_in_files,
     read_series,
+    unreadable_in,
 )
 from guided_diffusion.classifier.retention import (
     FEWEST_TIMES,
@@ -162,7 +164,11 @@ def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
         raise UserError(f"{folder} has no results for N = {num_steps}, only for N = {others} (--timestep_respacing)")
     check_settings({(t.step_reverse, t.num_steps): t.record for t in series}, folder, "evaluate_classifier.py")
     first = series[0]
+    everything = set().union(*(result.starts.tolist() for result in series))
     for result in series:
+        lacking = everything.difference(result.starts.tolist())
+        if lacking and lacking <= unreadable_in(result):
+            raise incomplete(differences_file(folder, name, result.step_reverse, num_steps), lacking)
         layers = result.differences["layers"], first.differences["layers"]
         for found, expected, what in ((result.starts, first.starts, "images"), (*layers, "layers")):
             if not np.array_equal(found, expected):

@@ -19,7 +19,7 @@ from ..compute.inference import choose_dtype, compute_reproducibly, describe_mac
 from ..compute.memory import to_device
 from ..errors import ResultError, UserError, first_line
 from ..images.classes import Classes, number_classes
-from ..images.folder import LabelledImage
+from ..images.folder import LabelledImage, list_some
 from ..images.imagenet import CLASS_INDEX
 from ..runs.inputs import file_digest
 from ..runs.records import Record, read_record, record_of
@@ -171,10 +171,23 @@ def check_trajectories(result: TimeResult, path: str) -> None:
         numbers = np.arange(len(names)) % count + 1
         whole = len(names) % count == 0 and np.array_equal(result.differences["trajectories"], numbers)
         if not whole or not (result.by_start(names) == result.starts[:, None]).all():
-            raise UserError(
-                f"{path} lacks samples of some images, which could not be read: expected {count} of each.\n"
-                "Repair them (forward_backward_dataset_sample.py) and rerun evaluate_classifier.py"
-            )
+            found, samples = np.unique(names, return_counts=True)
+            raise incomplete(path, {*found[samples < count].tolist(), *unreadable_in(result)})
+
+
+def unreadable_in(result: TimeResult) -> set[str]:
+    """The starting images that a result lacks, or lacks samples of, because files were unreadable."""
+    return {*(result.record or {}).get("images", {}).get("unreadable", {})}
+
+
+def incomplete(path: str, lacking: Iterable[str]) -> UserError:
+    """The error that a result lacks pairs of the images `lacking`, and how to repair it."""
+    images = sorted(lacking)
+    return UserError(
+        f"{path} lacks samples of {len(images)} images, which could not be read: {list_some(images)}.\nRerun "
+        "evaluate_classifier.py to see which; remove them, make them again (forward_backward_dataset_sample.py), and "
+        "rerun it once more"
+    )
 
 
 def read_arrays(

@@ -289,6 +289,33 @@ def test_unreadable_images_are_named_and_left_out(copied, measured, tmp_path, ca
     assert record["finished"] is False and "b/3.png" in record["images"]["unreadable"]
 
 
+def test_repaired_samples_complete_the_results(copied, measured, tmp_path, capsys):
+    output, content = tmp_path / "results", {}
+    for path in [copied / "out" / sample_name("a/1.png", 5, 3), *(copied / "out").glob("t_10*/a/2_*.png")]:
+        content[path] = path.read_bytes()
+        path.write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert run(copied, output, "--spectra", batch_size=3) == 1
+    for path, whole in content.items():
+        path.write_bytes(whole)
+    other = copied / "out" / sample_name("b/1.png", 10, 2)
+    kept = other.read_bytes()
+    write(other, np.zeros((SIZE, SIZE, 3), np.uint8))
+    with pytest.raises(UserError, match="made with other settings: the samples"):
+        run(copied, output, "--spectra", batch_size=3)
+    other.write_bytes(kept)
+    capsys.readouterr()
+    assert run(copied, output, "--spectra", batch_size=3) == 0
+    assert "2 of 5 batches to compute" in capsys.readouterr().err
+    found, expected = contents(output), contents(measured)
+    assert found.keys() == expected.keys()
+    for k in TIMES:
+        for name, values in arrays(measured, k=k).items():
+            if values.dtype.kind == "f":
+                assert arrays(output, k=k)[name] == pytest.approx(values, rel=1e-6, abs=1e-9), name
+        one, two = (json.loads((folder / f"changes_pixels-t_{k}_20.json").read_text()) for folder in (output, measured))
+        assert one["settings"] == two["settings"] and one["finished"]
+
+
 def direct_changes_of_three(data: Path) -> np.ndarray:
     read = lambda path: np.asarray(Image.open(path)) / 127.5 - 1  # noqa: E731
     start = read(data / "starts" / "a/1.png")

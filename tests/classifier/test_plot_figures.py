@@ -303,6 +303,17 @@ def test_times_of_other_settings_are_not_joined(tmp_path):
         assert str(error.value).count("\n") == 1
 
 
+def test_an_image_that_one_time_lacks_is_named(tmp_path):
+    """With the way to repair it, if its files were unreadable."""
+    folder = write_results(tmp_path / "results", (50, 100), num_images=20, num_layers=3)
+    write_results(folder, (200,), num_images=19, num_layers=3)
+    with pytest.raises(UserError, match=r"different images \(20 and 19\)"):
+        script.find_series(str(folder), "convnext_base", 250)
+    write_records(folder, (200,), images={"chosen": 20, "unreadable": {"n00000009/image_0019.JPEG": "broken"}})
+    with pytest.raises(UserError, match=r"act_diff_convnext_base-t_200_250.npz lacks samples of 1 images.*image_0019"):
+        script.find_series(str(folder), "convnext_base", 250)
+
+
 @pytest.mark.parametrize("last", ["classifier", "projection"])
 def test_which_layer_is_the_logits_is_on_record(tmp_path, last):
     """A hidden layer may be called classifier.0, and the last one by any name."""
@@ -438,7 +449,7 @@ def test_times_may_differ_in_their_number_of_samples(tmp_path, capsys):
     for file in (path, differences_file(str(results), "convnext_base", 100, 250)):
         arrays = dict(np.load(file))
         np.savez(file, **{name: array if name == "layers" else array[1:] for name, array in arrays.items()})
-    with pytest.raises(UserError, match=r"lacks samples of some images, which could not be read: expected 4 of each"):
+    with pytest.raises(UserError, match=r"lacks samples of 1 images, .* read: 'n00000000/image_0000.JPEG'.\nRerun"):
         script.main(["--results", str(results), "--output", str(tmp_path / "figures")])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +15,7 @@ from guided_diffusion.classifier.pairs import batch_shape
 from guided_diffusion.classifier.results import read_series
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import SampleFolder
+from guided_diffusion.runs.settings import digest_of
 
 import numpy as np
 import pytest
@@ -142,8 +144,98 @@ def test_an_unreadable_sample_is_left_out(flags, tmp_path):
     assert found["trajectories"].tolist() == [1, 2, 3, 1, 3, 1, 2, 3]
     record = json.loads((tmp_path / "out/act_diff_resnet18-t_10_20.json").read_text())
     assert not record["finished"] and "b_t0500_s002.png" in record["images"]["unreadable"]["n02123045/b.png"]
-    with pytest.raises(UserError, match="lacks samples of some images"):
+    with pytest.raises(
+        UserError, match=r"lacks samples of 1 images, which could not be read: 'n02123045/b.png'"
+    ) as error:
         read_series(str(tmp_path / "out"), "resnet18")
+    assert str(error.value).count("\n") == 1
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """The results, their lists of files, and their settings."""
+    settings = {path.name: json.loads(path.read_text()).get("settings") for path in folder.glob("*.json")}
+    return {path.name: path.read_bytes() for path in folder.glob("*.npz")} | settings
+
+
+@pytest.mark.parametrize("parts_are_kept", [True, False])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_repaired_sample_completes_the_results(parts_are_kept, several, flags, tmp_path, capsys):
+    """Whether an image has several samples or one."""
+    # Without its parts, a time is computed alone, in other batches than with the finished one.
+    flags = {**flags, "batch_size": 4, "time_series": ("5,10" if parts_are_kept else 10) if several else 5}
+    assert evaluate(flags, tmp_path / "whole") == 0
+    name = "t_10_20_images/n02123045/b_t0500_s002.png" if several else "t_5_20_images/n02123045/b_t0250.png"
+    broken = tmp_path / "samples" / name
+    content = broken.read_bytes()
+    broken.write_bytes(content[:500])
+    assert evaluate(flags, tmp_path / "out") == 1
+    broken.write_bytes(content[:400])  # no repair
+    assert evaluate(flags, tmp_path / "out") == 1
+    broken.write_bytes(content)
+    if not parts_are_kept:
+        (parts,) = (tmp_path / "out").glob("*_parts")
+        shutil.rmtree(parts)
+    capsys.readouterr()
+    assert evaluate(flags, tmp_path / "out") == 0
+    if parts_are_kept:
+        said = capsys.readouterr().err
+        assert ("1 of 9 batches to compute" if several else "1 of 2 batches to compute") in said
+    assert saved(tmp_path / "out") == saved(tmp_path / "whole")
+    assert evaluate(flags, tmp_path / "out") == 0 and "nothing to do" in capsys.readouterr().err
+
+
+def another_changed(folder: Path) -> None:
+    Image.new("RGB", (32, 32)).save(folder / "t_10_20_images/n04008634/c_t0500_s002.png")
+
+
+def the_image_s_other_sample_changed(folder: Path) -> None:
+    Image.new("RGB", (32, 32)).save(folder / "t_10_20_images/n02123045/b_t0500_s003.png")
+
+
+def one_more_of_each(folder: Path) -> None:
+    for start in STARTS:
+        write_sample(folder, 10, start, 4)
+
+
+def one_fewer_of_each(folder: Path) -> None:
+    for path in folder.rglob("*_s003.png"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("parts_are_kept", [True, False])
+@pytest.mark.parametrize(
+    "change", [another_changed, the_image_s_other_sample_changed, one_more_of_each, one_fewer_of_each]
+)
+def test_a_repair_that_changes_more_is_refused(change, parts_are_kept, flags, tmp_path):
+    flags = {**flags, "time_series": 10}
+    broken = tmp_path / "samples/t_10_20_images/n02123045/b_t0500_s002.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:500])
+    assert evaluate(flags, tmp_path / "out") == 1
+    broken.write_bytes(content)
+    change(tmp_path / "samples")
+    if not parts_are_kept:
+        (parts,) = (tmp_path / "out").glob("*_parts")
+        shutil.rmtree(parts)
+    before = saved(tmp_path / "out")
+    with pytest.raises(UserError, match=r"made with other settings: the samples \(--data_dir\)"):
+        evaluate(flags, tmp_path / "out")
+    assert saved(tmp_path / "out") == before
+
+
+def test_parts_of_a_version_that_recorded_the_sizes_of_samples(flags, tmp_path, monkeypatch, capsys):
+    """They are resumed."""
+    script = load_script("evaluate_classifier.py")
+    monkeypatch.setattr(
+        script, "digest_for_parts", lambda _folder, digests, _results, times: digest_of(digests[k] for k in times)
+    )
+    monkeypatch.setattr(script, "write_time", None)  # stopped before the end
+    flags = as_flags({**flags, "batch_size": 4, "output": tmp_path / "out"})
+    with pytest.raises(TypeError):
+        script.main(flags)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert script.main(flags) == 0 and "0 of 9 batches to compute" in capsys.readouterr().err
 
 
 def test_an_unreadable_sample_if_preprocessing_is_undefined_for_one_colour(flags, tmp_path, monkeypatch):
