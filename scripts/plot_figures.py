@@ -39,7 +39,7 @@ from guided_diffusion import logger
 from guided_diffusion.changes.figures import MOST_CURVES, figures_of
 from guided_diffusion.changes.results import names_in, read_changes
 from guided_diffusion.classifier.class_figures import draw_agreement, draw_class_transitions, draw_entropy
-from guided_diffusion.classifier.figures import Rows, check_packages, write_figures
+from guided_diffusion.classifier.figures import Rows, check_output, check_packages, write_figures
 from guided_diffusion.classifier.gallery import choose_names, draw_gallery, recorded_files
 from guided_diffusion.classifier.result_figures import (
     draw_distributions,
@@ -92,6 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     """Plot the results. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
     check_packages()
+    check_output(args.output)
     if args.changes:
         return plot_changes(args)
     if bool(args.starting_data_dir) != bool(args.data_dir):

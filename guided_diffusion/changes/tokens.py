@@ -183,7 +183,7 @@ def _centred(x: Tensor) -> Tensor:
 def layer_tokens(args: argparse.Namespace) -> Tokens:
     """The positions of one layer of a classifier."""
     classifier = open_classifier(
-        args.classifier_name, args.classifier_path, [args.tokens], args.image_size, flag="--tokens"
+        args.classifier_name, args.classifier_path, [args.tokens], args.image_size, "--tokens", [PIXELS, CLIP]
     )
     if len(classifier.layers) > 1:
         names = [layer.name for layer in classifier.layers]
@@ -203,7 +203,7 @@ def clip_tokens(args: argparse.Namespace) -> Tokens:
     """The 7 x 7 patches of CLIP ViT-B/32: the output of the last block, before the final normalisation."""
     model, preprocess, activation = open_clip_visual(args.clip_weights, args.classifier_path)
     size = preprocess(trial_image(args.image_size)).shape[-1]
-    ((layer,), _) = find_layers(model, size, [LAST_BLOCK], "--tokens clip")
+    ((layer,), _) = find_layers(model, size, [LAST_BLOCK], "--tokens clip", what="--tokens clip")
     return Tokens(
         name=CLIP,
         model=model,

@@ -6,14 +6,16 @@ import csv
 import importlib.util
 import io
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 
 from ..errors import ResultError, UserError
-from ..system.files import write_whole
+from ..system.files import is_remote, write_whole
 
 try:
     import matplotlib
@@ -55,6 +57,15 @@ def check_packages() -> None:
     for package in ("matplotlib", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'figures need {package}: pip install -e ".[figures]"')
+
+
+def check_output(folder: str) -> None:
+    """Raise UserError if a file is in the way of the folder for figures."""
+    path = "" if is_remote(folder) else folder
+    while path and not bf.exists(path):
+        path = os.path.dirname(path)
+    if path and not bf.isdir(path):
+        raise UserError(f"--output {folder}: {path} is a file, expected a folder")
 
 
 def style() -> AbstractContextManager:

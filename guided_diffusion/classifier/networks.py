@@ -20,7 +20,7 @@ from ..checkpoints import UNTRAINED
 from ..errors import UserError, first_line
 from ..runs.settings import weights_digest
 from ..system.checkpoint_files import difference, read_checkpoint, shapes_of
-from .layers import WatchedLayer, find_layers
+from .layers import WatchedLayer, find_layers, modules_matching
 from .preprocessing import Preprocess, as_preset, named_failures, own_preprocess, trial_image
 
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")  # of GoogLeNet and Inception
@@ -71,7 +71,12 @@ def load_classifier(
 
 
 def open_classifier(
-    name: str, classifier_path: str = "", layers: Sequence[str] = (), image_size: int = 256, flag: str = "--layers"
+    name: str,
+    classifier_path: str = "",
+    layers: Sequence[str] = (),
+    image_size: int = 256,
+    flag: str = "--layers",
+    others: Sequence[str] = (),
 ) -> Classifier:
     """Load a classifier of torchvision, or the user's own.
 
@@ -86,27 +91,39 @@ def open_classifier(
             always the same.
         layers: layers to watch; see `find_layers`.
         image_size: side of the images before preprocessing, in pixels.
-        flag: flag that selected the layers, for messages.
+        flag, others: flag that selected the layers, and its other values, for messages.
 
     Raises UserError if the classifier, the file or a layer does not exist, a layer cannot be watched, or the user's
     function, network or preprocess fails.
     """
+    if not classifier_path:
+        check_before_download(name, layers, flag, others)
     model, preprocess = (_custom if ":" in name else _from_torchvision)(name, classifier_path)
     model.eval().requires_grad_(False)
     what = f"--classifier_name {name}"
     x = preprocess(trial_image(image_size))
     if ":" in name:
         try_network(model, x, what)
-    watched, num_classes = find_layers(model, x.shape[-1], layers, flag)
+    watched, num_classes = find_layers(model, x.shape[-1], layers, flag, others, what)
     return Classifier(name.rpartition(":")[2], model, watched, preprocess, num_classes, weights_digest(model))
 
 
+def check_before_download(
+    name: str, patterns: Sequence[str], flag: str = "--layers", others: Sequence[str] = ()
+) -> None:
+    """Raise UserError if a pattern matches no layer of a classifier of torchvision whose weights are not here yet.
+
+    Arguments as for `open_classifier`.
+    """
+    if ":" in name or not patterns or os.path.exists(_cache_path(weights := _weights_of(name, ""))):
+        return
+    with torch.device("meta"):  # without memory, in no time
+        model = _build(name, weights)
+    for pattern in patterns:
+        modules_matching(model, pattern, flag, others)
+
+
 def _from_torchvision(name: str, path: str) -> tuple[nn.Module, Preprocess]:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "expected a name such as convnext_base or resnet50"
-        raise UserError(f"--classifier_name {name!r} is not in torchvision {torchvision.__version__}; {hint}")
     weights = _weights_of(name, path)
     if path == UNTRAINED:
         model = _build(name, weights)
@@ -160,16 +177,26 @@ def load_weights(model: nn.Module, path: str, what: str) -> None:
 
 
 def _weights_of(name: str, path: str) -> Any:
-    """torchvision's weights with this file name, or else the default ones."""
+    """torchvision's weights with this file name, or else the default ones. Raises UserError if there is no `name`."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "expected a name such as convnext_base or resnet50"
+        raise UserError(f"--classifier_name {name!r} is not in torchvision {torchvision.__version__}; {hint}")
     entries = torchvision.models.get_model_weights(name)
     file = os.path.basename(path)
     return next((entry for entry in entries if os.path.basename(entry.url) == file), entries.DEFAULT)
 
 
+def _cache_path(weights: Any) -> str:
+    """Where torch.hub keeps torchvision's file."""
+    return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+
+
 def _cached_file(name: str, weights: Any) -> str:
     """Path of torchvision's file, downloaded (whole or not at all) if it is not in torch.hub's folder."""
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, os.path.basename(weights.url))
+    path = _cache_path(weights)
+    folder = os.path.dirname(path)
     if not os.path.exists(path):
         try:
             weights.get_state_dict(progress=False, check_hash=True)

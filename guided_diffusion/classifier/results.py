@@ -25,7 +25,7 @@ from ..runs.inputs import file_digest
 from ..runs.records import Record, read_record, record_of
 from ..runs.settings import differences as changed_settings
 from ..runs.settings import digest_of
-from .networks import Classifier, open_classifier
+from .networks import Classifier, check_before_download, open_classifier
 
 SIMILARITIES = ("cosine", "L2", "L2_normalized")
 DIFFERENCES_ARRAYS = ("names", "layers", *SIMILARITIES)
@@ -260,6 +260,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     """
     patterns = [pattern.strip() for pattern in args.layers.split(",") if pattern.strip()]
     if not args.classifier_path and dist_util.get_world_size() > 1:
+        dist_util.on_main(check_before_download, args.classifier_name, patterns)
         dist_util.on_main(lambda: bool(open_classifier(args.classifier_name)))  # only one rank downloads the weights
     classifier = dist_util.on_every_rank(
         open_classifier, args.classifier_name, args.classifier_path, patterns, args.image_size

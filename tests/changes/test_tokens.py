@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 from guided_diffusion.changes.tokens import load_tokens
+from guided_diffusion.classifier.networks import open_classifier
 from guided_diffusion.errors import UserError
 
 import numpy as np
@@ -156,6 +157,7 @@ def test_weights_of_one_s_own_network(monkeypatch, tmp_path):
         ({"tokens": "fc"}, r"the layer fc has no positions: its output is \[1, 5\]"),
         ({"tokens": "pool"}, "the layer pool has one position only"),
         ({"tokens": "block9"}, "--tokens: block9 matches no layer of the classifier; did you mean block"),
+        ({"tokens": "pixel"}, "--tokens: pixel matches no layer of the classifier; did you mean pixels?"),
         ({"tokens": "block*"}, "--tokens block[*] matches 2 layers, block1, block2; expected one"),
         ({"tokens": "relu"}, "--tokens: relu cannot be watched: the network calls it 2 times"),
         ({"tokens": "nowhere:create"}, "--tokens 'nowhere:create' cannot be found: No module named 'nowhere'"),
@@ -165,6 +167,16 @@ def test_mistakes(changes, message, small_network):
     with pytest.raises(UserError, match=message) as error:
         load_tokens(flags(**small_network, **changes))
     assert str(error.value).count("\n") <= 1
+
+
+@pytest.mark.parametrize("name", ["convnext_base", "inception_v3", "vit_b_16", "swin_v2_t", "densenet121"])
+def test_a_misspelt_value_is_told_before_weights_are_downloaded(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("guided_diffusion.classifier.networks._cached_file", None)
+    with pytest.raises(UserError, match=r"^--tokens: pixel matches no layer of the classifier; did you mean pixels\?"):
+        load_tokens(flags(tokens="pixel", classifier_name=name, classifier_path=""))
+    with pytest.raises(UserError, match=r"^--layers: pixel matches no layer of the classifier; its modules are "):
+        open_classifier(name, "", ["pixel"])
 
 
 def test_mistakes_in_networks_of_one_s_own(monkeypatch):

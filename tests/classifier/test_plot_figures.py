@@ -258,6 +258,12 @@ def damage(folder):
         (damage, [], "damaged"),
         (other_images, [], r"different images \(20 and 19\)"),
         (other_layers, [], r"different layers \(3 and 4\)"),
+        (None, ["--output", "results/file"], "^--output results/file: results/file is a file, expected a folder$"),
+        (
+            None,
+            ["--output", "results/file/figures"],
+            "^--output results/file/figures: results/file is a file, expected",
+        ),
         (None, ["--data_dir", "x"], "needs both --starting_data_dir and --data_dir"),
         (
             None,
@@ -271,6 +277,7 @@ def test_mistakes(tmp_path, monkeypatch, change, flags, words):
     """They are told in words, and the figures that are there stay as they are."""
     monkeypatch.chdir(tmp_path)
     write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3)
+    (tmp_path / "results/file").touch()
     if change:
         change(tmp_path / "results")
     with pytest.raises(UserError, match=words):
