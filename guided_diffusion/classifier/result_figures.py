@@ -19,10 +19,12 @@ from .figures import (
     VERMILION,
     Rows,
     add_colorbar,
+    add_legend,
     columns,
     early_to_late,
     errors_between,
     new_figure,
+    wrapped,
 )
 from .results import TimeResult, class_ranks
 from .retention import STATISTICS, Estimate, Transition, fit_transition, fraction_interval
@@ -97,8 +99,8 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
     if len(layers) > 1:
         bar = add_colorbar(figure, axes, 1, len(layers), "layer (early to late)", pad=0.02)
         bar.set_ticks([1, len(layers)])
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper center")
+    if handles := axes.get_legend_handles_labels()[0]:
+        add_legend(figure, handles)
     # No statistic is defined for a layer whose activations are all 0.
     return figure, [row if row["images"] else {k: "" if v != v else v for k, v in row.items()} for row in rows]
 
@@ -152,7 +154,7 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
         label = f"transition {transition.time:.3f} ± {transition.error:.3f}"
         handles.append(axes.axvline(transition.time, color="0.3", linewidth=0.8, zorder=1, label=label))
     axes.set(xlabel=TIME_LABEL, ylabel=f"fraction of {counted(series)}", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    add_legend(figure, handles)
     return figure, rows
 
 
@@ -176,7 +178,8 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
             ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
             about = {"layer": layers[depth], "depth": depth, **result.time_columns}
             rows += [{**about, "from": low, "to": high, counted(series): count} for low, high, count in ends]
-        axes.set_title(f"{layers[depth]} ({depth + 1} of {len(layers)})", fontsize=7)
+        title = f"{layers[depth]} ({depth + 1} of {len(layers)})"
+        axes.set_title(wrapped(title, PAGE / len(depths) - 0.4), fontsize=7)
     for axes in panels[1:]:
         axes.tick_params(labelleft=False)
     panels[0].set_ylabel(TIME_LABEL)

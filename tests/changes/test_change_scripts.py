@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -430,6 +431,52 @@ def test_two_kinds_of_tokens_in_a_figure_and_undefined_numbers(measured, tmp_pat
         assert row["chi"] == row["chi_low"] == row["correlation_length"] == "" and row["change"] == 0
     assert {row["relative"] for row in points if row["tokens"] == "still"} == {""}
     assert {row["tokens"] for row in powers} == {"pixels"}
+
+
+def test_long_names_of_tokens_fit(measured, tmp_path):
+    names = [f"vit_b_16-encoder.layers.encoder_layer_{i}" for i in (0, 3, 7, 11)]
+    curves = dict.fromkeys(names, read_changes(str(measured), "pixels"))
+    with style():
+        for draw in figures_of(curves).values():
+            figure, _ = draw()
+            check_texts(figure)
+
+
+def test_curves_and_figures_without_data_are_left_out(data, measured, tmp_path, capsys):
+    """Samples of k = 0 are their starts, and other tokens may have no spectra."""
+    times = read_changes(str(measured), "pixels")
+    plain = [replace(time, wavenumber=None, spectrum_start=None, spectrum_change=None) for time in times]
+    still = [
+        replace(
+            time,
+            step_reverse=0,
+            **{name: 0 * getattr(time, name) for name in ("chi_denominator", "correlation", "spectrum_change")},
+        )
+        for time in times
+    ]
+    no_power = [replace(time, spectrum_change=0 * time.spectrum_change) for time in times]
+    with style():
+        figures = figures_of({"pixels": times, "plain": plain, "still": still})
+        panels = [[axes.get_title() for axes in draw()[0].axes] for draw in figures.values()]
+        assert "change_spectra" not in figures_of({"pixels": no_power})
+    assert panels[0][:2] == ["pixels", "plain"] and "still" not in panels[0]
+    assert panels[2] == ["pixels", ""]  # one panel, and the bar of colours
+    assert "no change_spectra: no start differs from its samples by more than a constant" in capsys.readouterr().err
+    for path in [f"t_0_20_images/{name[:-4]}_t0000{end}.png" for name in NAMES for end in ("", "_s002")]:
+        name = f"{path.split('/', 1)[1].partition('_t0')[0]}.png"
+        write(tmp_path / "out" / path, np.asarray(Image.open(data / "starts" / name)))
+    assert run(data, tmp_path / "results", "--spectra", time_series=0, data_dir=tmp_path / "out") == 0
+    words = [
+        "--changes",
+        str(tmp_path / "results"),
+        "--timestep_respacing",
+        "20",
+        "--output",
+        str(tmp_path / "figures"),
+    ]
+    with pytest.raises(UserError, match=r"nothing to plot: the samples of every start change alike, at k = 0"):
+        plot.main(words)
+    assert not (tmp_path / "figures").exists()
 
 
 GRID = np.stack(np.divmod(np.arange(49), 7), axis=1)

@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from guided_diffusion.classifier.figures import style
+from guided_diffusion.classifier.figures import shortened, style, text_width, wrapped
 from guided_diffusion.classifier.results import differences_file, logits_file
 from guided_diffusion.classifier.ridgeline import PEAK
 from guided_diffusion.errors import UserError
@@ -175,6 +175,47 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
         ]
         for figure, _ in drawn:
             check_texts(figure)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_long_names_of_layers_fit(tmp_path, num_layers):
+    folder = write_results(tmp_path, (75, 140), num_images=40, num_layers=num_layers)
+    long = [f"backbone_feature_extractor.stage{i}_residual_block_with_squeeze_excitation" for i in range(num_layers)]
+    for path in folder.glob("act_diff*.npz"):
+        np.savez(path, **{**np.load(path), "layers": np.array(long)})
+    series = script.find_series(str(folder), "convnext_base", 250)
+    with style():
+        for figure, _ in (script.draw_similarity(series, "mean"), script.draw_distributions(series, 40)):
+            check_texts(figure)
+
+
+def test_names_that_do_not_fit_are_wrapped_or_shortened():
+    with style():
+        assert wrapped("features.1.0", 2) == shortened("features.1.0", 2) == "features.1.0"
+        assert wrapped("features.1.0", 0.5) == "features.\n1.0"
+        short = shortened("encoder.layers.encoder_layer_11.self_attention", 1)
+        assert short.startswith("encoder") and "…" in short and short.endswith("tion") and text_width(short) <= 1
+        assert all(text_width(line) <= 1 for line in wrapped("a" * 40 + ".b", 1).split("\n"))
+
+
+def test_one_time_fills_the_page(tmp_path):
+    series = script.find_series(str(write_results(tmp_path, (125,), num_images=40)), "convnext_base", 250)
+    with style():
+        figure, _ = script.draw_class_transitions(series)
+        check_texts(figure)
+    panel = figure.axes[0].get_window_extent()
+    assert panel.width == pytest.approx(panel.height) and panel.width > 0.5 * figure.bbox.width
+    assert panel.x0 < 0.25 * figure.bbox.width
+
+
+def test_several_samples_of_one_or_two_images(tmp_path):
+    for count in (1, 2):
+        results = write_results(tmp_path / str(count), (50, 100, 150, 200), count, num_layers=3, num_samples=6)
+        assert script.main(["--results", str(results), "--output", str(results / "figures")]) == 0
+        for row in read_csv(results / "figures/class_entropy.csv"):
+            assert 0 <= float(row["low"]) <= float(row["entropy"]) <= float(row["high"])
+        for row in read_csv(results / "figures/similarity_against_time.csv") if count == 1 else ():
+            assert row["mode_low"] == row["mode"] == row["mode_high"]
 
 
 def test_distributions_have_a_row_for_each_time(tmp_path):
