@@ -236,7 +236,7 @@ def custom_tokens(args: argparse.Namespace) -> Tokens:
     axis = 1 if getattr(output, "ndim", 0) == 4 else -1
     try:
         table = None if table is None else np.asarray(table)
-    except ValueError as error:  # rows of different lengths
+    except Exception as error:  # rows of different lengths, or whatever the object raises
         raise UserError(f"{what}: the distances are no array: {first_line(error)}") from error
     parts = [weights_digest(model), "" if table is None else digest_of(map(str, table.reshape(-1).tolist()))]
     return Tokens(

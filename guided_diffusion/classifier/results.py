@@ -241,7 +241,7 @@ def check_settings(
             one, other = (f"k = {k} of N = {n}" for k, n in (first, time))
             raise UserError(
                 f"{folder} has results of different settings: from {one} to {other}, {'; '.join(changes)}.\n"
-                f"Move those of other settings away, or make them again with {script}, and the same settings"
+                f"Move the results of one kind away; {script} can make them again with the settings of the others"
             )
 
 
