@@ -169,7 +169,8 @@ def write(measurement: ResultRun, classifier: Classifier, num_units: int, facts:
         record["num_shards"] = measurement.shard.count
     measurement.write_lists(result)
     write_result(result.path, arrays, record)
-    accuracy = "accuracy unknown: the classes of some images are unknown"
+    unlabelled = int((total.ranks < 0).sum())
+    accuracy = f"accuracy unknown: the labels of {unlabelled} images are unknown"
     if "top1" in arrays:
         accuracy = f"accuracy {arrays['top1']:.2%} (top 1), {arrays['top5']:.2%} (top 5)"
     logger.info(f"{classifier.name} on {arrays['num_images']} images: {accuracy}. Statistics are in {result.path}")

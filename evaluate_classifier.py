@@ -42,6 +42,7 @@ from guided_diffusion.classifier.pairs import (
     samples_digests,
     settings_of_batches,
 )
+from guided_diffusion.classifier.repair import SampleResult, digest_for_parts
 from guided_diffusion.classifier.results import (
     SIMILARITIES,
     classifier_settings,
@@ -70,7 +71,6 @@ from guided_diffusion.images.io import Check, read_image
 from guided_diffusion.runs.inputs import Inputs
 from guided_diffusion.runs.records import Record, report_unreadable, write_result
 from guided_diffusion.runs.resumable import Pictures, Result, ResultRun, describe_batches, times_to_do
-from guided_diffusion.runs.settings import digest_of
 from guided_diffusion.runs.shards import shard_of
 from guided_diffusion.script_util import number_of_steps
 from guided_diffusion.system.files import whole_file
@@ -105,11 +105,12 @@ def main(argv: list[str] | None = None) -> int:
     results = {}
     for k in times:
         samples[k] = [[folders[k].within_output(path) for path in paths] for paths in samples[k]]
-        results[k] = Result(
+        results[k] = SampleResult(
             differences_file(output, name, k, num_steps),
             {**settings, "samples_digest": digests[k]},
             files={STARTS: start_paths, SAMPLES: list(chain(*samples[k]))},
             companions=[logits_file(output, name, k, num_steps)],
+            data_dir=data_dir,
         )
     inputs = {STARTS: Inputs(args.starting_data_dir, "--starting_data_dir"), SAMPLES: Inputs(data_dir, "--data_dir")}
     dist_util.on_main(check_starts, inputs[STARTS], start_paths, folders, data_dir)
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         comparison.unfinished = [results[k] for k in to_do]
         shape = batch_shape([len(samples[k][0]) for k in to_do], args.batch_size)
         batches = pair_batches(starts, [samples[k] for k in to_do], shape)
-        samples_digest = digest_of(digests[k] for k in to_do)
+        samples_digest = dist_util.on_main(digest_for_parts, folder, digests, results, to_do)
         cut_settings = settings_of_batches(shape, batches)
         left = comparison.remaining_units(batches, times=to_do, samples_digest=samples_digest, **cut_settings)
         logger.info(
@@ -149,7 +150,7 @@ def compare(
     A batch of B starting images with S samples of each is one forward pass of (1 + S) B images. Raises ResultError if
     the classifier gives NaN or infinity.
     """
-    blank = classifier.preprocess.on_cpu(np.zeros((args.image_size, args.image_size, 3), np.uint8))
+    blank = classifier.preprocess.blank(args.image_size)
 
     def read(function: Callable[..., np.ndarray], path: str, check: Check) -> torch.Tensor:
         return classifier.preprocess.on_cpu(function(path, args.image_size, check))
@@ -166,7 +167,7 @@ def compare(
                 classifier.model(classifier.preprocess.on_device(upload(x, dist_util.dev())))
             if pending:
                 pending()  # write the previous batch, while a GPU works on this one
-            pending = partial(write_part, comparison, batch, pictures, watch.latest)
+            pending = partial(write_part, comparison, batch, pictures, partial(watch.latest, pictures.readable))
             comparison.bar.update(len(x))
             dist_util.check_peers()
         if pending:
@@ -233,6 +234,7 @@ def write_time(
         "num_shards": comparison.shard.count,
         "settings": result.settings,
         "images": {"chosen": len(result.files[STARTS]), "unreadable": unreadable},
+        "logits_layers": [layer.name for layer in classifier.layers if layer.is_logits],
         "last_run": facts,
     }
     pairs = {"names": np.array([image.path for image in images])}

@@ -117,13 +117,18 @@ class TablePairs:
     Args:
         distance: distance of each pair of tokens, (n, n).
 
-    Raises UserError if `distance` is not a square matrix.
+    Raises UserError if these cannot be distances, or are all 0.
     """
 
     def __init__(self, distance: np.ndarray):
         distance = np.asarray(distance)
         if distance.ndim != 2 or distance.shape[0] != distance.shape[1] or not distance.size:
             raise UserError(f"distances of shape {distance.shape}: expected (tokens, tokens)")
+        if problem := _problem(distance):
+            raise UserError(
+                f"{problem}; expected the distance of each pair of tokens: finite,\n"
+                "0 from a token to itself, the same in both directions, and not 0 for all pairs"
+            )
         self.tokens = len(distance)
         self.distance, place = np.unique(distance, return_inverse=True)
         self._place = place.reshape(-1)
@@ -134,6 +139,24 @@ class TablePairs:
 
     def mean(self, products: np.ndarray) -> np.ndarray:
         return np.bincount(self._place, products.reshape(-1), len(self.count)) / self.count
+
+
+def _problem(distance: np.ndarray) -> str:
+    """Why a square matrix is not one of distances; "" if it is one."""
+    if distance.dtype.kind not in "iuf":
+        return f"distances of type {distance.dtype}"
+    distance = distance.astype(np.float64)
+    if not np.isfinite(distance).all():
+        return "a distance is NaN or infinite"
+    if distance.min() < 0:
+        return f"a distance is {distance.min():g}"
+    if (own := distance.diagonal().max()) != 0:
+        return f"the distance of a token to itself is {own:g}"
+    if not np.allclose(distance, distance.T):
+        i, j = np.unravel_index(np.argmax(abs(distance - distance.T)), distance.shape)
+        there, back = distance[i, j], distance[j, i]
+        return f"the distance of tokens {i} and {j} is {there:g}, and that of {j} and {i} is {back:g}"
+    return "" if distance.any() else "all distances are 0"
 
 
 class GridPairs:

@@ -28,16 +28,19 @@ from guided_diffusion import dist_util, logger
 from guided_diffusion.changes.measure import UnitSums
 from guided_diffusion.changes.results import (
     changes_file,
+    check_same_settings,
     default_folder,
     join_parts,
     parts_folder,
     result_arrays,
+    times_in,
     write_summary,
 )
 from guided_diffusion.changes.samples import StartBatch, find_starts, samples_digest, start_batches
 from guided_diffusion.changes.statistics import Spectrum
 from guided_diffusion.changes.tokens import Tokens, open_tokens
 from guided_diffusion.classifier.pairs import SAMPLES, STARTS, check_starts, read_sample
+from guided_diffusion.classifier.repair import SampleResult, digest_for_parts
 from guided_diffusion.command_line.flags import CONVENTION, REQUIRED, RUN, SAMPLES_DIR, TEXT, Flag, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
@@ -79,15 +82,17 @@ def main(argv: list[str] | None = None) -> int:
     settings = decisive_settings(args, tokens, machine["precision"], starts)
     digests = dist_util.on_main(lambda: {k: samples_digest(data_dir, of_time) for k, of_time in samples.items()})
     results = {
-        k: Result(
+        k: SampleResult(
             changes_file(output, tokens.name, k, num_steps),
             {**settings, "samples_digest": digests[k]},
             files={STARTS: starts, SAMPLES: [path for paths in samples[k] for path in paths]},
+            data_dir=data_dir,
         )
         for k in times
     }
     inputs = {STARTS: Inputs(args.starting_data_dir, "--starting_data_dir"), SAMPLES: Inputs(data_dir, "--data_dir")}
     dist_util.on_main(check_starts, inputs[STARTS], starts, folders, data_dir)
+    dist_util.on_main(check_other_times, output, tokens.name, {(k, num_steps): results[k].settings for k in times})
     folder = parts_folder(output, tokens.name, times, num_steps)
     with ResultRun(list(results.values()), folder, settings, machine, inputs, args, shard) as measurement:
         if not measurement.unfinished:
@@ -97,9 +102,8 @@ def main(argv: list[str] | None = None) -> int:
         to_do = dist_util.on_main(times_to_do, measurement, results, folder)
         measurement.unfinished = [results[k] for k in to_do]
         units = start_batches(starts, [samples[k] for k in to_do], starts_per_unit(samples, to_do, args.batch_size))
-        left = measurement.remaining_units(
-            units, times=to_do, batch_size=args.batch_size, samples_digest=digest_of(digests[k] for k in to_do)
-        )
+        digest = dist_util.on_main(digest_for_parts, folder, digests, results, to_do)
+        left = measurement.remaining_units(units, times=to_do, batch_size=args.batch_size, samples_digest=digest)
         logger.info(
             f"{len(starts)} starting images from {args.starting_data_dir}, with "
             f"{', '.join(str(len(samples[k][0])) for k in to_do)} samples each of k = {', '.join(map(str, to_do))} of "
@@ -128,7 +132,7 @@ def measure(
 
     The images of a unit pass through the network in batches, in order, and only sums over samples are kept.
     """
-    blank = tokens.preprocess.on_cpu(np.zeros((args.image_size, args.image_size, 3), np.uint8))
+    blank = tokens.preprocess.blank(args.image_size)
 
     def read(function: Callable[..., np.ndarray], path: str, check: Check) -> torch.Tensor:
         return tokens.preprocess.on_cpu(function(path, args.image_size, check))
@@ -186,6 +190,12 @@ def check_sizes(data_dir: str, samples: Mapping[int, Sequence[Sequence[str]]], i
     for of_time in samples.values():
         with suppress(UnreadableImage):
             read_sample(f"{data_dir}/{of_time[0][0]}", image_size)
+
+
+def check_other_times(output: str, name: str, settings: Mapping[tuple[int, int], Mapping[str, Any]]) -> None:
+    """Raise UserError if the folder has other times (k, N) of other settings: the table would join them."""
+    others = sorted(times_in(output, name) - settings.keys())
+    check_same_settings(output, name, others, {time: {"settings": own} for time, own in settings.items()})
 
 
 def spectrum_of(tokens: Tokens) -> Spectrum:

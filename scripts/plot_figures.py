@@ -39,7 +39,7 @@ from guided_diffusion import logger
 from guided_diffusion.changes.figures import MOST_CURVES, figures_of
 from guided_diffusion.changes.results import names_in, read_changes
 from guided_diffusion.classifier.class_figures import draw_agreement, draw_class_transitions, draw_entropy
-from guided_diffusion.classifier.figures import Rows, check_packages, write_figures
+from guided_diffusion.classifier.figures import Rows, check_output, check_packages, write_figures
 from guided_diffusion.classifier.gallery import choose_names, draw_gallery, recorded_files
 from guided_diffusion.classifier.result_figures import (
     draw_distributions,
@@ -49,10 +49,13 @@ from guided_diffusion.classifier.result_figures import (
 )
 from guided_diffusion.classifier.results import (
     TimeResult,
+    check_settings,
     default_folder,
     differences_file,
+    incomplete,
     name_in_files,
     read_series,
+    unreadable_in,
 )
 from guided_diffusion.classifier.retention import (
     FEWEST_TIMES,
@@ -90,6 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     """Plot the results. Returns 0; raises UserError."""
     args = create_argparser().parse_args(argv)
     check_packages()
+    check_output(args.output)
     if args.changes:
         return plot_changes(args)
     if bool(args.starting_data_dir) != bool(args.data_dir):
@@ -162,8 +166,13 @@ def find_series(folder: str, name: str, num_steps: int) -> list[TimeResult]:
     if not series:
         others = ", ".join(str(n) for n in sorted({result.num_steps for result in results}))
         raise UserError(f"{folder} has no results for N = {num_steps}, only for N = {others} (--timestep_respacing)")
+    check_settings({(t.step_reverse, t.num_steps): t.record for t in series}, folder, "evaluate_classifier.py")
     first = series[0]
+    everything = set().union(*(result.starts.tolist() for result in series))
     for result in series:
+        lacking = everything.difference(result.starts.tolist())
+        if lacking and lacking <= unreadable_in(result):
+            raise incomplete(differences_file(folder, name, result.step_reverse, num_steps), lacking)
         layers = result.differences["layers"], first.differences["layers"]
         for found, expected, what in ((result.starts, first.starts, "images"), (*layers, "layers")):
             if not np.array_equal(found, expected):
@@ -185,7 +194,9 @@ def describe(transition: Transition | None, num_times: int) -> str:
         return f"no transition: the fit needs at least {FEWEST_TIMES} times, and there are {num_times}"
     if transition is None:
         return "no transition: class retention at the first and last time agree within their errors"
-    remedy = "" if transition.resolved else ".\nThe whole fall is between two times: add times there to resolve it"
+    problems = {0: "The whole fall is between two times", 1: "A single time lies on the fall"}
+    problem = problems.get(transition.times_on_fall, "The fall is steep for the distance between times")
+    remedy = "" if transition.resolved else f".\n{problem}: add times there to resolve it"
     return (
         f"class retention falls fastest at k/N = {transition.time:.4f} +- {transition.error:.4f} "
         f"(95%: {transition.low:.4f} to {transition.high:.4f}), over a width of {transition.width:.4f}{remedy}"

@@ -7,12 +7,13 @@ from the bootstrap over starts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import logger
 from ..classifier.figures import (
     BLUE,
     ERROR_BARS,
@@ -22,9 +23,12 @@ from ..classifier.figures import (
     VERMILION,
     Rows,
     add_colorbar,
+    add_legend,
     early_to_late,
     new_figure,
+    wrapped,
 )
+from ..errors import UserError
 from .statistics import TimeChanges, columns_of, measure_correlation, summary
 
 if TYPE_CHECKING:
@@ -43,17 +47,19 @@ def draw_susceptibility(curves: Curves, convention: str = "all") -> tuple[Figure
     pairs = "" if convention == "all" else r",$\ i \leq j$"
     for axes, column, words in (
         (panels[0], "chi", rf"susceptibility $\chi${pairs}"),
-        (panels[1], "correlation_length", r"correlation length, $C(\xi) = C(0)/e$"),
+        (panels[1], "correlation_length", "correlation length,\n" + r"$C(\xi) = C(0)/e$"),
     ):
         for label, (line, colour, marker) in zip(curves, LOOKS, strict=False):
             own = [row for row in rows if row["tokens"] == label and row[column] != ""]
+            if not own:
+                continue
             times, values = [row["k/N"] for row in own], [row[column] for row in own]
             errors = np.array([_errors(row, column) for row in own]).reshape(-1, 2).T
             axes.errorbar(times, values, errors, ls=line, color=colour, marker=marker, label=label, **ERROR_BARS)
         axes.set(xlabel=TIME_LABEL, ylabel=words)
         axes.set_ylim(bottom=0)
         axes.locator_params(axis="x", nbins=6)
-    figure.legend(handles=panels[0].get_legend_handles_labels()[0], loc="outside upper center", ncols=len(curves))
+    add_legend(figure, panels[0].get_legend_handles_labels()[0], most=len(curves))
     return figure, rows
 
 
@@ -75,7 +81,7 @@ def draw_correlations(curves: Curves) -> tuple[Figure, Rows]:
                 point = columns_of("relative", type(measured)(*(values[i] for values in measured)))
                 rows.append({**about, "r": r, "covariance": float(covariance[i]), **dict(point)})
     x = "r", r"distance $r$ of two tokens"
-    return _draw_against(rows, curves, x, "relative", r"$C(r)\,/\,C(0)$", band=True), rows
+    return _draw_against(rows, len(curves) > 1, x, "relative", r"$C(r)\,/\,C(0)$", band=True), rows
 
 
 def draw_spectra(curves: Curves) -> tuple[Figure, Rows]:
@@ -83,7 +89,7 @@ def draw_spectra(curves: Curves) -> tuple[Figure, Rows]:
     rows: Rows = []
     for label, times in curves.items():
         for time in times:
-            if time.wavenumber is None:
+            if time.wavenumber is None or not any(map(_has_spectrum, times)):
                 continue
             change, start = time.spectrum_change.mean(axis=0), time.spectrum_start.mean(axis=0)
             about = {"tokens": label, "k": time.step_reverse, "N": time.num_steps, "k/N": time.time}
@@ -92,25 +98,23 @@ def draw_spectra(curves: Curves) -> tuple[Figure, Rows]:
                 power = {"power_of_change": float(of_change), "power_of_start": float(of_start)}
                 rows.append({**about, "wavenumber": number, **power, "relative": relative})
     x = "wavenumber", r"wave number $|k|$"
-    return _draw_against(rows, curves, x, "relative", "power of the change\nrelative to the start", log_y=True), rows
+    return _draw_against(
+        rows, len(curves) > 1, x, "relative", "power of the change\nrelative to the start", log_y=True
+    ), rows
 
 
 def _draw_against(
-    rows: Rows,
-    curves: Iterable[str],
-    x: tuple[str, str],
-    column: str,
-    words: str,
-    band: bool = False,
-    log_y: bool = False,
+    rows: Rows, titled: bool, x: tuple[str, str], column: str, words: str, band: bool = False, log_y: bool = False
 ) -> Figure:
-    """A panel per curve, with a line per time, coloured by the time; x is (column, label)."""
-    labels = list(curves)
-    figure, (panels,) = new_figure(PAGE / 2 * max(1, min(2, len(labels))), 2.5, columns=len(labels))
+    """A panel per curve with data, with a line per time, coloured by the time; x is (column, label)."""
     colours, (x_column, x_label) = early_to_late(), x
+    defined = [row for row in rows if row[column] != "" and row[x_column] > 0]
+    labels = list(dict.fromkeys(row["tokens"] for row in defined))
+    width = PAGE / 2 * min(2, len(labels))
+    figure, (panels,) = new_figure(width, 2.5, columns=len(labels))
     first, last = min(row["k/N"] for row in rows), max(row["k/N"] for row in rows)
     for label, axes in zip(labels, panels, strict=True):
-        own = [row for row in rows if row["tokens"] == label and row[column] != "" and row[x_column] > 0]
+        own = [row for row in defined if row["tokens"] == label]
         for time in dict.fromkeys(row["k/N"] for row in own):
             points, colour = [row for row in own if row["k/N"] == time], colours((time - first) / (last - first or 1))
             at, values = [row[x_column] for row in points], [row[column] for row in points]
@@ -120,8 +124,8 @@ def _draw_against(
             axes.plot(at, values, color=colour, marker="." if len(at) < 30 else "")
         axes.set(xlabel=x_label, xscale="log", yscale="log" if log_y else "linear")
         _set_ticks(axes, sorted({row[x_column] for row in own}))
-        if len(labels) > 1:
-            axes.set_title(label, fontsize=7)
+        if titled:
+            axes.set_title(wrapped(label, (width - 1) / len(labels) - 0.2), fontsize=7)
     panels[0].set_ylabel(words)
     add_colorbar(figure, panels, first, max(last, first + 0.01), TIME_LABEL, pad=0.02)
     return figure
@@ -141,11 +145,27 @@ def _end_or_value(row: Mapping[str, Any], column: str, end: str) -> float:
 
 
 def figures_of(curves: Curves, convention: str = "all") -> dict[str, Callable[[], tuple[Figure, Rows]]]:
-    """The figures that can be drawn of these curves, by name."""
+    """The figures that can be drawn of these curves, by name. Raises UserError if there are none."""
+    times = [time for of_curve in curves.values() for time in of_curve]
+    if not any(time.chi_denominator.sum() > 0 for time in times):
+        chosen = ", ".join(dict.fromkeys(str(time.step_reverse) for time in times))
+        raise UserError(
+            f"there is nothing to plot: the samples of every start change alike, at k = {chosen} (--changes)"
+        )
     figures: dict[str, Callable[[], tuple[Figure, Rows]]] = {
         "change_correlations": lambda: draw_correlations(curves),
         "susceptibility": lambda: draw_susceptibility(curves, convention),
     }
-    if any(time.wavenumber is not None for times in curves.values() for time in times):
+    if any(map(_has_spectrum, times)):
         figures["change_spectra"] = lambda: draw_spectra(curves)
+    elif any(time.wavenumber is not None for time in times):
+        logger.info("no change_spectra: no start differs from its samples by more than a constant")
     return figures
+
+
+def _has_spectrum(time: TimeChanges) -> bool:
+    """Whether there are spectra, with power to draw on a logarithmic axis."""
+    if time.wavenumber is None:
+        return False
+    change, start = time.spectrum_change.mean(axis=0), time.spectrum_start.mean(axis=0)
+    return bool(((time.wavenumber > 0) & (change > 0) & (start > 0)).any())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import blobfile as bf
@@ -11,10 +11,11 @@ import numpy as np
 
 from .. import logger
 from ..classifier.figures import to_csv
-from ..classifier.results import read_arrays
+from ..classifier.results import check_settings, find_record, read_arrays
 from ..correlations import Pairs
 from ..errors import UserError, named_write_errors
 from ..runs.parts import Parts
+from ..runs.records import Record
 from ..runs.settings import digest_of
 from ..system.files import write_whole
 from .samples import StartBatch
@@ -25,6 +26,7 @@ SPECTRA = ("spectrum_start", "spectrum_change")
 ARRAYS = ("names", "distance", "pairs", *PER_START)
 LOGGED = {"change": "mean change", "chi": "chi", "correlation_length": "correlation length"}  # columns of the table
 SPECTRA_ARRAYS = ("wavenumber", "modes", *SPECTRA)
+SCRIPT = "change_correlations.py"
 
 
 def default_folder(name: str) -> str:
@@ -131,6 +133,24 @@ def names_in(folder: str) -> list[str]:
     return names
 
 
+def times_in(folder: str, name: str) -> set[tuple[int, int]]:
+    """The times (k, N) whose changes are in a folder."""
+    pattern = re.compile(rf"changes_{re.escape(name)}-t_(\d+)_(\d+)\.npz")
+    matches = [pattern.fullmatch(entry) for entry in (bf.listdir(folder) if bf.isdir(folder) else ())]
+    return {(int(match[1]), int(match[2])) for match in matches if match}
+
+
+def check_same_settings(
+    folder: str, name: str, times: Iterable[tuple[int, int]], new: Mapping[tuple[int, int], Record] | None = None
+) -> None:
+    """Raise UserError unless the changes at these times (k, N), and those with the `new` records, have equal settings.
+
+    Without the samples, which differ from time to time, and --spectra, which some times may have.
+    """
+    records = {(k, n): find_record(changes_file(folder, name, k, n), SCRIPT) for k, n in times}
+    check_settings({**records, **(new or {})}, folder, SCRIPT, ("samples_digest", "spectra"))
+
+
 def read_changes(folder: str, name: str, num_steps: int | None = None) -> list[TimeChanges]:
     """The changes at all times in a folder, in the order of k/N.
 
@@ -139,17 +159,17 @@ def read_changes(folder: str, name: str, num_steps: int | None = None) -> list[T
         name: name of the tokens.
         num_steps: N; None: all.
 
-    Raises UserError if there are none, or a file is damaged or of other tokens than the first.
+    Raises UserError if there are none, or a file is damaged, or of other tokens or settings than the first.
     """
-    pattern = re.compile(rf"changes_{re.escape(name)}-t_(\d+)_(\d+)\.npz")
-    matches = [pattern.fullmatch(entry) for entry in (bf.listdir(folder) if bf.isdir(folder) else ())]
-    times = {(int(match[1]), int(match[2])) for match in matches if match}
+    times = times_in(folder, name)
     chosen = sorted((k, n) for k, n in times if num_steps in (None, n))
     if not chosen:
         others = ", ".join(str(n) for n in sorted({n for _, n in times}))
         found = f"only for N = {others} (--timestep_respacing)" if others else "nor for another N"
         raise UserError(f"{folder} has no changes of {name} for N = {num_steps}, {found}")
-    series = [read_time(folder, name, k, n) for k, n in sorted(chosen, key=lambda time: (time[0] / time[1], time))]
+    chosen = sorted(chosen, key=lambda time: (time[0] / time[1], time))
+    check_same_settings(folder, name, chosen)
+    series = [read_time(folder, name, k, n) for k, n in chosen]
     for time in series:
         if not np.array_equal(time.distance, series[0].distance):
             raise UserError(
@@ -163,9 +183,8 @@ def read_changes(folder: str, name: str, num_steps: int | None = None) -> list[T
 def read_time(folder: str, name: str, step_reverse: int, num_steps: int) -> TimeChanges:
     """The changes at one time. Raises UserError if the file is missing or damaged."""
     path = changes_file(folder, name, step_reverse, num_steps)
-    script = "change_correlations.py"
-    arrays = read_arrays(path, ARRAYS, ("wavenumber",), script)
-    spectra = read_arrays(path, SPECTRA_ARRAYS, script=script) if "wavenumber" in arrays else {}
+    arrays = read_arrays(path, ARRAYS, ("wavenumber",), SCRIPT)
+    spectra = read_arrays(path, SPECTRA_ARRAYS, script=SCRIPT) if "wavenumber" in arrays else {}
     spectra.pop("modes", None)
     per_start = {array: arrays[array] for array in PER_START}
     return TimeChanges(step_reverse, num_steps, arrays["distance"], **per_start, **spectra)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from .. import dist_util
 from ..classifier.layers import find_layers
-from ..classifier.networks import call_function, load_weights, open_classifier
-from ..classifier.preprocessing import Preprocess
+from ..classifier.networks import call_function, load_weights, open_classifier, try_network
+from ..classifier.preprocessing import Preprocess, own_preprocess, trial_image
 from ..classifier.results import name_in_files, prepare
 from ..correlations import GridPairs, Pairs, TablePairs
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..runs.settings import digest_of, weights_digest
 from .clip import LAST_BLOCK, open_clip_visual
 
@@ -55,23 +55,33 @@ class Tokens:
     scaled: bool = True
     table: np.ndarray | None = None
     shape: tuple[int, ...] = ()
-    _caught: list[Tensor] = field(default_factory=list)
+    _caught: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.model.eval().requires_grad_(False)
-        watched = self.model.get_submodule(self.layer)
-        watched.register_forward_hook(lambda _module, _args, output: self._caught.append(output))
+        self.model.get_submodule(self.layer).register_forward_hook(self._catch)
+
+    def _catch(self, _module: nn.Module, _args: tuple, output: Any) -> None:
+        # A copy: layers that work in place, such as nn.ReLU(inplace=True), overwrite the output of the one before.
+        self._caught.append(output.clone() if isinstance(output, Tensor) else output)
 
     def find_shape(self, image_size: int) -> None:
-        """Set `shape` for images of this size. Raises UserError if there are fewer than two positions."""
-        blank = self.preprocess(np.zeros((image_size, image_size, 3), np.uint8))
-        self.shape = tuple(self._of_batch(blank[None]).shape[1:-1])
+        """Set `shape` for images of this size.
+
+        Raises UserError if there are fewer than two positions, or their distances are none.
+        """
+        x = self.preprocess(trial_image(image_size))
+        self.shape = tuple(self._of_batch(x[None]).shape[1:-1])
         if math.prod(self.shape) < 2:
             raise UserError(f"{self._what()} has one position only, expected two or more (--tokens)")
         if self.table is not None and self.table.shape != (*self.shape, *self.shape):
             raise UserError(
                 f"{self._what()} has {self.shape[0]} tokens, and a table of distances of shape {self.table.shape}"
             )
+        try:
+            self.pairs()
+        except UserError as error:
+            raise UserError(f"{self._what()}: {error}") from error
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, h, w, channels), or (B, n, channels) with a table, float32, of preprocessed images (B, ...).
@@ -173,7 +183,7 @@ def _centred(x: Tensor) -> Tensor:
 def layer_tokens(args: argparse.Namespace) -> Tokens:
     """The positions of one layer of a classifier."""
     classifier = open_classifier(
-        args.classifier_name, args.classifier_path, [args.tokens], args.image_size, flag="--tokens"
+        args.classifier_name, args.classifier_path, [args.tokens], args.image_size, "--tokens", [PIXELS, CLIP]
     )
     if len(classifier.layers) > 1:
         names = [layer.name for layer in classifier.layers]
@@ -192,8 +202,8 @@ def layer_tokens(args: argparse.Namespace) -> Tokens:
 def clip_tokens(args: argparse.Namespace) -> Tokens:
     """The 7 x 7 patches of CLIP ViT-B/32: the output of the last block, before the final normalisation."""
     model, preprocess, activation = open_clip_visual(args.clip_weights, args.classifier_path)
-    size = preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8)).shape[-1]
-    ((layer,), _) = find_layers(model, size, [LAST_BLOCK], "--tokens clip")
+    size = preprocess(trial_image(args.image_size)).shape[-1]
+    ((layer,), _) = find_layers(model, size, [LAST_BLOCK], "--tokens clip", what="--tokens clip")
     return Tokens(
         name=CLIP,
         model=model,
@@ -219,16 +229,20 @@ def custom_tokens(args: argparse.Namespace) -> Tokens:
             "preprocess, distances)"
         )
     model, preprocess, table = (*found, None)[:3]
-    load_weights(model, args.classifier_path, f"--tokens {args.tokens}")
-    with torch.inference_mode():
-        blank = preprocess(np.zeros((args.image_size, args.image_size, 3), np.uint8))
-        axis = 1 if getattr(model.eval()(blank[None]), "ndim", 0) == 4 else -1
-    table = None if table is None else np.asarray(table)
+    what = f"--tokens {args.tokens}"
+    load_weights(model, args.classifier_path, what)
+    preprocess = own_preprocess(preprocess, what)
+    output = try_network(model, preprocess(trial_image(args.image_size)), what)
+    axis = 1 if getattr(output, "ndim", 0) == 4 else -1
+    try:
+        table = None if table is None else np.asarray(table)
+    except Exception as error:  # rows of different lengths, or whatever the object raises
+        raise UserError(f"{what}: the distances are no array: {first_line(error)}") from error
     parts = [weights_digest(model), "" if table is None else digest_of(map(str, table.reshape(-1).tolist()))]
     return Tokens(
         name=name_in_files(args.tokens),
         model=model,
-        preprocess=Preprocess(preprocess),
+        preprocess=preprocess,
         layer="",
         channel_axis=axis,
         digest=digest_of(parts),

@@ -169,7 +169,9 @@ def load_normalization(path: str, classifier: Classifier, kind: str) -> Normaliz
         with bf.BlobFile(path, "rb") as f, np.load(f, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
     except Exception as error:  # depends on the damage
-        raise UserError(f"the statistics {path} are damaged: {first_line(error)}.\n{remedy}") from error
+        raise UserError(
+            f"the statistics {path} are damaged: {first_line(error)}.\nRemove the file. {remedy}"
+        ) from error
 
     means, scales, dead = {}, {}, 0
     for layer in classifier.layers:
@@ -197,7 +199,7 @@ def _statistics(path: str, layer: WatchedLayer, arrays: Mapping[str, np.ndarray]
                 f"{path} is of another classifier: {name} has shape {shape}, expected [{channels}].\n{remedy}"
             )
         if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path}: {name} contains NaN or infinity.\n{remedy}")
+            raise UserError(f"{path}: {name} contains NaN or infinity.\nRemove the file. {remedy}")
     return [arrays[name].astype(np.float64) for name in names]
 
 
@@ -215,12 +217,14 @@ class Similarities(_Watch):
 
     A batch has (1 + S) B rows: B starting images, then S times a sample of each, of several times and trajectories.
     After a forward pass, `latest()` waits for the results and returns them; it can be called after the next pass has
-    started. With a and b the standardised activations of a layer for a start and a sample, flattened, the results are
-    float64 arrays of shape (S, B, layers):
+    started. It takes which rows are images, bool ((1 + S) B,), if others only keep a place. With a and b the
+    standardised activations of a layer for a start and a sample, flattened, the results are float64 arrays of shape
+    (S, B, layers):
 
         cosine = a.b / (|a| |b|),    L2 = |a - b|,    L2_normalized = |a - b| / sqrt(|a| |b|)
 
-    cosine and L2_normalized are NaN if a or b is 0. For any other NaN or infinity, `latest()` raises ResultError.
+    cosine and L2_normalized are NaN if a or b is 0. For any other NaN or infinity of images, `latest()` raises
+    ResultError.
     `logits` is float32, of shape (1 + S, B, classes).
 
     Products and sums are float32, with PyTorch's pairwise summation: errors are below 1e-6 (for the cosine, relative to
@@ -230,7 +234,7 @@ class Similarities(_Watch):
         num_samples: S; may be changed before a pass.
     """
 
-    latest: Callable[[], Comparison]
+    latest: Callable[..., Comparison]
 
     def __init__(self, classifier: Classifier, normalization: Normalization, num_samples: int = 1):
         super().__init__(classifier)
@@ -277,13 +281,19 @@ class Similarities(_Watch):
         self.latest = partial(_comparison, download(sums, logits))
 
 
-def _comparison(wait: Callable[[], list[np.ndarray]]) -> Comparison:
+def _comparison(wait: Callable[[], list[np.ndarray]], rows: np.ndarray | None = None) -> Comparison:
     (aa, bb, ab, dd), logits = wait()
-    if not all(np.isfinite(values).all() for values in (aa, bb, ab, dd, logits)):
+    images = np.ones(logits.shape[:2], bool) if rows is None else rows.reshape(logits.shape[:2])  # (1 + S, B)
+    pairs = images[:1] & images[1:]
+    if (
+        not all(np.isfinite(values[pairs]).all() for values in (aa, bb, ab, dd))
+        or not np.isfinite(logits[images]).all()
+    ):
         raise ResultError(
             "the classifier gave NaN or infinity: nothing is recorded.\n"
             "Its weights may be damaged (--classifier_path), or too large for --classifier_use_fp16"
         )
-    norms = np.sqrt(aa) * np.sqrt(bb)  # (S, B, L)
-    norms[norms == 0] = np.nan
-    return Comparison(ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms), logits)
+    with np.errstate(invalid="ignore"):  # of the other rows
+        norms = np.sqrt(aa) * np.sqrt(bb)  # (S, B, L)
+        norms[norms == 0] = np.nan
+        return Comparison(ab / norms, np.sqrt(dd), np.sqrt(dd) / np.sqrt(norms), logits)

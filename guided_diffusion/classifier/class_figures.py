@@ -13,10 +13,10 @@ from .figures import (
     CHANCE,
     COLUMN,
     ERROR_BARS,
-    PAGE,
     TIME_LABEL,
     VERMILION,
     Rows,
+    add_legend,
     columns,
     early_to_late,
     errors_between,
@@ -55,7 +55,9 @@ def draw_class_transitions(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
     num_classes = series[0].logits["logits_start"].shape[1]
     beside = min(5, len(series))
     lines = -(-len(series) // beside)
-    figure, panels = new_figure(PAGE, 1.33 * lines + 0.45, columns=beside, rows=lines)
+    cell = max(1.33, 2.1 / beside)
+    width = cell * beside + (0.35 if beside == 5 else 0.95)
+    figure, panels = new_figure(width, cell * lines + 0.45, columns=beside, rows=lines)
     cells, rows = early_to_late().with_extremes(bad="0.9"), []
     for result, axes in zip(series, panels.flat, strict=False):
         starts, samples = predicted_classes(result)
@@ -70,7 +72,8 @@ def draw_class_transitions(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
     bar = figure.colorbar(image, ax=panels, pad=0.01, aspect=25)
     bar.set_label("fraction of samples")
     bar.outline.set_linewidth(0.6)
-    figure.supxlabel(f"predicted class of the sample (0 to {num_classes - 1}), by {TIME_LABEL}", fontsize=8)
+    words = f"predicted class of the sample (0 to {num_classes - 1}),", f"by {TIME_LABEL}"
+    figure.supxlabel(("\n" if width < 4.5 else " ").join(words), fontsize=8)
     figure.supylabel("that of the starting image", fontsize=8)
     return figure, rows
 
@@ -124,7 +127,7 @@ def draw_agreement(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
         look = CHANCE | {"marker": ".", "label": "samples of two images"}
         handles += axes.plot(times, of_two, **look)
     axes.set(xlabel=TIME_LABEL, ylabel="probability of the same class", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    add_legend(figure, handles)
     return figure, rows
 
 
@@ -137,17 +140,17 @@ def draw_entropy(series: Sequence[TimeResult]) -> tuple[Figure, Rows]:
         n, value = len(samples), float(corrected.mean())
         error = NORMAL_95 * float(corrected.std(ddof=1)) / np.sqrt(n) if n > 1 else 0.0
         row = result.time_columns | {"images": n, "samples": samples.size, "entropy": value}
-        row |= {"low": value - error, "high": value + error, "uncorrected": float(plain.mean())}
+        row |= {"low": max(0.0, value - error), "high": value + error, "uncorrected": float(plain.mean())}
         largest = largest_entropy(samples.shape[1], result.logits["logits_sample"].shape[1])
         rows.append(row | {"largest": largest})
     figure, ((axes,),) = new_figure(COLUMN, 2.6)
-    names = ("k/N", "entropy", "high", "uncorrected", "largest")
-    times, value, high, uncorrected, largest = columns(rows, *names)
-    errors, look = high - value, {"color": BLUE, "marker": "o", "label": "Miller-Madow"}
+    names = ("k/N", "entropy", "low", "high", "uncorrected", "largest")
+    times, value, low, high, uncorrected, largest = columns(rows, *names)
+    errors, look = errors_between(value, low, high), {"color": BLUE, "marker": "o", "label": "Miller-Madow"}
     handles = [axes.errorbar(times, value, errors, **look, **ERROR_BARS)]
     handles += axes.plot(times, uncorrected, color=VERMILION, linestyle="--", marker=".", label="uncorrected")
     handles += axes.plot(times, largest, **(CHANCE | {"marker": ".", "label": "largest possible"}))
     axes.set(xlabel=TIME_LABEL, ylabel="entropy of the class,\ngiven the image (nats)", xlim=(-0.02, 1.02))
     axes.set_ylim(-0.04 * largest.max(), 1.08 * largest.max())
-    figure.legend(handles=handles, loc="outside upper center", ncols=3)
+    add_legend(figure, handles, most=3)
     return figure, rows

@@ -6,14 +6,17 @@ import csv
 import importlib.util
 import io
 import math
+import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 
 from ..errors import ResultError, UserError
-from ..system.files import write_whole
+from ..system.files import is_remote, write_whole
 
 try:
     import matplotlib
@@ -21,6 +24,7 @@ try:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Colormap, ListedColormap, Normalize
     from matplotlib.figure import Figure
+    from matplotlib.textpath import TextPath
 except ModuleNotFoundError:  # optional: see check_packages
     matplotlib = None
 
@@ -55,6 +59,15 @@ def check_packages() -> None:
     for package in ("matplotlib", "scipy"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f'figures need {package}: pip install -e ".[figures]"')
+
+
+def check_output(folder: str) -> None:
+    """Raise UserError if a file is in the way of the folder for figures."""
+    path = "" if is_remote(folder) else folder
+    while path and not bf.exists(path):
+        path = os.path.dirname(path)
+    if path and not bf.isdir(path):
+        raise UserError(f"--output {folder}: {path} is a file, expected a folder")
 
 
 def style() -> AbstractContextManager:
@@ -93,6 +106,44 @@ def two_sided(below: int, above: int) -> list[Any]:
     blues, oranges = (matplotlib.colormaps[name](np.linspace(0.4, 0.95, 256)) for name in ("Blues", "Oranges"))
     nearer = [blues[255 * (i + 1) // below] for i in range(below)]
     return nearer + [oranges[255 * (above - i) // above] for i in range(above)]
+
+
+def add_legend(figure: Figure, handles: Sequence[Any], most: int = 2) -> None:
+    """Add a legend above the Axes, with at most `most` columns, or as many as fit its labels."""
+    em = STYLE["legend.fontsize"] / 72  # inches
+    beside, between = (STYLE["legend.handlelength"] + 0.8) * em, STYLE["legend.columnspacing"] * em
+    width = figure.get_figwidth() - 2 * em
+    labels = [shortened(handle.get_label(), width - beside) for handle in handles]
+    widths = [text_width(label) + beside for label in labels]
+    for columns in range(most, 0, -1):
+        filled = [max(column) for column in np.array_split(widths, columns) if len(column)]  # as matplotlib does
+        if sum(filled) + (len(filled) - 1) * between <= width:
+            break
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns)
+
+
+def text_width(text: str, size: float = STYLE["legend.fontsize"]) -> float:
+    """The width of text in inches; `size` in points."""
+    return TextPath((0, 0), text, size=size).get_extents().width / 72
+
+
+def shortened(text: str, width: float) -> str:
+    """Text that fits a width in inches: if it does not, without its middle."""
+    for kept in range(len(text), 0, -1):
+        short = text if kept == len(text) else f"{text[: -(-kept // 2)]}…{text[len(text) - kept // 2 :]}"
+        if text_width(short) <= width:
+            break
+    return short
+
+
+def wrapped(name: str, width: float) -> str:
+    """A name in lines that fit a width in inches, broken after dots, hyphens and the like."""
+    lines = [""]
+    for piece in re.findall(r".+?(?:[-._/ ]|$)", name):
+        if lines[-1] and text_width((lines[-1] + piece).rstrip()) > width:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(shortened(line.strip(), width) for line in lines)
 
 
 def add_colorbar(figure: Figure, axes: Any, low: float, high: float, label: str, pad: float) -> Any:

@@ -21,6 +21,7 @@ from torchvision.models.vision_transformer import EncoderBlock
 
 from .. import logger
 from ..errors import UserError
+from .preprocessing import named_failures
 
 # Residual and transformer blocks; SwinTransformerBlockV2 derives from SwinTransformerBlock.
 BLOCKS = (BasicBlock, Bottleneck, ResBottleneckBlock, CNBlock, MBConv, FusedMBConv, SwinTransformerBlock, EncoderBlock)
@@ -83,7 +84,12 @@ def _calls_of_modules(model: nn.Module, num_images: int, size: int) -> dict[str,
 
 
 def find_layers(
-    model: nn.Module, size: int, patterns: Sequence[str] = (), flag: str = "--layers"
+    model: nn.Module,
+    size: int,
+    patterns: Sequence[str] = (),
+    flag: str = "--layers",
+    others: Sequence[str] = (),
+    what: str = "--classifier_name",
 ) -> tuple[tuple[WatchedLayer, ...], int]:
     """Find the layers to watch, with two forward passes on random images.
 
@@ -93,6 +99,8 @@ def find_layers(
         patterns: names of layers or patterns, in which * also matches dots; if empty, `default_layers`. Matching layers
             that cannot be watched are skipped with a message.
         flag: flag that gave the patterns, for messages.
+        others: other values of this flag, that a pattern may have been meant to be.
+        what: flag that gave the network, for messages.
 
     Returns:
         the layers, in the order of the network, and the number of logits.
@@ -101,12 +109,13 @@ def find_layers(
         UserError: the output is not logits; no layer is named, and no layer's output is the classifier's output; a
             pattern matches no layer that can be watched; or a named layer cannot be watched.
     """
-    calls = _calls_of_modules(model, 2, size)
+    with named_failures(f"the network of {what}, for an input {[2, 3, size, size]},"):
+        calls = _calls_of_modules(model, 2, size)
     shape = calls[""].shape
     if len(shape) != 2 or shape[0] != 2:
         found = f"of shape {shape} for two images" if shape else "not a tensor"
         expected = "expected logits, a tensor of shape (images, classes)"
-        raise UserError(f"--classifier_name: the classifier's output is {found}; {expected}")
+        raise UserError(f"{what}: the classifier's output is {found}; {expected}")
     try:
         smaller = _calls_of_modules(model, 1, 3 * size // 4)
     except Exception:  # the network takes images of one size only; the exception depends on its layers
@@ -114,7 +123,9 @@ def find_layers(
     logits = [name for name, _ in model.named_modules() if name and calls[name].address == calls[""].address]
     if not patterns and not logits:
         raise UserError(f"{flag}: no layer's output is the classifier's output, so name the layers to watch")
-    names = _matching_layers(model, patterns, calls, flag) if patterns else default_layers(model, logits[0], calls)
+    names = (
+        _matching_layers(model, patterns, calls, flag, others) if patterns else default_layers(model, logits[0], calls)
+    )
     layers = []
     for name in sorted(names, key=list(calls).index):
         axis = _channel_axis(model.get_submodule(name), calls[name].shape, smaller[name].shape)
@@ -131,17 +142,25 @@ def _problem(calls: _Calls) -> str:
     return ""
 
 
-def _matching_layers(model: nn.Module, patterns: Iterable[str], calls: dict[str, _Calls], flag: str) -> list[str]:
-    """The modules that match the patterns and can be watched; see `find_layers`."""
+def modules_matching(model: nn.Module, pattern: str, flag: str = "--layers", others: Sequence[str] = ()) -> list[str]:
+    """The names of the modules that match a pattern; see `find_layers`. Raises UserError if there are none."""
     names = [name for name, _ in model.named_modules() if name]
+    matching = fnmatch.filter(names, pattern) if pattern not in names else [pattern]
+    if not matching:
+        close = difflib.get_close_matches(pattern, [*others, *names], n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"its modules are {', '.join(model._modules)}"
+        raise UserError(f"{flag}: {pattern} matches no layer of the classifier; {hint}")
+    return matching
+
+
+def _matching_layers(
+    model: nn.Module, patterns: Iterable[str], calls: dict[str, _Calls], flag: str, others: Sequence[str]
+) -> list[str]:
+    """The modules that match the patterns and can be watched; see `find_layers`."""
     chosen: dict[str, None] = {}
     skipped: dict[str, str] = {}  # name -> why
     for pattern in patterns:
-        matching = fnmatch.filter(names, pattern) if pattern not in names else [pattern]
-        if not matching:
-            close = difflib.get_close_matches(pattern, names, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"its modules are {', '.join(model._modules)}"
-            raise UserError(f"{flag}: {pattern} matches no layer of the classifier; {hint}")
+        matching = modules_matching(model, pattern, flag, others)
         problems = {name: _problem(calls[name]) for name in matching}
         if all(problems.values()):
             name, problem = next(iter(problems.items()))

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torchvision
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from ..checkpoints import UNTRAINED
 from ..errors import UserError, first_line
 from ..runs.settings import weights_digest
 from ..system.checkpoint_files import check_finite_weights, difference, read_checkpoint, shapes_of
-from .layers import WatchedLayer, find_layers
-from .preprocessing import Preprocess, as_preset
+from .layers import WatchedLayer, find_layers, modules_matching
+from .preprocessing import Preprocess, as_preset, named_failures, own_preprocess, trial_image
 
 AUXILIARY_HEADS = ("aux1", "aux2", "AuxLogits")  # of GoogLeNet and Inception
 
@@ -72,7 +71,12 @@ def load_classifier(
 
 
 def open_classifier(
-    name: str, classifier_path: str = "", layers: Sequence[str] = (), image_size: int = 256, flag: str = "--layers"
+    name: str,
+    classifier_path: str = "",
+    layers: Sequence[str] = (),
+    image_size: int = 256,
+    flag: str = "--layers",
+    others: Sequence[str] = (),
 ) -> Classifier:
     """Load a classifier of torchvision, or the user's own.
 
@@ -87,23 +91,39 @@ def open_classifier(
             always the same.
         layers: layers to watch; see `find_layers`.
         image_size: side of the images before preprocessing, in pixels.
-        flag: flag that selected the layers, for messages.
+        flag, others: flag that selected the layers, and its other values, for messages.
 
-    Raises UserError if the classifier, the file or a layer does not exist, or a layer cannot be watched.
+    Raises UserError if the classifier, the file or a layer does not exist, a layer cannot be watched, or the user's
+    function, network or preprocess fails.
     """
+    if not classifier_path:
+        check_before_download(name, layers, flag, others)
     model, preprocess = (_custom if ":" in name else _from_torchvision)(name, classifier_path)
     model.eval().requires_grad_(False)
-    size = preprocess(np.zeros((image_size, image_size, 3), np.uint8)).shape[-1]
-    watched, num_classes = find_layers(model, size, layers, flag)
+    what = f"--classifier_name {name}"
+    x = preprocess(trial_image(image_size))
+    if ":" in name:
+        try_network(model, x, what)
+    watched, num_classes = find_layers(model, x.shape[-1], layers, flag, others, what)
     return Classifier(name.rpartition(":")[2], model, watched, preprocess, num_classes, weights_digest(model))
 
 
+def check_before_download(
+    name: str, patterns: Sequence[str], flag: str = "--layers", others: Sequence[str] = ()
+) -> None:
+    """Raise UserError if a pattern matches no layer of a classifier of torchvision whose weights are not here yet.
+
+    Arguments as for `open_classifier`.
+    """
+    if ":" in name or not patterns or os.path.exists(_cache_path(weights := _weights_of(name, ""))):
+        return
+    with torch.device("meta"):  # without memory, in no time
+        model = _build(name, weights)
+    for pattern in patterns:
+        modules_matching(model, pattern, flag, others)
+
+
 def _from_torchvision(name: str, path: str) -> tuple[nn.Module, Preprocess]:
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        close = difflib.get_close_matches(name.lower(), known, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "expected a name such as convnext_base or resnet50"
-        raise UserError(f"--classifier_name {name!r} is not in torchvision {torchvision.__version__}; {hint}")
     weights = _weights_of(name, path)
     if path == UNTRAINED:
         model = _build(name, weights)
@@ -118,26 +138,33 @@ def _custom(name: str, path: str) -> tuple[nn.Module, Preprocess]:
     if not (isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], nn.Module) and callable(pair[1])):
         raise UserError(f"--classifier_name {name} returned {type(pair).__name__}; expected (network, preprocess)")
     model, preprocess = pair
-    load_weights(model, path, f"--classifier_name {name}")
-    return model, Preprocess(preprocess)
+    what = f"--classifier_name {name}"
+    load_weights(model, path, what)
+    return model, own_preprocess(preprocess, what)
 
 
 def call_function(name: str, flag: str) -> Any:
     """The result of a function of the user's, package.module:function; random weights are always the same.
 
-    Raises UserError, naming `flag`, if the function does not exist.
+    Raises UserError, naming `flag`, if the function does not exist or fails.
     """
     module, _, function = name.partition(":")
     try:
         create = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # of the module itself, too
         raise UserError(
             f"{flag} {name!r} cannot be found: {first_line(error)}.\n"
             "Expected package.module:function, in a module that Python can import"
         ) from error
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), named_failures(f"{flag} {name}"):
         torch.manual_seed(0)
         return create()
+
+
+def try_network(model: nn.Module, x: Tensor, what: str) -> Any:
+    """The output of the user's network `what` for one preprocessed image. Raises UserError if it fails."""
+    with torch.no_grad(), named_failures(f"the network of {what}, for an input {[1, *x.shape]},"):
+        return model.eval()(x[None])
 
 
 # Weights
@@ -150,16 +177,26 @@ def load_weights(model: nn.Module, path: str, what: str) -> None:
 
 
 def _weights_of(name: str, path: str) -> Any:
-    """torchvision's weights with this file name, or else the default ones."""
+    """torchvision's weights with this file name, or else the default ones. Raises UserError if there is no `name`."""
+    known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known:
+        close = difflib.get_close_matches(name.lower(), known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "expected a name such as convnext_base or resnet50"
+        raise UserError(f"--classifier_name {name!r} is not in torchvision {torchvision.__version__}; {hint}")
     entries = torchvision.models.get_model_weights(name)
     file = os.path.basename(path)
     return next((entry for entry in entries if os.path.basename(entry.url) == file), entries.DEFAULT)
 
 
+def _cache_path(weights: Any) -> str:
+    """Where torch.hub keeps torchvision's file."""
+    return os.path.join(torch.hub.get_dir(), "checkpoints", os.path.basename(weights.url))
+
+
 def _cached_file(name: str, weights: Any) -> str:
     """Path of torchvision's file, downloaded (whole or not at all) if it is not in torch.hub's folder."""
-    folder = os.path.join(torch.hub.get_dir(), "checkpoints")
-    path = os.path.join(folder, os.path.basename(weights.url))
+    path = _cache_path(weights)
+    folder = os.path.dirname(path)
     if not os.path.exists(path):
         try:
             weights.get_state_dict(progress=False, check_hash=True)

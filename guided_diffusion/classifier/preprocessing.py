@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -12,6 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import functional
+
+from ..errors import UserError, first_line
 
 
 def _unchanged(x: Tensor) -> Tensor:
@@ -32,6 +36,52 @@ class Preprocess:
 
     def __call__(self, image: np.ndarray) -> Tensor:
         return self.on_device(self.on_cpu(image))
+
+    def blank(self, image_size: int) -> Tensor:
+        """What `on_cpu` returns, with zeros: a place holder for an image of this size that cannot be read."""
+        return torch.zeros_like(self.on_cpu(trial_image(image_size)))
+
+
+def trial_image(image_size: int) -> np.ndarray:
+    """An image of noise, always the same: preprocessing may be undefined for one of a single colour."""
+    return np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
+
+
+def own_preprocess(function: Callable[[np.ndarray], Tensor], what: str) -> Preprocess:
+    """The preprocessing that a function of the user's does.
+
+    Preprocessing raises UserError, which names `what`, if the function fails or returns something else than a tensor
+    (3, S, S) of float32 or uint8.
+    """
+    expected = "expected a tensor (3, S, S) of float32 or uint8, given a uint8 array (H, W, 3)"
+
+    def on_cpu(image: np.ndarray) -> Tensor:
+        with named_failures(f"the preprocess of {what}", expected):
+            x = function(image)
+        if not isinstance(x, Tensor):
+            raise UserError(f"the preprocess of {what} returned {type(x).__name__};\n{expected}")
+        if x.ndim != 3 or x.shape[0] != 3 or x.shape[1] != x.shape[2] or x.dtype not in (torch.float32, torch.uint8):
+            kind = str(x.dtype).removeprefix("torch.")
+            raise UserError(f"the preprocess of {what} returned a tensor {list(x.shape)} of {kind};\n{expected}")
+        return x
+
+    return Preprocess(on_cpu)
+
+
+@contextmanager
+def named_failures(what: str, expected: str = "") -> Iterator[None]:
+    """Turn an exception in the user's own code `what` into a UserError that says where it was raised."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # whatever that code raises
+        place = error.__traceback__
+        while place and place.tb_next:
+            place = place.tb_next
+        where = f"{os.path.basename(place.tb_frame.f_code.co_filename)}, line {place.tb_lineno}"
+        more = f";\n{expected}" if expected else ""
+        raise UserError(f"{what} failed with {type(error).__name__}: {first_line(error)} ({where}){more}") from error
 
 
 def as_preset(preset: Any) -> Preprocess:

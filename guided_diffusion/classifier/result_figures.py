@@ -19,10 +19,12 @@ from .figures import (
     VERMILION,
     Rows,
     add_colorbar,
+    add_legend,
     columns,
     early_to_late,
     errors_between,
     new_figure,
+    wrapped,
 )
 from .results import TimeResult, class_ranks
 from .retention import STATISTICS, Estimate, Transition, fit_transition, fraction_interval
@@ -31,7 +33,7 @@ from .ridgeline import draw_ridges, height_of, histograms_of
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks
+LOGITS = re.compile(r"(classifier|fc|heads?)(\.|$)")  # last layer of torchvision's networks, if it is not on record
 
 
 def times_of(series: Sequence[TimeResult]) -> np.ndarray:
@@ -68,6 +70,13 @@ def measure_similarity(series: Sequence[TimeResult]) -> Rows:
     return rows
 
 
+def ends_with_logits(result: TimeResult) -> bool:
+    """Whether the last layer of a result is the classifier's logits."""
+    last = result.differences["layers"].tolist()[-1]
+    known = (result.record or {}).get("logits_layers")
+    return last in known if isinstance(known, list) else LOGITS.match(last) is not None
+
+
 def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figure, Rows]:
     """A statistic of each layer's similarity as a function of time, with bands of one standard error."""
     rows = measure_similarity(series)
@@ -78,7 +87,8 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
     for depth, layer in enumerate(layers):
         value, low, high = columns(rows, *(column + end for end in ("", "_low", "_high")), depth=depth)
         colour, look = colours(depth / max(1, len(layers) - 1)), {"linewidth": 0.7, "marker": "."}
-        if depth == len(layers) - 1 and LOGITS.match(layer):
+        look |= {"label": layer} if len(layers) == 1 else {}
+        if depth == len(layers) - 1 and ends_with_logits(series[0]):
             colour, look = "black", {"linestyle": "--", "marker": "s", "zorder": 4, "label": "logits"}
         axes.fill_between(times, low, high, color=colour, alpha=0.3, linewidth=0)
         if len(times) == 1:  # too narrow for a band
@@ -86,10 +96,11 @@ def draw_similarity(series: Sequence[TimeResult], statistic: str) -> tuple[Figur
         axes.plot(times, value, color=colour, **look)
     axes.set(xlabel=TIME_LABEL, ylabel=f"cosine similarity,\n{column} over images", xlim=(-0.02, 1.02))
     axes.set_ylim(top=1.04)
-    bar = add_colorbar(figure, axes, 1, max(2, len(layers)), "layer (early to late)", pad=0.02)
-    bar.set_ticks([1, len(layers)] if len(layers) > 1 else [1])
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside upper center")
+    if len(layers) > 1:
+        bar = add_colorbar(figure, axes, 1, len(layers), "layer (early to late)", pad=0.02)
+        bar.set_ticks([1, len(layers)])
+    if handles := axes.get_legend_handles_labels()[0]:
+        add_legend(figure, handles)
     # No statistic is defined for a layer whose activations are all 0.
     return figure, [row if row["images"] else {k: "" if v != v else v for k, v in row.items()} for row in rows]
 
@@ -143,7 +154,7 @@ def draw_retention(rows: Rows, transition: Transition | None, series: Sequence[T
         label = f"transition {transition.time:.3f} ± {transition.error:.3f}"
         handles.append(axes.axvline(transition.time, color="0.3", linewidth=0.8, zorder=1, label=label))
     axes.set(xlabel=TIME_LABEL, ylabel=f"fraction of {counted(series)}", xlim=(-0.02, 1.02), ylim=(-0.04, 1.04))
-    figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    add_legend(figure, handles)
     return figure, rows
 
 
@@ -167,7 +178,8 @@ def draw_distributions(series: Sequence[TimeResult], bins: int) -> tuple[Figure,
             ends = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
             about = {"layer": layers[depth], "depth": depth, **result.time_columns}
             rows += [{**about, "from": low, "to": high, counted(series): count} for low, high, count in ends]
-        axes.set_title(f"{layers[depth]} ({depth + 1} of {len(layers)})", fontsize=7)
+        title = f"{layers[depth]} ({depth + 1} of {len(layers)})"
+        axes.set_title(wrapped(title, PAGE / len(depths) - 0.4), fontsize=7)
     for axes in panels[1:]:
         axes.tick_params(labelleft=False)
     panels[0].set_ylabel(TIME_LABEL)

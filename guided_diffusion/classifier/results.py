@@ -14,17 +14,18 @@ import numpy as np
 import torch
 import torchvision
 
-from .. import dist_util
+from .. import dist_util, logger
 from ..compute.inference import choose_dtype, compute_reproducibly, describe_machine, dtype_name, keep_freed_memory
 from ..compute.memory import to_device
 from ..errors import ResultError, UserError, first_line
 from ..images.classes import Classes, number_classes
-from ..images.folder import LabelledImage
+from ..images.folder import LabelledImage, list_some
 from ..images.imagenet import CLASS_INDEX
 from ..runs.inputs import file_digest
-from ..runs.records import read_record, record_of
+from ..runs.records import Record, read_record, record_of
+from ..runs.settings import differences as changed_settings
 from ..runs.settings import digest_of
-from .networks import Classifier, open_classifier
+from .networks import Classifier, check_before_download, open_classifier
 
 SIMILARITIES = ("cosine", "L2", "L2_normalized")
 DIFFERENCES_ARRAYS = ("names", "layers", *SIMILARITIES)
@@ -101,12 +102,14 @@ class TimeResult(NamedTuple):
         num_steps: N.
         differences: names (n,), trajectories (n,), layers (L,), and cosine, L2, L2_normalized, each float64 (n, L).
         logits: names (n,), trajectories (n,), labels int64 (n,), logits_start and logits_sample float32 (n, classes).
+        record: the record of the result, if there is one.
     """
 
     step_reverse: int
     num_steps: int
     differences: dict[str, np.ndarray]
     logits: dict[str, np.ndarray]
+    record: Record | None = None
 
     @property
     def time_columns(self) -> dict[str, float]:
@@ -139,7 +142,7 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
     times = {(int(match[2]), int(match[3])) for match in matches if match}
     if not times:
         found = f"has no results of {name}" if bf.isdir(folder) else "does not exist"
-        raise UserError(f"the folder {folder} {found}; expected files act_diff_{name}-t_K_N.npz (--output)")
+        raise UserError(f"the folder {folder} {found}; expected files act_diff_{name}-t_K_N.npz (--results)")
     results = []
     for k, n in sorted(times, key=lambda time: (time[0] / time[1], time)):
         differences_path, logits_path = differences_file(folder, name, k, n), logits_file(folder, name, k, n)
@@ -155,7 +158,8 @@ def read_series(folder: str, name: str) -> list[TimeResult]:
                 f"{differences_path} and {logits_path} are of different images.\n"
                 "Remove both and rerun evaluate_classifier.py"
             )
-        results.append(TimeResult(k, n, differences, logits))
+        record = find_record(differences_path, "evaluate_classifier.py")
+        results.append(TimeResult(k, n, differences, logits, record))
         check_trajectories(results[-1], differences_path)
     return results
 
@@ -167,10 +171,23 @@ def check_trajectories(result: TimeResult, path: str) -> None:
         numbers = np.arange(len(names)) % count + 1
         whole = len(names) % count == 0 and np.array_equal(result.differences["trajectories"], numbers)
         if not whole or not (result.by_start(names) == result.starts[:, None]).all():
-            raise UserError(
-                f"{path} lacks samples of some images, which could not be read: expected {count} of each.\n"
-                "Repair them (forward_backward_dataset_sample.py) and rerun evaluate_classifier.py"
-            )
+            found, samples = np.unique(names, return_counts=True)
+            raise incomplete(path, {*found[samples < count].tolist(), *unreadable_in(result)})
+
+
+def unreadable_in(result: TimeResult) -> set[str]:
+    """The starting images that a result lacks, or lacks samples of, because files were unreadable."""
+    return {*(result.record or {}).get("images", {}).get("unreadable", {})}
+
+
+def incomplete(path: str, lacking: Iterable[str]) -> UserError:
+    """The error that a result lacks pairs of the images `lacking`, and how to repair it."""
+    images = sorted(lacking)
+    return UserError(
+        f"{path} lacks samples of {len(images)} images, which could not be read: {list_some(images)}.\nRerun "
+        "evaluate_classifier.py to see which; remove them, make them again (forward_backward_dataset_sample.py), and "
+        "rerun it once more"
+    )
 
 
 def read_arrays(
@@ -191,6 +208,43 @@ def read_arrays(
         ) from error
 
 
+def find_record(path: str, script: str) -> Record | None:
+    """The record of a result that `script` wrote, if there is one. Raises UserError if it is corrupted."""
+    try:
+        return read_record(record_of(path), {"settings": dict}, path)
+    except UserError as error:
+        raise UserError(
+            f"{record_of(path)}, the record of {path}, is corrupted.\nRemove both files and rerun {script}"
+        ) from error
+
+
+def check_settings(
+    records: Mapping[tuple[int, int], Record | None],
+    folder: str,
+    script: str,
+    may_differ: Sequence[str] = ("samples_digest",),
+) -> None:
+    """Raise UserError unless results in a folder were made with the same settings, as far as these are on record.
+
+    Args:
+        records: records of the results by (k, N).
+        folder: their folder, for the message.
+        script: the script that wrote them, for the message.
+        may_differ: settings that may differ from time to time.
+    """
+    known = {time: record["settings"] for time, record in records.items() if record}
+    for time, settings in known.items():
+        first = next(iter(known))
+        common = (known[first].keys() & settings.keys()) - {*may_differ}
+        before, after = ({key: own[key] for key in own if key in common} for own in (known[first], settings))
+        if changes := changed_settings(before, after):
+            one, other = (f"k = {k} of N = {n}" for k, n in (first, time))
+            raise UserError(
+                f"{folder} has results of different settings: from {one} to {other}, {'; '.join(changes)}.\n"
+                f"Move the results of one kind away; {script} can make them again with the settings of the others"
+            )
+
+
 # The classifier and its images
 
 
@@ -206,6 +260,7 @@ def set_up(args: argparse.Namespace) -> tuple[Classifier, AbstractContextManager
     """
     patterns = [pattern.strip() for pattern in args.layers.split(",") if pattern.strip()]
     if not args.classifier_path and dist_util.get_world_size() > 1:
+        dist_util.on_main(check_before_download, args.classifier_name, patterns)
         dist_util.on_main(lambda: bool(open_classifier(args.classifier_name)))  # only one rank downloads the weights
     classifier = dist_util.on_every_rank(
         open_classifier, args.classifier_name, args.classifier_path, patterns, args.image_size
@@ -256,7 +311,8 @@ def with_labels_of(
     """The images, each labelled with the index of its logit, or None if that is not known.
 
     The classes recorded with the classifier apply, if any. Otherwise 1000 logits are ImageNet's classes, identified by
-    wnid; another number of logits are the classes of the folder in order, if the numbers agree.
+    wnid; another number of logits are the classes of the folder in order, if the numbers agree. A warning says if the
+    folder has classes, and which logits are theirs is not known.
 
     Args:
         classifier: the classifier.
@@ -282,6 +338,18 @@ def with_labels_of(
         number = CLASS_INDEX
     elif classifier.num_classes == len(class_names):
         number = number_classes(class_names, class_order, "the folder of images")
+    if unknown := [name for name in class_names if name not in number]:
+        count, logits = len(class_names), f"the classifier has {classifier.num_classes} logits"
+        problem = f"the images have {count} classes, and {logits}: the labels of the images are unknown"
+        if number:
+            problem = (
+                f"{logits}, taken for ImageNet's classes, and {len(unknown)} of the {count} classes of the images "
+            )
+            problem += f"are no wnids, such as {unknown[0]}: their labels are unknown"
+        logger.warn(
+            f"{problem}.\nExpected a folder with all of the classifier's classes, or their list in classes.json next "
+            "to the weights (--classifier_path)"
+        )
     return [replace(image, label=number.get(image.class_name)) for image in images]
 
 

@@ -40,7 +40,8 @@ def mode(values: np.ndarray, seed: int = 0) -> Estimate:
     smoothing", 1995), where s is the smaller of the standard deviation and the interquartile range / 1.349. The
     interval has the middle 68% of the modes of resampled values, with the same kernel width. It does not include the
     bias from smoothing: the mode of a skewed density moves towards the longer tail by a few tenths of the width. If the
-    middle half of the values are equal, that value is the mode.
+    middle half of the values are equal, that value is the mode. For a single image the interval is the mode alone, as
+    for `mean` and `median`.
 
     Args:
         values: (n,) or, with M samples of each image, (n, M) finite values, n >= 1.
@@ -62,6 +63,8 @@ def mode(values: np.ndarray, seed: int = 0) -> Estimate:
         return start + spacing * _peaks(_histograms(resampled, num_bins), width / spacing)
 
     value = float(peaks(np.arange(len(bins))[None])[0])
+    if len(bins) == 1:  # nothing to resample
+        return Estimate(value, value, value)
     batch = max(1, BATCH // values.size)
     interval = _bootstrap(np.arange(len(bins)), peaks, RESAMPLES // 2, 0.68, seed, batch).confidence_interval
     return Estimate(value, float(min(interval.low, value)), float(max(interval.high, value)))
@@ -160,7 +163,9 @@ class Transition:
         low, high: 95% confidence interval of c.
         width: w, in units of k/N; the curve falls from 73% to 27% of its height between c - w and c + w.
         upper, lower: fraction of images that keep their class long before and long after the transition.
-        resolved: False if the whole fall is between two consecutive times; the interval then spans both.
+        resolved: False if fewer than two times lie on the fall, or it is steep for the distance between times; the
+            interval then spans from the last time before the fall to the first one after it.
+        times_on_fall: number of times whose fraction is between the ends by more than its error.
     """
 
     time: float
@@ -171,6 +176,7 @@ class Transition:
     upper: float
     lower: float
     resolved: bool
+    times_on_fall: int
 
 
 def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0, num_samples: int = 1) -> Transition | None:
@@ -203,14 +209,33 @@ def fit_transition(times: np.ndarray, kept: np.ndarray, seed: int = 0, num_sampl
     shifts = _centre_shifts(times, errors, centre, width, lower, upper) @ (kept - counts[:, None] / n)  # (n,)
     shift = _bootstrap(shifts, np.mean, RESAMPLES, 0.95, seed)
     error, (low, high) = shift.standard_error, np.clip(np.add(centre, shift.confidence_interval), 0, 1)
-    after = np.clip(np.searchsorted(times, centre), 1, num_times - 1)
-    gap = times[after] - times[after - 1]
-    resolved = bool(width > gap / 8)
+    before, after, on_fall = _around_fall(times, kept, centre, lower, upper, num_samples)
+    next_time = np.clip(np.searchsorted(times, centre), 1, num_times - 1)
+    resolved = bool(on_fall >= 2 and width > (times[next_time] - times[next_time - 1]) / 8)
     if not resolved:
-        low, high = min(low, times[after - 1]), max(high, times[after])
-        error = max(error, gap / np.sqrt(12))  # of a uniform distribution over the gap
+        low, high = min(low, before), max(high, after)
+        error = max(error, (after - before) / np.sqrt(12))  # of a uniform distribution between these times
     numbers = (centre, error, min(low, centre), max(high, centre), width, upper, lower)
-    return Transition(*map(float, numbers), resolved)
+    return Transition(*map(float, numbers), resolved, on_fall)
+
+
+def _around_fall(
+    times: np.ndarray, kept: np.ndarray, centre: float, lower: float, upper: float, num_samples: int
+) -> tuple[float, float, int]:
+    """The last time before the fall and the first one after it (0 and 1 if there is none), and the number between.
+
+    From the centre outwards, a time lies on the fall until its fraction agrees with the end of the curve: further out,
+    one that does not is chance. It agrees if their 95% intervals overlap; that of the end is the first time's or the
+    last one's, which determine it, unless these lie on the fall themselves.
+    """
+    intervals = [fraction_interval(of_time, num_samples) for of_time in kept]
+    upper = intervals[0][0] if intervals[0][1] >= upper else upper
+    lower = intervals[-1][1] if intervals[-1][0] <= lower else lower
+    first_after = int(np.searchsorted(times, centre))
+    before = [t for t in range(first_after) if intervals[t][1] >= upper]
+    after = [t for t in range(first_after, len(times)) if intervals[t][0] <= lower]
+    last, first = max(before, default=-1), min(after, default=len(times))
+    return (times[last] if before else 0.0), (times[first] if after else 1.0), first - last - 1
 
 
 def _logistic(times: np.ndarray, centre: float, width: float, lower: float, upper: float = 1.0) -> np.ndarray:

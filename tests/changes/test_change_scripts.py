@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -289,6 +290,33 @@ def test_unreadable_images_are_named_and_left_out(copied, measured, tmp_path, ca
     assert record["finished"] is False and "b/3.png" in record["images"]["unreadable"]
 
 
+def test_repaired_samples_complete_the_results(copied, measured, tmp_path, capsys):
+    output, content = tmp_path / "results", {}
+    for path in [copied / "out" / sample_name("a/1.png", 5, 3), *(copied / "out").glob("t_10*/a/2_*.png")]:
+        content[path] = path.read_bytes()
+        path.write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    assert run(copied, output, "--spectra", batch_size=3) == 1
+    for path, whole in content.items():
+        path.write_bytes(whole)
+    other = copied / "out" / sample_name("b/1.png", 10, 2)
+    kept = other.read_bytes()
+    write(other, np.zeros((SIZE, SIZE, 3), np.uint8))
+    with pytest.raises(UserError, match="made with other settings: the samples"):
+        run(copied, output, "--spectra", batch_size=3)
+    other.write_bytes(kept)
+    capsys.readouterr()
+    assert run(copied, output, "--spectra", batch_size=3) == 0
+    assert "2 of 5 batches to compute" in capsys.readouterr().err
+    found, expected = contents(output), contents(measured)
+    assert found.keys() == expected.keys()
+    for k in TIMES:
+        for name, values in arrays(measured, k=k).items():
+            if values.dtype.kind == "f":
+                assert arrays(output, k=k)[name] == pytest.approx(values, rel=1e-6, abs=1e-9), name
+        one, two = (json.loads((folder / f"changes_pixels-t_{k}_20.json").read_text()) for folder in (output, measured))
+        assert one["settings"] == two["settings"] and one["finished"]
+
+
 def direct_changes_of_three(data: Path) -> np.ndarray:
     read = lambda path: np.asarray(Image.open(path)) / 127.5 - 1  # noqa: E731
     start = read(data / "starts" / "a/1.png")
@@ -326,6 +354,35 @@ def test_settings_are_not_mixed(data, measured, tmp_path):
     output = shutil.copytree(measured, tmp_path / "results")
     with pytest.raises(UserError, match="made with other settings: --spectra was True and is now False"):
         run(data, output)
+
+
+def test_times_of_other_settings_are_not_joined(data, measured, tmp_path):
+    output = shutil.copytree(measured, tmp_path / "results")
+    for path in output.glob("changes_pixels-t_10_20*"):
+        path.unlink()
+    fewer = shutil.copytree(data, tmp_path / "fewer")
+    shutil.rmtree(fewer / "starts/a")
+    for k in TIMES:
+        shutil.rmtree(fewer / f"out/t_{k}_20_images/a")
+    there = contents(output)
+    message = (
+        r"from k = 5 of N = 20 to k = 10 of N = 20, the number of starting images was 5 and is now 3; the list of st"
+    )
+    with pytest.raises(UserError, match=message) as error:
+        run(fewer, output, "--spectra", time_series=10)
+    assert contents(output) == there and str(error.value).count("\n") == 1
+    assert run(data, output, time_series=10) == 0  # spectra are for some times only
+    record = output / "changes_pixels-t_10_20.json"
+    changed = json.loads(record.read_text())
+    changed["settings"]["tokens_digest"] = "0" * 64
+    record.write_text(json.dumps(changed))
+    with pytest.raises(UserError, match=r"the weights of the tokens .* was pixels and is now 000000000000"):
+        read_changes(str(output), "pixels")
+    record.unlink()
+    assert len(read_changes(str(output), "pixels")) == 2  # as in the files of old versions
+    record.write_text("{")
+    with pytest.raises(UserError, match=r"is corrupted.\nRemove both files and rerun change_correlations.py"):
+        read_changes(str(output), "pixels")
 
 
 # Figures
@@ -374,6 +431,52 @@ def test_two_kinds_of_tokens_in_a_figure_and_undefined_numbers(measured, tmp_pat
         assert row["chi"] == row["chi_low"] == row["correlation_length"] == "" and row["change"] == 0
     assert {row["relative"] for row in points if row["tokens"] == "still"} == {""}
     assert {row["tokens"] for row in powers} == {"pixels"}
+
+
+def test_long_names_of_tokens_fit(measured, tmp_path):
+    names = [f"vit_b_16-encoder.layers.encoder_layer_{i}" for i in (0, 3, 7, 11)]
+    curves = dict.fromkeys(names, read_changes(str(measured), "pixels"))
+    with style():
+        for draw in figures_of(curves).values():
+            figure, _ = draw()
+            check_texts(figure)
+
+
+def test_curves_and_figures_without_data_are_left_out(data, measured, tmp_path, capsys):
+    """Samples of k = 0 are their starts, and other tokens may have no spectra."""
+    times = read_changes(str(measured), "pixels")
+    plain = [replace(time, wavenumber=None, spectrum_start=None, spectrum_change=None) for time in times]
+    still = [
+        replace(
+            time,
+            step_reverse=0,
+            **{name: 0 * getattr(time, name) for name in ("chi_denominator", "correlation", "spectrum_change")},
+        )
+        for time in times
+    ]
+    no_power = [replace(time, spectrum_change=0 * time.spectrum_change) for time in times]
+    with style():
+        figures = figures_of({"pixels": times, "plain": plain, "still": still})
+        panels = [[axes.get_title() for axes in draw()[0].axes] for draw in figures.values()]
+        assert "change_spectra" not in figures_of({"pixels": no_power})
+    assert panels[0][:2] == ["pixels", "plain"] and "still" not in panels[0]
+    assert panels[2] == ["pixels", ""]  # one panel, and the bar of colours
+    assert "no change_spectra: no start differs from its samples by more than a constant" in capsys.readouterr().err
+    for path in [f"t_0_20_images/{name[:-4]}_t0000{end}.png" for name in NAMES for end in ("", "_s002")]:
+        name = f"{path.split('/', 1)[1].partition('_t0')[0]}.png"
+        write(tmp_path / "out" / path, np.asarray(Image.open(data / "starts" / name)))
+    assert run(data, tmp_path / "results", "--spectra", time_series=0, data_dir=tmp_path / "out") == 0
+    words = [
+        "--changes",
+        str(tmp_path / "results"),
+        "--timestep_respacing",
+        "20",
+        "--output",
+        str(tmp_path / "figures"),
+    ]
+    with pytest.raises(UserError, match=r"nothing to plot: the samples of every start change alike, at k = 0"):
+        plot.main(words)
+    assert not (tmp_path / "figures").exists()
 
 
 GRID = np.stack(np.divmod(np.arange(49), 7), axis=1)

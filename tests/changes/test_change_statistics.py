@@ -88,6 +88,44 @@ def test_a_table_of_distances():
         ChangeSums(TablePairs(distance)).add(np.zeros((2, 7)))
 
 
+def changed(distance, **entries):
+    distance = distance.astype(float)
+    for places, value in entries.items():
+        distance[tuple(map(int, places[1:]))] = value
+    return distance
+
+
+LINE = np.abs(np.subtract.outer(range(4), range(4)))
+
+
+@pytest.mark.parametrize(
+    ("distance", "message"),
+    [
+        (changed(LINE, _01=np.nan), "a distance is NaN or infinite"),
+        (changed(LINE, _01=np.inf, _10=np.inf), "a distance is NaN or infinite"),
+        (-LINE, "a distance is -3"),
+        (LINE + 1, "the distance of a token to itself is 1"),
+        (np.ones((4, 4)), "the distance of a token to itself is 1"),
+        (changed(LINE, _01=7), "the distance of tokens 0 and 1 is 7, and that of 1 and 0 is 1"),
+        (LINE.astype(np.uint8) + np.eye(4, k=1, dtype=np.uint8), "the distance of tokens 0 and 1 is 2"),
+        (0 * LINE, "all distances are 0"),
+        (np.zeros((1, 1)), "all distances are 0"),
+        (LINE.astype(str), "distances of type <U"),
+        (LINE > 0, "distances of type bool"),
+    ],
+)
+def test_a_table_of_what_cannot_be_distances(distance, message):
+    with pytest.raises(UserError, match=f"^{message}.*; expected the distance") as error:
+        TablePairs(distance)
+    assert str(error.value).count("\n") == 1
+
+
+def test_two_tokens():
+    found = changes_at(1, 2, correlated(3, 9, 2, 1), TablePairs([[0, 3], [3, 0]]))
+    assert found.distance.tolist() == [0, 3] and np.isfinite(measure_chi(found).value)
+    assert measure_length(found).value > 0
+
+
 def test_a_start_that_never_changes_counts_with_zeros_and_has_no_chi_of_its_own():
     changes = correlated(3, 5, 4, 4)
     changes[1] = 0.1

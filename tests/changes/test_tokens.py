@@ -5,6 +5,7 @@ import sys
 from types import SimpleNamespace
 
 from guided_diffusion.changes.tokens import load_tokens
+from guided_diffusion.classifier.networks import open_classifier
 from guided_diffusion.errors import UserError
 
 import numpy as np
@@ -82,6 +83,17 @@ def test_positions_of_a_feature_map(small_network):
     assert torch.allclose(changes.reshape(8, 8), expected, rtol=1e-5)
 
 
+def test_an_output_that_the_next_layer_overwrites(monkeypatch):
+    network = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 256, 5))
+    monkeypatch.setitem(sys.modules, "small", SimpleNamespace(create=lambda: (network, planes)))
+    images = two_images()
+    tokens = load_tokens(flags(tokens="0", classifier_name="small:create", classifier_path=""))
+    features, _ = features_and_changes(tokens, images)
+    with torch.inference_mode():
+        expected = network[0](torch.stack([planes(image) for image in images]))
+    assert expected.min() < 0 and torch.equal(features, expected.permute(0, 2, 3, 1))
+
+
 def test_maps_with_channels_last(small_network):
     first, last = (load_tokens(flags(tokens=name, **small_network)) for name in ("block2", "last"))
     assert (first.channel_axis, last.channel_axis) == (1, -1)
@@ -125,7 +137,7 @@ def test_tokens_of_one_s_own_with_distances(monkeypatch):
     a, b = (image / 255 for image in images)
     assert changes.numpy()[0] == pytest.approx(np.sqrt(((a - b) ** 2).sum((1, 2)) / 96), rel=1e-5)
     assert tokens.pairs().distance.tolist() == list(range(32))
-    other = own(monkeypatch, Rows(), planes, distances + 1)
+    other = own(monkeypatch, Rows(), planes, 2 * distances)
     assert other.digest != tokens.digest
 
 
@@ -145,6 +157,7 @@ def test_weights_of_one_s_own_network(monkeypatch, tmp_path):
         ({"tokens": "fc"}, r"the layer fc has no positions: its output is \[1, 5\]"),
         ({"tokens": "pool"}, "the layer pool has one position only"),
         ({"tokens": "block9"}, "--tokens: block9 matches no layer of the classifier; did you mean block"),
+        ({"tokens": "pixel"}, "--tokens: pixel matches no layer of the classifier; did you mean pixels?"),
         ({"tokens": "block*"}, "--tokens block[*] matches 2 layers, block1, block2; expected one"),
         ({"tokens": "relu"}, "--tokens: relu cannot be watched: the network calls it 2 times"),
         ({"tokens": "nowhere:create"}, "--tokens 'nowhere:create' cannot be found: No module named 'nowhere'"),
@@ -156,6 +169,16 @@ def test_mistakes(changes, message, small_network):
     assert str(error.value).count("\n") <= 1
 
 
+@pytest.mark.parametrize("name", ["convnext_base", "inception_v3", "vit_b_16", "swin_v2_t", "densenet121"])
+def test_a_misspelt_value_is_told_before_weights_are_downloaded(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("guided_diffusion.classifier.networks._cached_file", None)
+    with pytest.raises(UserError, match=r"^--tokens: pixel matches no layer of the classifier; did you mean pixels\?"):
+        load_tokens(flags(tokens="pixel", classifier_name=name, classifier_path=""))
+    with pytest.raises(UserError, match=r"^--layers: pixel matches no layer of the classifier; its modules are "):
+        open_classifier(name, "", ["pixel"])
+
+
 def test_mistakes_in_networks_of_one_s_own(monkeypatch):
     with pytest.raises(UserError, match="--tokens own:create returned Rows; expected"):
         own(monkeypatch, Rows())
@@ -163,6 +186,8 @@ def test_mistakes_in_networks_of_one_s_own(monkeypatch):
         own(monkeypatch, Rows(), planes)
     with pytest.raises(UserError, match=r"has 32 tokens, and a table of distances of shape \(3, 3\)"):
         own(monkeypatch, Rows(), planes, np.zeros((3, 3)))
+    with pytest.raises(UserError, match=r"^the network of --tokens create: the distance of a token to itself is 1;"):
+        own(monkeypatch, Rows(), planes, np.ones((32, 32)))
     tokens = own(monkeypatch, nn.Identity(), planes)
     with pytest.raises(UserError, match=r"has a grid of \(16, 16\), expected \(32, 32\)"):
         tokens.features(torch.zeros(1, 3, 16, 16))

@@ -11,7 +11,7 @@ from guided_diffusion.classifier.activations import (
     load_normalization,
 )
 from guided_diffusion.classifier.networks import open_classifier
-from guided_diffusion.errors import UserError
+from guided_diffusion.errors import ResultError, UserError
 
 import numpy as np
 import pytest
@@ -314,6 +314,26 @@ def test_equal_images_similar_ones_and_nothing():
     assert not classifier.model.same._forward_hooks and not classifier.model._forward_hooks
 
 
+def test_rows_that_only_keep_a_place_may_be_undefined():
+    """They change nothing for the images, and NaN in an image is still an error."""
+    x = pairs(3, 2, 16)
+    classifier, normalization = echo(0.0, 1.0)
+    with torch.inference_mode(), Similarities(classifier, normalization, 2) as watch:
+        classifier.model(x)
+        expected = watch.latest()
+        x[[1, 5]] = torch.tensor([np.nan, np.inf])[:, None, None, None]  # a start, and a sample of the third
+        classifier.model(x)
+    images = np.ones(9, bool)
+    images[[1, 5]] = False
+    found = watch.latest(images)
+    fine = np.array([[True, False, False], [True, False, True]])
+    for values, others in zip(found[:3], expected[:3], strict=True):
+        np.testing.assert_array_equal(values[fine], others[fine])
+    for rows in (np.arange(9) != 1, np.arange(9) != 5, None):
+        with pytest.raises(ResultError, match="the classifier gave NaN or infinity"):
+            watch.latest(rows)
+
+
 def test_in_half_precision_the_measuring_is_not():
     classifier = open_classifier("convnext_tiny", "untrained", ["features.0", "features.1.0", "classifier"])
     x = pairs(3, 2, 64)
@@ -349,9 +369,9 @@ def test_statistics_that_do_not_fit(tmp_path):
     np.savez(path, **{**arrays, "mean/conv1": np.zeros(96)})
     refused(r"s.npz is of another classifier: mean/conv1 has shape \[96\], expected \[64\].\n")
     np.savez(path, **{**arrays, "variance/conv1": np.full(64, np.nan)})
-    refused("variance/conv1 contains NaN or infinity")
+    refused(r"variance/conv1 contains NaN or infinity.\nRemove the file. Run classifier_statistics")
     path.write_bytes(path.read_bytes()[:500])
-    refused(r"s.npz are damaged: .*\nRun")
+    refused(r"s.npz are damaged: .*\nRemove the file. Run classifier_statistics")
     path.unlink()
     refused(r"^the statistics \S*s.npz do not exist.\nRun classifier_statistics.py for resnet18")
     assert load_normalization(str(path), classifier, "none") == Normalization()

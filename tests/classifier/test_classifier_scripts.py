@@ -288,7 +288,23 @@ def test_a_classifier_of_one_s_own_classes(weights, starts, statistics_flags, tm
     capsys.readouterr()
     assert statistics({**flags, "classifier_path": tmp_path / "other.pth"}, tmp_path / "other") == 0
     assert arrays(tmp_path / f"other/act_stat_{NAME}.npz").keys().isdisjoint({"top1", "top5"})
-    assert "accuracy unknown: the classes of some images are unknown" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert (
+        said.count("the images have 4 classes, and the classifier has 3 logits: the labels of the images are unk") == 1
+    )
+    assert "classes.json next to the weights" in said
+    assert "accuracy unknown: the labels of 12 images are unknown" in said
+
+
+def test_classes_that_are_not_imagenet_s(statistics_flags, starts, tmp_path, capsys):
+    """The 1000 logits are taken for those of ImageNet, so nothing is known of the others."""
+    for name, source in (("cats", 0), ("dogs", 1)):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        shutil.copy(starts / names_of(starts)[source], tmp_path / "data" / name / "1.JPEG")
+    assert statistics({**statistics_flags, "data_dir": tmp_path / "data"}, tmp_path / "out") == 0
+    said = capsys.readouterr().err
+    assert "the classifier has 1000 logits, taken for ImageNet's classes, and 2 of the 2 classes of the images" in said
+    assert "are no wnids, such as cats" in said and "accuracy unknown: the labels of 2 images are unknown" in said
 
 
 def test_classes_of_numbers_and_the_record_of_a_classifier(weights, starts, statistics_flags, flags, tmp_path, capsys):

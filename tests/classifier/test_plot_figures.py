@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from guided_diffusion.classifier.figures import style
+from guided_diffusion.classifier.figures import shortened, style, text_width, wrapped
 from guided_diffusion.classifier.results import differences_file, logits_file
 from guided_diffusion.classifier.ridgeline import PEAK
 from guided_diffusion.errors import UserError
@@ -113,6 +113,20 @@ def test_the_transition_is_found(drawn):
     assert found["images"] == 400
 
 
+@pytest.mark.parametrize(
+    ("resolved", "on_fall", "words"),
+    [
+        (True, 3, "over a width of 0.0100"),
+        (False, 0, "The whole fall is between two times: add times there to resolve it"),
+        (False, 1, "A single time lies on the fall: add times there to resolve it"),
+        (False, 2, "The fall is steep for the distance between times: add times there to resolve it"),
+    ],
+)
+def test_what_is_said_of_the_transition(resolved, on_fall, words):
+    transition = script.Transition(0.5, 0.1, 0.4, 0.6, 0.01, 1.0, 0.1, resolved, on_fall)
+    assert script.describe(transition, 5).endswith(words)
+
+
 def test_points_are_those_of_the_results(drawn):
     results, _, figures = drawn
     rows = read_csv(figures / "similarity_against_time.csv")
@@ -161,6 +175,47 @@ def test_no_text_overlaps_or_leaves_the_figure(tmp_path, times):
         ]
         for figure, _ in drawn:
             check_texts(figure)
+
+
+@pytest.mark.parametrize("num_layers", [1, 3])
+def test_long_names_of_layers_fit(tmp_path, num_layers):
+    folder = write_results(tmp_path, (75, 140), num_images=40, num_layers=num_layers)
+    long = [f"backbone_feature_extractor.stage{i}_residual_block_with_squeeze_excitation" for i in range(num_layers)]
+    for path in folder.glob("act_diff*.npz"):
+        np.savez(path, **{**np.load(path), "layers": np.array(long)})
+    series = script.find_series(str(folder), "convnext_base", 250)
+    with style():
+        for figure, _ in (script.draw_similarity(series, "mean"), script.draw_distributions(series, 40)):
+            check_texts(figure)
+
+
+def test_names_that_do_not_fit_are_wrapped_or_shortened():
+    with style():
+        assert wrapped("features.1.0", 2) == shortened("features.1.0", 2) == "features.1.0"
+        assert wrapped("features.1.0", 0.5) == "features.\n1.0"
+        short = shortened("encoder.layers.encoder_layer_11.self_attention", 1)
+        assert short.startswith("encoder") and "…" in short and short.endswith("tion") and text_width(short) <= 1
+        assert all(text_width(line) <= 1 for line in wrapped("a" * 40 + ".b", 1).split("\n"))
+
+
+def test_one_time_fills_the_page(tmp_path):
+    series = script.find_series(str(write_results(tmp_path, (125,), num_images=40)), "convnext_base", 250)
+    with style():
+        figure, _ = script.draw_class_transitions(series)
+        check_texts(figure)
+    panel = figure.axes[0].get_window_extent()
+    assert panel.width == pytest.approx(panel.height) and panel.width > 0.5 * figure.bbox.width
+    assert panel.x0 < 0.25 * figure.bbox.width
+
+
+def test_several_samples_of_one_or_two_images(tmp_path):
+    for count in (1, 2):
+        results = write_results(tmp_path / str(count), (50, 100, 150, 200), count, num_layers=3, num_samples=6)
+        assert script.main(["--results", str(results), "--output", str(results / "figures")]) == 0
+        for row in read_csv(results / "figures/class_entropy.csv"):
+            assert 0 <= float(row["low"]) <= float(row["entropy"]) <= float(row["high"])
+        for row in read_csv(results / "figures/similarity_against_time.csv") if count == 1 else ():
+            assert row["mode_low"] == row["mode"] == row["mode_high"]
 
 
 def test_distributions_have_a_row_for_each_time(tmp_path):
@@ -236,7 +291,7 @@ def damage(folder):
 @pytest.mark.parametrize(
     ("change", "flags", "words"),
     [
-        (None, ["--results", "nowhere"], "nowhere does not exist"),
+        (None, ["--results", "nowhere"], r"nowhere does not exist; expected files .* \(--results\)"),
         (None, ["--classifier_name", "resnet50"], "no results of resnet50"),
         (None, ["--timestep_respacing", "100"], r"no results for N = 100, only for N = 250 \(--timestep_respacing\)"),
         (None, ["--timestep_respacing", ""], r"no results for N = 1000, only for N = 250 \(--timestep"),
@@ -244,6 +299,12 @@ def damage(folder):
         (damage, [], "damaged"),
         (other_images, [], r"different images \(20 and 19\)"),
         (other_layers, [], r"different layers \(3 and 4\)"),
+        (None, ["--output", "results/file"], "^--output results/file: results/file is a file, expected a folder$"),
+        (
+            None,
+            ["--output", "results/file/figures"],
+            "^--output results/file/figures: results/file is a file, expected",
+        ),
         (None, ["--data_dir", "x"], "needs both --starting_data_dir and --data_dir"),
         (
             None,
@@ -262,11 +323,71 @@ def test_mistakes(tmp_path, monkeypatch, change, flags, words):
     """They are told in words, and the figures that are there stay as they are."""
     monkeypatch.chdir(tmp_path)
     write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3)
+    (tmp_path / "results/file").touch()
     if change:
         change(tmp_path / "results")
     with pytest.raises(UserError, match=words):
         script.main(["--results", "results", *flags])
     assert not (tmp_path / "figures").exists()
+
+
+def write_records(folder, times, **entries):
+    for k in times:
+        path = Path(differences_file(str(folder), "convnext_base", k, 250)).with_suffix(".json")
+        path.write_text(json.dumps({"settings": {"normalization": "std"}, "finished": True, **entries}))
+
+
+def test_times_of_other_settings_are_not_joined(tmp_path):
+    folder = write_results(tmp_path / "results", (50, 100, 200), num_images=20, num_layers=3)
+    settings = {"classifier_digest": "0" * 64, "normalization": "std"}
+    write_records(folder, (50,), settings={**settings, "samples_digest": "1" * 64})
+    write_records(folder, (200,), settings={**settings, "samples_digest": "2" * 64})
+    assert len(script.find_series(str(folder), "convnext_base", 250)) == 3
+    for change, words in (
+        ({"normalization": "none"}, "from k = 50 of N = 250 to k = 200 of N = 250, --normalization was std and is now"),
+        (
+            {"classifier_digest": "3" * 64},
+            r"the classifier's weights \(--classifier_path\) was 000000000000... and is n",
+        ),
+    ):
+        write_records(folder, (200,), settings={**settings, **change})
+        with pytest.raises(UserError, match=words) as error:
+            script.find_series(str(folder), "convnext_base", 250)
+        assert str(error.value).count("\n") == 1
+
+
+def test_an_image_that_one_time_lacks_is_named(tmp_path):
+    """With the way to repair it, if its files were unreadable."""
+    folder = write_results(tmp_path / "results", (50, 100), num_images=20, num_layers=3)
+    write_results(folder, (200,), num_images=19, num_layers=3)
+    with pytest.raises(UserError, match=r"different images \(20 and 19\)"):
+        script.find_series(str(folder), "convnext_base", 250)
+    write_records(folder, (200,), images={"chosen": 20, "unreadable": {"n00000009/image_0019.JPEG": "broken"}})
+    with pytest.raises(UserError, match=r"act_diff_convnext_base-t_200_250.npz lacks samples of 1 images.*image_0019"):
+        script.find_series(str(folder), "convnext_base", 250)
+
+
+@pytest.mark.parametrize("last", ["classifier", "projection"])
+def test_which_layer_is_the_logits_is_on_record(tmp_path, last):
+    """A hidden layer may be called classifier.0, and the last one by any name."""
+    folder = write_results(tmp_path / "results", (50, 200), num_images=20, num_layers=3)
+
+    def labels():
+        with style():
+            figure, _ = script.draw_similarity(script.find_series(str(folder), "convnext_base", 250), "mean")
+        return figure.axes[0].get_legend_handles_labels()[1], len(figure.axes)
+
+    for path in folder.glob("act_diff*.npz"):
+        arrays = dict(np.load(path))
+        arrays["layers"] = np.array(["features.0", "features.1", last])
+        np.savez(path, **arrays)
+    assert labels() == ((["logits"] if last == "classifier" else []), 2)  # a guess
+    write_records(folder, (50, 200), logits_layers=["projection"])
+    assert labels() == ((["logits"] if last == "projection" else []), 2)
+    for path in folder.glob("act_diff*.npz"):
+        arrays = dict(np.load(path))
+        np.savez(path, **{n: a[..., -1:] if n not in ("names", "trajectories") else a for n, a in arrays.items()})
+    assert labels() == (["logits" if last == "projection" else last], 1)  # one layer needs no bar of colours
 
 
 @pytest.mark.parametrize(
@@ -381,7 +502,7 @@ def test_times_may_differ_in_their_number_of_samples(tmp_path, capsys):
     for file in (path, differences_file(str(results), "convnext_base", 100, 250)):
         arrays = dict(np.load(file))
         np.savez(file, **{name: array if name == "layers" else array[1:] for name, array in arrays.items()})
-    with pytest.raises(UserError, match=r"lacks samples of some images, which could not be read: expected 4 of each"):
+    with pytest.raises(UserError, match=r"lacks samples of 1 images, .* read: 'n00000000/image_0000.JPEG'.\nRerun"):
         script.main(["--results", str(results), "--output", str(tmp_path / "figures")])
 
 

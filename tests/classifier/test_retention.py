@@ -48,6 +48,13 @@ def test_mode_of_equal_values(values):
     assert found.low == found.value == found.high == np.median(values)
 
 
+def test_several_samples_of_one_image_have_no_error():
+    values = np.random.default_rng(0).normal(size=(1, 6))
+    for statistic in (mode, mean, median):
+        found = statistic(values)
+        assert values.min() < found.low == found.value == found.high < values.max()
+
+
 def test_mean_and_median():
     values = np.array([1.0, 2.0, 3.0, 10.0])
     found = mean(values)
@@ -104,8 +111,20 @@ def test_transition_with_ends_other_than_0_and_1():
 def test_a_fall_between_two_times_is_not_claimed_to_be_known_better():
     times = np.array([0.2, 0.4, 0.6, 0.8, 1.0])
     found = fit_transition(times, np.repeat(times[:, None] < 0.5, 400, axis=1))
-    assert not found.resolved
+    assert (found.resolved, found.times_on_fall) == (False, 0)
     assert found.low <= 0.4 and found.high >= 0.6 and found.error >= 0.199 / np.sqrt(12)
+
+
+@pytest.mark.parametrize(("centre", "on_fall", "span"), [(0.52, 1, (0.4, 0.6)), (0.55, 0, (0.5, 0.6))])
+def test_a_fall_that_at_most_one_time_lies_on(centre, on_fall, span):
+    """One time does not tell the width of the fall, and so not where it is either."""
+    times = np.array([0.1, 0.4, 0.5, 0.6, 0.9])
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        found = fit_transition(times, fates(rng, times, False, centre, 0.01, 200))
+        assert (found.times_on_fall, found.resolved) == (on_fall, False)
+        assert found.low <= span[0] < centre < span[1] <= found.high
+        assert found.high - found.low <= span[1] - span[0] + 0.05 and found.error >= 0.0999 / np.sqrt(12)
 
 
 def test_no_transition():

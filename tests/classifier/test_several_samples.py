@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from guided_diffusion.classifier.pairs import batch_shape
 from guided_diffusion.classifier.results import read_series
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import SampleFolder
+from guided_diffusion.runs.settings import digest_of
 
 import numpy as np
 import pytest
+import torch
 from conftest import as_flags, load_script, run_script, start_script
 from PIL import Image
+from torch import nn
 
 pytestmark = pytest.mark.usefixtures("in_this_process")
 STARTS = ("n02123045/a.png", "n02123045/b.png", "n04008634/c.png")
@@ -69,6 +75,7 @@ def test_every_pair_has_a_row(flags, tmp_path, capsys):
     assert one["names"].tolist() == list(STARTS)
     assert three["names"].tolist() == [start for start in STARTS for _ in range(3)]
     assert three["trajectories"].tolist() == [1, 2, 3] * 3 and three["cosine"].shape[0] == 9
+    assert json.loads((tmp_path / "out/act_diff_resnet18-t_10_20.json").read_text())["logits_layers"] == ["fc"]
     logits = arrays(tmp_path / "out/logits_resnet18-t_10_20.npz")
     assert list(logits) == ["names", "trajectories", "labels", "logits_start", "logits_sample"]
     assert (logits["logits_start"].reshape(3, 3, -1) == logits["logits_start"][::3, None]).all()
@@ -137,8 +144,118 @@ def test_an_unreadable_sample_is_left_out(flags, tmp_path):
     assert found["trajectories"].tolist() == [1, 2, 3, 1, 3, 1, 2, 3]
     record = json.loads((tmp_path / "out/act_diff_resnet18-t_10_20.json").read_text())
     assert not record["finished"] and "b_t0500_s002.png" in record["images"]["unreadable"]["n02123045/b.png"]
-    with pytest.raises(UserError, match="lacks samples of some images"):
+    with pytest.raises(
+        UserError, match=r"lacks samples of 1 images, which could not be read: 'n02123045/b.png'"
+    ) as error:
         read_series(str(tmp_path / "out"), "resnet18")
+    assert str(error.value).count("\n") == 1
+
+
+def saved(folder: Path) -> dict[str, bytes]:
+    """The results, their lists of files, and their settings."""
+    settings = {path.name: json.loads(path.read_text()).get("settings") for path in folder.glob("*.json")}
+    return {path.name: path.read_bytes() for path in folder.glob("*.npz")} | settings
+
+
+@pytest.mark.parametrize("parts_are_kept", [True, False])
+@pytest.mark.parametrize("several", [True, False])
+def test_a_repaired_sample_completes_the_results(parts_are_kept, several, flags, tmp_path, capsys):
+    """Whether an image has several samples or one."""
+    # Without its parts, a time is computed alone, in other batches than with the finished one.
+    flags = {**flags, "batch_size": 4, "time_series": ("5,10" if parts_are_kept else 10) if several else 5}
+    assert evaluate(flags, tmp_path / "whole") == 0
+    name = "t_10_20_images/n02123045/b_t0500_s002.png" if several else "t_5_20_images/n02123045/b_t0250.png"
+    broken = tmp_path / "samples" / name
+    content = broken.read_bytes()
+    broken.write_bytes(content[:500])
+    assert evaluate(flags, tmp_path / "out") == 1
+    broken.write_bytes(content[:400])  # no repair
+    assert evaluate(flags, tmp_path / "out") == 1
+    broken.write_bytes(content)
+    if not parts_are_kept:
+        (parts,) = (tmp_path / "out").glob("*_parts")
+        shutil.rmtree(parts)
+    capsys.readouterr()
+    assert evaluate(flags, tmp_path / "out") == 0
+    if parts_are_kept:
+        said = capsys.readouterr().err
+        assert ("1 of 9 batches to compute" if several else "1 of 2 batches to compute") in said
+    assert saved(tmp_path / "out") == saved(tmp_path / "whole")
+    assert evaluate(flags, tmp_path / "out") == 0 and "nothing to do" in capsys.readouterr().err
+
+
+def another_changed(folder: Path) -> None:
+    Image.new("RGB", (32, 32)).save(folder / "t_10_20_images/n04008634/c_t0500_s002.png")
+
+
+def the_image_s_other_sample_changed(folder: Path) -> None:
+    Image.new("RGB", (32, 32)).save(folder / "t_10_20_images/n02123045/b_t0500_s003.png")
+
+
+def one_more_of_each(folder: Path) -> None:
+    for start in STARTS:
+        write_sample(folder, 10, start, 4)
+
+
+def one_fewer_of_each(folder: Path) -> None:
+    for path in folder.rglob("*_s003.png"):
+        path.unlink()
+
+
+@pytest.mark.parametrize("parts_are_kept", [True, False])
+@pytest.mark.parametrize(
+    "change", [another_changed, the_image_s_other_sample_changed, one_more_of_each, one_fewer_of_each]
+)
+def test_a_repair_that_changes_more_is_refused(change, parts_are_kept, flags, tmp_path):
+    flags = {**flags, "time_series": 10}
+    broken = tmp_path / "samples/t_10_20_images/n02123045/b_t0500_s002.png"
+    content = broken.read_bytes()
+    broken.write_bytes(content[:500])
+    assert evaluate(flags, tmp_path / "out") == 1
+    broken.write_bytes(content)
+    change(tmp_path / "samples")
+    if not parts_are_kept:
+        (parts,) = (tmp_path / "out").glob("*_parts")
+        shutil.rmtree(parts)
+    before = saved(tmp_path / "out")
+    with pytest.raises(UserError, match=r"made with other settings: the samples \(--data_dir\)"):
+        evaluate(flags, tmp_path / "out")
+    assert saved(tmp_path / "out") == before
+
+
+def test_parts_of_a_version_that_recorded_the_sizes_of_samples(flags, tmp_path, monkeypatch, capsys):
+    """They are resumed."""
+    script = load_script("evaluate_classifier.py")
+    monkeypatch.setattr(
+        script, "digest_for_parts", lambda _folder, digests, _results, times: digest_of(digests[k] for k in times)
+    )
+    monkeypatch.setattr(script, "write_time", None)  # stopped before the end
+    flags = as_flags({**flags, "batch_size": 4, "output": tmp_path / "out"})
+    with pytest.raises(TypeError):
+        script.main(flags)
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert script.main(flags) == 0 and "0 of 9 batches to compute" in capsys.readouterr().err
+
+
+def test_an_unreadable_sample_if_preprocessing_is_undefined_for_one_colour(flags, tmp_path, monkeypatch):
+    def network():
+        return nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.Flatten(), nn.Linear(4 * 256, 5)), standardised
+
+    def standardised(image):
+        x = torch.from_numpy(image.copy()).permute(2, 0, 1).float()
+        return (x - x.mean()) / x.std()  # NaN for a black image
+
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(network=network))
+    known = {**flags, "classifier_name": "own:network", "classifier_path": ""}
+    assert evaluate(known, tmp_path / "whole") == 0
+    broken = tmp_path / "samples/t_10_20_images/n02123045/b_t0500_s002.png"
+    broken.write_bytes(broken.read_bytes()[:500])
+    assert evaluate(known, tmp_path / "out") == 1
+    for name in ("act_diff_network-t_10_20.npz", "logits_network-t_10_20.npz"):
+        found, whole = arrays(tmp_path / "out" / name), arrays(tmp_path / "whole" / name)
+        for array, values in whole.items():
+            np.testing.assert_array_equal(found[array], values if array == "layers" else np.delete(values, 4, axis=0))
 
 
 def one_is_missing(folder: Path) -> None:

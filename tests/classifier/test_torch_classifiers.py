@@ -1,8 +1,12 @@
 """Classifiers of torchvision: their layers, the axis of the channels, their preprocessing and their files."""
 
+import argparse
 import os
 import re
+import sys
+from types import SimpleNamespace
 
+from guided_diffusion.changes.tokens import load_tokens
 from guided_diffusion.classifier.layers import find_layers
 from guided_diffusion.classifier.preprocessing import as_preset
 from guided_diffusion.errors import UserError
@@ -230,6 +234,64 @@ def test_one_s_own(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=message):
             open_classifier(name, path, image_size=16)
+
+
+def planes(image):
+    return torch.from_numpy(image).permute(2, 0, 1) / 255
+
+
+def fails(*_):
+    raise RuntimeError("no such thing\nand more")
+
+
+class Fails(nn.Flatten):
+    forward = fails
+
+
+NETWORK = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.Flatten(), nn.Linear(8 * 64, 5))
+PRESET = torchvision.models.ResNet18_Weights.DEFAULT.transforms()
+RETURNED = "the preprocess of {} returned "
+BROKEN = {
+    "numpy": (lambda: (NETWORK, lambda image: image.transpose(2, 0, 1) / 255), f"{RETURNED}ndarray;"),
+    "channels last": (
+        lambda: (NETWORK, lambda image: torch.from_numpy(image) / 255),
+        f"{RETURNED}a tensor [16, 16, 3] of float32;",
+    ),
+    "float64": (lambda: (NETWORK, lambda image: planes(image).double()), f"{RETURNED}a tensor [3, 16, 16] of float64;"),
+    "a batch": (lambda: (NETWORK, lambda image: planes(image)[None]), f"{RETURNED}a tensor [1, 3, 16, 16] of float32;"),
+    "not square": (lambda: (NETWORK, lambda image: planes(image[1:])), f"{RETURNED}a tensor [3, 15, 16] of float32;"),
+    "a preset": (lambda: (NETWORK, PRESET), "the preprocess of {} failed with TypeError: "),
+    "preprocess fails": (lambda: (NETWORK, fails), "the preprocess of {} failed with RuntimeError: no such thing ("),
+    "grey": (
+        lambda: (nn.Sequential(nn.Conv2d(1, 8, 2, 2), nn.Flatten(), nn.Linear(512, 5)), planes),
+        "the network of {}, for an input [1, 3, 16, 16], failed with RuntimeError: ",
+    ),
+    "bytes": (
+        lambda: (NETWORK, lambda image: torch.from_numpy(image).permute(2, 0, 1)),
+        "the network of {}, for an input [1, 3, 16, 16], failed with RuntimeError: ",
+    ),
+    "forward fails": (lambda: (Fails(), planes), "failed with RuntimeError: no such thing (test_torch_classifiers.py,"),
+    "function fails": (fails, "{} failed with RuntimeError: no such thing (test_torch_classifiers.py, line "),
+    "arguments": (lambda size: (NETWORK, planes), "{} failed with TypeError: "),
+}
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+@pytest.mark.parametrize("flag", ["--classifier_name", "--tokens"])
+def test_mistakes_in_one_s_own(flag, mistake, monkeypatch):
+    create, message = BROKEN[mistake]
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(create=create))
+    flags = argparse.Namespace(tokens="own:create", classifier_path="", image_size=16)
+    with pytest.raises(UserError) as caught:
+        open_classifier("own:create", image_size=16) if flag == "--classifier_name" else load_tokens(flags)
+    assert message.format(f"{flag} own:create") in str(caught.value) and str(caught.value).count("\n") <= 1
+
+
+def test_a_module_of_one_s_own_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "own_broken.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="'own_broken:create' cannot be found: division by zero"):
+        open_classifier("own_broken:create")
 
 
 # Files
