@@ -169,7 +169,9 @@ def decisive_settings(
     args: argparse.Namespace, tokens: Tokens, precision: str, starts: Sequence[str]
 ) -> dict[str, Any]:
     """The settings that determine the bytes of the results, except for the samples."""
+    output = {"the output of the layer": "copied before the network overwrites it"} if tokens.overwritten else {}
     return {
+        **output,
         "tokens": args.tokens,
         "tokens_digest": tokens.digest,
         "image_size": args.image_size,

@@ -44,6 +44,8 @@ class Tokens:
         scaled: whether changes are divided by the root of the number of channels.
         table: distances of all pairs of tokens, (n, n); None: Euclidean, on a grid.
         shape: (h, w) of a grid, (n,) with a table.
+        overwritten: whether the network changes the layer's output in place afterwards. Results of versions that then
+            measured the changed output must not count as done.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Tokens:
     scaled: bool = True
     table: np.ndarray | None = None
     shape: tuple[int, ...] = ()
+    overwritten: bool = False
     _caught: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -63,15 +66,17 @@ class Tokens:
 
     def _catch(self, _module: nn.Module, _args: tuple, output: Any) -> None:
         # A copy: layers that work in place, such as nn.ReLU(inplace=True), overwrite the output of the one before.
-        self._caught.append(output.clone() if isinstance(output, Tensor) else output)
+        self._caught.append((output.clone() if isinstance(output, Tensor) else output, output))
 
     def find_shape(self, image_size: int) -> None:
-        """Set `shape` for images of this size.
+        """Set `shape` for images of this size, and `overwritten`.
 
         Raises UserError if there are fewer than two positions, or their distances are none.
         """
         x = self.preprocess(trial_image(image_size))
         self.shape = tuple(self._of_batch(x[None]).shape[1:-1])
+        copied, output = self._caught.pop()
+        self.overwritten = not torch.equal(copied, output)
         if math.prod(self.shape) < 2:
             raise UserError(f"{self._what()} has one position only, expected two or more (--tokens)")
         if self.table is not None and self.table.shape != (*self.shape, *self.shape):
@@ -89,6 +94,7 @@ class Tokens:
         Raises UserError if the grid is not `shape`.
         """
         found = self._of_batch(x)
+        self._caught.clear()  # frees memory
         if found.shape[1:-1] != self.shape:
             raise UserError(
                 f"{self._what()} has a grid of {tuple(found.shape[1:-1])}, expected {self.shape} (--tokens)"
@@ -107,7 +113,7 @@ class Tokens:
     def _of_batch(self, x: Tensor) -> Tensor:
         self._caught.clear()
         self.model(x)
-        output = self._caught.pop()
+        output, _ = self._caught[-1]
         if not isinstance(output, Tensor) or not 3 <= output.ndim <= 4 or len(output) != len(x):
             shape = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise UserError(

@@ -224,7 +224,7 @@ def check_settings(
     script: str,
     may_differ: Sequence[str] = ("samples_digest",),
 ) -> None:
-    """Raise UserError unless results in a folder were made with the same settings, as far as these are on record.
+    """Raise UserError unless the results in a folder that have records were made with the same settings.
 
     Args:
         records: records of the results by (k, N).
@@ -235,8 +235,7 @@ def check_settings(
     known = {time: record["settings"] for time, record in records.items() if record}
     for time, settings in known.items():
         first = next(iter(known))
-        common = (known[first].keys() & settings.keys()) - {*may_differ}
-        before, after = ({key: own[key] for key in own if key in common} for own in (known[first], settings))
+        before, after = ({k: own[k] for k in own if k not in may_differ} for own in (known[first], settings))
         if changes := changed_settings(before, after):
             one, other = (f"k = {k} of N = {n}" for k, n in (first, time))
             raise UserError(

@@ -385,6 +385,27 @@ def test_times_of_other_settings_are_not_joined(data, measured, tmp_path):
         read_changes(str(output), "pixels")
 
 
+def test_results_of_a_layer_that_was_overwritten_do_not_count_as_done(data, tmp_path, monkeypatch):
+    """Earlier versions measured what the next layer had made of the output."""
+    network = nn.Sequential(nn.Conv2d(3, 8, 2, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8 * 16, 5))
+    preprocess = lambda image: torch.from_numpy(image).permute(2, 0, 1).float() / 127.5 - 1  # noqa: E731
+    monkeypatch.setitem(sys.modules, "own", SimpleNamespace(network=lambda: (network, preprocess)))
+    for layer in "01":
+        known = {"tokens": layer, "classifier_name": "own:network", "classifier_path": "", "time_series": 5}
+        assert run(data, tmp_path, **known) == 0
+        record = tmp_path / f"changes_network-{layer}-t_5_20.json"
+        before = json.loads(record.read_text())
+        before["settings"].pop("the output of the layer", None)
+        record.write_text(json.dumps(before))
+        if layer == "1":
+            assert run(data, tmp_path, **known) == 0
+        else:
+            with pytest.raises(UserError, match="the output of the layer was not set and is now copied before the"):
+                run(data, tmp_path, **known)
+            with pytest.raises(UserError, match="from k = 5 of N = 20 to k = 10 of N = 20, the output of the layer"):
+                run(data, tmp_path, **{**known, "time_series": 10})
+
+
 # Figures
 
 

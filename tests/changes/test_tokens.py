@@ -91,6 +91,8 @@ def test_an_output_that_the_next_layer_overwrites(monkeypatch):
     features, _ = features_and_changes(tokens, images)
     with torch.inference_mode():
         expected = network[0](torch.stack([planes(image) for image in images]))
+    others = [load_tokens(flags(tokens=name, classifier_name="small:create", classifier_path="")) for name in "01"]
+    assert [other.overwritten for other in others] == [True, False] and tokens.overwritten
     assert expected.min() < 0 and torch.equal(features, expected.permute(0, 2, 3, 1))
 
 
