@@ -153,7 +153,7 @@ def check_fit(
             sides = ",".join(str(size // f) for f in factors)
             fitting = [] if sizes else _fitting_sizes(network, flags, factors, theirs[mult])
             if fitting:  # the flags are right, but for another size
-                theirs[network.size_flag], yours[network.size_flag] = fitting[0], f"{size}, where it is {sides}"
+                theirs[network.size_flag], yours[network.size_flag] = fitting[0], f"{size}, where {sides} fits"
             else:
                 theirs[flag], yours[flag] = sides, flags[flag]
     differing = [name for name, value in theirs.items() if value != yours[name]]

@@ -447,14 +447,15 @@ def progress_bar(total: int | None, desc: str, unit: str, initial: int = 0, kind
     `kind` is the class of the bar.
     """
     stream = _Tolerant(sys.stderr)
+    works = stream.works()
     return kind(
         total=total,
         initial=initial,
         desc=desc,
         unit=unit,
         file=stream,
-        disable=_rank() != 0 or total == initial or not stream.works(),
-        mininterval=0.2 if stream.works() and sys.stderr.isatty() else 60,
+        disable=_rank() != 0 or total == initial or not works,
+        mininterval=0.2 if works and sys.stderr.isatty() else 60,
         dynamic_ncols=True,
     )
 
