@@ -311,9 +311,9 @@ def test_an_unreadable_sample_keeps_its_starting_image_on_record(flags, starts, 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--num_trajectories", "0"], ["--num_trajectories", "expected a whole number >= 1, not 0"]),
-        (["--num_trajectories", "-3"], ["--num_trajectories", "expected a whole number >= 1, not -3"]),
-        (["--num_turns", "0"], ["--num_turns", "expected a whole number >= 1, not 0"]),
+        (["--num_trajectories", "0"], ["--num_trajectories", "expected a whole number from 1 to 100000, not 0"]),
+        (["--num_trajectories", "-3"], ["--num_trajectories", "a whole number from 1 to 100000, not -3"]),
+        (["--num_turns", "0"], ["--num_turns", "expected a whole number from 1 to 100000, not 0"]),
         (["--num_turns", "two"], ["--num_turns", "'two'"]),
         (["--share_noise", "all"], ["--share_noise", "start"]),
         (["--share_noise", "start", "--use_ddim", "True"], ["--share_noise start", "--sampler ddim", "equal"]),
