@@ -154,7 +154,8 @@ def run(main: Callable[[], int | None]) -> None:
     _handle_stop_signals(leave)
     if reason is None:
         sys.exit(status)
-    sys.stdout.flush()
+    with suppress(OSError, ValueError, AttributeError):  # stdout may be closed
+        sys.stdout.flush()
     dist_util.report_and_leave(reason, words)
     os._exit(status)
 

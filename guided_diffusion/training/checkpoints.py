@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import blobfile as bf
 import torch
 
-from ..errors import UserError
+from ..errors import UserError, WriteError, first_line
 from ..system.checkpoint_files import read_saved
 from ..system.files import SCRATCH, is_remote, set_aside, whole_file
 
@@ -152,10 +152,11 @@ def write_checkpoint(folder: str, step: int, model: State, optimizer: State, ave
 def _named_write_errors(path: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write {error.filename or path}: {error.strerror or error} (--output). The existing checkpoints "
-            "are complete:\nfix this, then rerun the same command to resume from the newest"
+    except (OSError, bf.Error) as error:
+        name, reason = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or first_line(error)
+        raise WriteError(
+            f"cannot write {name}: {reason} (--output). The existing checkpoints are complete:\n"
+            "fix this, then rerun the same command to resume from the newest"
         ) from error
 
 

@@ -95,6 +95,7 @@ class DataStream:
 
     Attributes:
         position: number of images taken by all processes.
+        paths: paths of all images, relative to their folder.
         classes: classes of the images, if any.
         digest: SHA-256, in hexadecimal, of paths and classes, to identify the data set.
         unreadable: path -> reason, of the unreadable images that this process has met.
@@ -104,6 +105,7 @@ class DataStream:
         self, images: BatchDataset, batch_size: int, num_workers: int, flag: str, classes: Classes | None
     ) -> None:
         self.position = 0
+        self.paths = images.paths
         self.classes = classes
         self.digest = hashlib.sha256(json.dumps([images.paths, images.classes]).encode()).hexdigest()
         self.unreadable: dict[str, str] = {}

@@ -24,7 +24,7 @@ from ..forward_backward import from_pixels, to_pixels
 from ..fp16_util import half_precision_dtype
 from ..gaussian_diffusion import GaussianDiffusion
 from ..images.classes import OtherClasses, read_classes, write_classes
-from ..images.folder import list_images
+from ..images.folder import check_outside, list_images
 from ..images.io import read_image
 from ..resample import ScheduleSampler, create_named_schedule_sampler
 from ..runs.locks import Locks, locked_by_main
@@ -241,10 +241,15 @@ def fit_checker(network: Network, flags: Mapping[str, Any]) -> Callable[[str, Sh
 def sample_grid(
     args: argparse.Namespace, flags: Mapping[str, Any], image_size: int, output: str, data: DataStream
 ) -> dict[str, Any]:
-    """The arguments of `TrainLoop` that draw a sample grid after each checkpoint; none if --sample_grid is 0."""
+    """The arguments of `TrainLoop` that draw a sample grid after each checkpoint; none if --sample_grid is 0.
+
+    Raises UserError if the grids would be among the training images.
+    """
     count = args.sample_grid
     if not count:
         return {}
+    if "data_dir" in vars(args):  # grids would become training images
+        dist_util.on_main(check_outside, [output], args.data_dir, data.paths, "--data_dir", "the sample grids")
     steps = min(args.sample_steps, args.diffusion_steps)
     diffusion = dist_util.on_every_rank(diffusion_from_flags, {**flags, "timestep_respacing": str(steps)})
     device = dist_util.dev()

@@ -12,7 +12,7 @@ from pathlib import Path
 from guided_diffusion import logger, resample
 from guided_diffusion.command_line import stopping
 from guided_diffusion.command_line.stopping import Stopped
-from guided_diffusion.errors import ResultError, UserError
+from guided_diffusion.errors import ResultError, UserError, WriteError
 from guided_diffusion.forward_backward import NoiseStreams
 from guided_diffusion.fp16_util import MixedPrecisionTrainer, half_precision_dtype
 from guided_diffusion.nn import timestep_embedding
@@ -877,7 +877,8 @@ def test_a_full_disk_costs_no_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that a write fails, as it does on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "opt000001.pt").stat().st_size // 2, hard))
     try:
-        with pytest.raises(UserError, match=r"^cannot write .*opt000002.pt: File too large \(--output\)\..*\n.*rerun"):
+        message = r"^cannot write .*opt000002.pt: File too large \(--output\)\..*\n.*rerun"
+        with pytest.raises(WriteError, match=message):  # exit status 1
             loop.run_loop()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

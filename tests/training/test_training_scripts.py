@@ -744,6 +744,11 @@ def test_a_validation_loss_that_is_not_finite_on_one_rank(pictures, tmp_path):
         ("image_train", {"labels_file": "missing.csv", "class_cond": True}, r"--labels_file 'missing.csv' cannot"),
         ("image_train", {"labels_file": "x.csv"}, r"--labels_file is for a class-conditional model: give --"),
         ("super_res_train", {"class_order": "text"}, r"--class_order is for a class-conditional model"),
+        (
+            "image_train",
+            {"data_dir": ".", "sample_grid": 4},
+            r"the sample grids would be written to '.*out' \(--output\), which is inside '\.' \(--data_dir\)",
+        ),
         ("super_res_train", {"small_size": 0}, r"--small_size 0"),
         ("super_res_train", {"large_size": 48}, r"--large_size 48"),
         ("classifier_train", {"val_data_dir": "missing"}, r"'missing' does not exist \(--val_data_dir\)"),
