@@ -510,7 +510,7 @@ class TrainLoop:
             verb = "resuming" if resumed else "starting"
             logger.info(f"{verb} from {start.path}, after {self.step} steps")
         if resumed:
-            logger.rewind("step", self.step)
+            logger.rewind("step", start.number)  # not `self.step`: guided-diffusion's lines are numbered like its files
         else:
             logger.set_aside_files()
 
