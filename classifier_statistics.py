@@ -43,7 +43,7 @@ from guided_diffusion.classifier.statistics import (
 from guided_diffusion.command_line.flags import CLASSIFYING, REQUIRED, RUN, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.memory import explain_out_of_memory
 from guided_diffusion.compute.transfer import download, upload
 from guided_diffusion.images.classes import read_classes
 from guided_diffusion.images.folder import LabelledImage, label_where_known, list_images
@@ -128,7 +128,7 @@ def statistics_of(
             if pictures.readable.any():
                 readable = [picture for picture in pictures.values if picture is not None]
                 x = upload(torch.stack(readable), dist_util.dev())  # (B, 3, S, S)
-                with autocast, enough_memory(len(x)):
+                with autocast, explain_out_of_memory(len(x)):
                     logits = classifier.model(classifier.preprocess.on_device(x))  # (B, classes)
                 labels = labels_of(batch.images)[pictures.readable]
                 logits_and_labels.append((download(logits.float()), labels))

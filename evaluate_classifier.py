@@ -61,7 +61,7 @@ from guided_diffusion.classifier.results import (
 from guided_diffusion.command_line.flags import CLASSIFYING, REQUIRED, RUN, SAMPLES_DIR, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.memory import explain_out_of_memory
 from guided_diffusion.compute.transfer import upload
 from guided_diffusion.errors import NothingReadable, named_write_errors
 from guided_diffusion.forward_backward import SampleFolder, check_times, default_output
@@ -163,7 +163,7 @@ def compare(
             watch.num_samples = len(batch.samples)
             x = torch.stack(pictures.values)  # ((1 + S) B, 3, H, W)
             advice = f",\nand remove {comparison.parts.folder}, which was started with this batch size"
-            with autocast, enough_memory(len(x), advice):
+            with autocast, explain_out_of_memory(len(x), advice):
                 classifier.model(classifier.preprocess.on_device(upload(x, dist_util.dev())))
             if pending:
                 pending()  # write the previous batch, while a GPU works on this one

@@ -29,7 +29,7 @@ from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.compilation import compile_network, should_compile
 from guided_diffusion.compute.inference import prepare_network
-from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.memory import explain_out_of_memory
 from guided_diffusion.compute.transfer import upload
 from guided_diffusion.errors import UserError
 from guided_diffusion.forward_backward import (
@@ -128,7 +128,7 @@ def forward_backward(
         labels["y"] = upload(torch.tensor([image.label for image in unit.images]), device)
     loop = diffusion.loop_of(args.sampler)
     options = {"noise": x, "clip_denoised": args.clip_denoised, "model_kwargs": labels}
-    with enough_memory(len(x)):
+    with explain_out_of_memory(len(x)):
         for step in loop(network, tuple(x.shape), k, device=device, generator=noise, **options):
             x = step["sample"]
             bar.update()

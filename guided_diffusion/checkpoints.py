@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from .compute.memory import enough_memory_for_network
+from .compute.memory import explain_out_of_memory_for_network
 from .dist_util import load_weights
 from .errors import UserError
 from .script_util import CHANNEL_MULT, create_classifier, create_model, downsampling_factors, numbers, sr_create_model
@@ -93,7 +93,7 @@ def _load(network: Network, path: str, flags: Mapping[str, Any], seed: int) -> A
         raise UserError(f"missing checkpoint: {network.path_flag} FILE")
 
     if path == UNTRAINED:
-        with torch.random.fork_rng(devices=[]), enough_memory_for_network():
+        with torch.random.fork_rng(devices=[]), explain_out_of_memory_for_network():
             torch.manual_seed(seed)
             return build(network, flags)
 

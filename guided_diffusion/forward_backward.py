@@ -282,29 +282,29 @@ class SampleFolder:
     image_format: str = "jpeg"
 
     @property
-    def unit(self) -> str:
+    def prefix(self) -> str:
         """Common start of all paths of this time: OUTPUT/t_K_N."""
         return f"{self.output}/t_{self.step_reverse}_{self.num_steps}"
 
     @property
     def path(self) -> str:
         """The folder of samples: OUTPUT/t_K_N_images."""
-        return f"{self.unit}_images"
+        return f"{self.prefix}_images"
 
     @property
     def record(self) -> str:
         """The record of the run: OUTPUT/t_K_N_run.json."""
-        return f"{self.unit}_run.json"
+        return f"{self.prefix}_run.json"
 
     @property
     def inputs(self) -> str:
         """The list of starting images with sizes and digests: OUTPUT/t_K_N_inputs.json."""
-        return f"{self.unit}_inputs.json"
+        return f"{self.prefix}_inputs.json"
 
     @property
     def inputs_parts(self) -> str:
         """The folder of such lists for single units, until they are merged."""
-        return f"{self.unit}_inputs_parts"
+        return f"{self.prefix}_inputs_parts"
 
     def within_output(self, sample: str) -> str:
         """Path of a sample relative to `output`, given its path relative to the folder."""

@@ -67,7 +67,9 @@ class GroupNorm32(nn.GroupNorm):
             modulation = 1 + scale.flatten(1).float()
             factor, offset = factor * modulation, offset * modulation + shift.flatten(1).float()
         if torch.compiler.is_compiling():
-            factor, offset = (stored(values).reshape(*values.shape, *[1] * (x.ndim - 2)) for values in (factor, offset))
+            factor, offset = (
+                materialised(values).reshape(*values.shape, *[1] * (x.ndim - 2)) for values in (factor, offset)
+            )
             return torch.addcmul(offset, x.float(), factor).to(dtype)
         # batch_norm with mean 0 and variance 1: the only eager operation for factor * x + offset in half precision.
         channels, factor, offset = x.to(dtype).reshape(1, factor.numel(), -1), factor.flatten(), offset.flatten()
@@ -119,7 +121,7 @@ def infers_on_gpu(x: Tensor) -> bool:
     return x.device.type == "cuda" and not torch.is_grad_enabled()
 
 
-def stored(x: Tensor) -> Tensor:
+def materialised(x: Tensor) -> Tensor:
     """x, which the compiler is made to materialise for inference on a GPU, in its uncompiled memory format.
 
     The compiler would recompute small tensors for every element of a large one, and choose memory formats itself.
@@ -193,21 +195,21 @@ class PointwiseConv1d(nn.Conv1d):
         return nn.functional.linear(x.mT, self.weight.squeeze(2), self.bias).mT
 
 
-CAN_SUM_IN_FLOAT32 = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm(out_dtype=...), from PyTorch 2.8 on
+MM_HAS_OUT_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # torch.mm(out_dtype=...), from PyTorch 2.8 on
 
 
-def conv3x3_of_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
+def conv3x3_split_float16(x: Tensor, conv: nn.Conv2d) -> Tensor:
     """A padded 3x3 convolution in float32 with few output channels, by products of float16 matrices: (B, C, H, W) ->
     (B, D, H, W).
 
     Inputs and weights are sums of a high and a low float16 part, and products are accumulated in float32, so the error
     is that of float32. The product of two low parts is negligible. GPUs have fast units for float16, but not for
-    float32. Requires `CAN_SUM_IN_FLOAT32`.
+    float32. Requires `MM_HAS_OUT_DTYPE`.
     """
     (batch, channels, height, width), outputs = x.shape, conv.out_channels
     weight = conv.weight.permute(2, 3, 0, 1).reshape(9 * outputs, channels)  # of all shifts
     weight = nn.functional.pad(weight, (0, 0, 0, -len(weight) % 8)).mT  # matrices of odd sizes are slow
-    (x_high, x_low), (high, low) = _halves(x.movedim(1, -1).reshape(-1, channels)), _halves(weight)
+    (x_high, x_low), (high, low) = _split_float16(x.movedim(1, -1).reshape(-1, channels)), _split_float16(weight)
     both = torch.mm(x_high, torch.cat([high, low], dim=1), out_dtype=torch.float32)
     product = torch.mm(x_low, high, out_dtype=torch.float32) + both[:, : high.shape[1]] + both[:, high.shape[1] :]
     product = product[:, : 9 * outputs].view(batch, height, width, 3, 3, outputs)
@@ -216,7 +218,7 @@ def conv3x3_of_halves(x: Tensor, conv: nn.Conv2d) -> Tensor:
     return (sum(shifted) + conv.bias).movedim(-1, 1)
 
 
-def _halves(x: Tensor) -> tuple[Tensor, Tensor]:
+def _split_float16(x: Tensor) -> tuple[Tensor, Tensor]:
     """Float16 tensors whose sum is x (float32), to 21 bits."""
     # Not x.half(): a compiler may skip its rounding where the value is used in float32 again.
     high = (x.view(torch.int32) & ~(2**13 - 1)).view(torch.float32)  # a significand of 11 bits

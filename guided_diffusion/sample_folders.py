@@ -83,7 +83,7 @@ class SampleRun(Run):
         args: argparse.Namespace,
         shard: Shard,
     ):
-        locks = {shard.lock(folder.unit): folder.path for folder in folders.values()}
+        locks = {shard.lock(folder.prefix): folder.path for folder in folders.values()}
         super().__init__(locks, settings, machine, {}, args, shard)
         self.folders, self.images = folders, images
         self.total = len(folders) * len(images) * args.num_trajectories * args.num_turns

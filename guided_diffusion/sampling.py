@@ -11,9 +11,9 @@ import argparse
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import blobfile as bf
@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 from . import dist_util, logger
-from .compute.memory import enough_memory
+from .compute.memory import explain_out_of_memory
 from .errors import named_write_errors
 from .forward_backward import NoiseStreams, noise_seed, to_pixels
 from .gaussian_diffusion import GaussianDiffusion, Guide, Model
@@ -78,7 +78,7 @@ def denoise(
         device=device,
         generator=NoiseStreams(args.seed, [f"sample {i}" for i in indices], 0, device),
     )
-    with enough_memory(len(indices)):
+    with explain_out_of_memory(len(indices)):
         for step in steps:
             x = step["sample"]
             bar.update()
@@ -110,37 +110,55 @@ class SampleBatch:
     files: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-def write_samples(
-    make: Callable[[range, tqdm], torch.Tensor],
-    image_size: int,
-    num_steps: int,
-    args: argparse.Namespace,
-    default_output: str,
-    settings: Mapping[str, Any],
-    machine: Mapping[str, Any],
-    labels: np.ndarray | None = None,
-    class_names: Mapping[int, str] | None = None,
-) -> None:
-    """Write samples_NxHxWx3.npz with its record and a preview of the first samples, or resume doing so.
+@dataclass(frozen=True)
+class Samples:
+    """Samples 0, 1, ..., and how to make them.
 
-    Finished batches are kept in samples_NxHxWx3_parts. A finished file with the same settings is left as it is.
-
-    Args:
+    Attributes:
         make: function of the numbers of a batch and a progress bar, which it advances by `num_steps`; returns samples
             (B, 3, image_size, image_size).
         image_size: height and width, in pixels.
         num_steps: denoising steps per batch.
+        labels: classes of all samples, (num_samples,); None: no classes.
+        class_names: known names of classes by index.
+    """
+
+    make: Callable[[range, tqdm], torch.Tensor]
+    image_size: int
+    num_steps: int
+    labels: np.ndarray | None = None
+    class_names: Mapping[int, str] | None = None
+
+    def names_of_drawn_classes(self) -> dict[str, str]:
+        """The names of the classes that samples have, by index; empty if they are unknown."""
+        if not self.class_names:
+            return {}
+        return {str(index): self.class_names[index] for index in sorted({*self.labels.tolist()})}
+
+
+def write_samples(
+    samples: Samples,
+    args: argparse.Namespace,
+    default_output: str,
+    settings: Mapping[str, Any],
+    machine: Mapping[str, Any],
+) -> None:
+    """Write samples_NxHxWx3.npz, its record and a preview of the first samples. Resumes an interrupted run.
+
+    Finished batches are kept in samples_NxHxWx3_parts until the file is complete. A finished file with the same
+    settings is left as it is.
+
+    Args:
+        samples: what to write.
         args: flags num_samples, batch_size and output.
         default_output: folder of results if neither --output nor the environment names one.
         settings: settings that determine the bytes, see `settings.settings_of`.
         machine: hardware and software that determine the last digits, see `inference.prepare_network`.
-        labels: classes of the samples, (num_samples,).
-        class_names: known names of classes by index.
 
     Raises:
         UserError: the file was computed with other settings, or a file cannot be written.
     """
-    shape = (args.num_samples, image_size, image_size, 3)
+    shape = (args.num_samples, samples.image_size, samples.image_size, 3)
     stem = f"{logger.choose_dir(args.output, default_output)}/samples_{'x'.join(map(str, shape))}"
     result = Result(f"{stem}.npz", settings)
     with ResultRun([result], f"{stem}_parts", settings, machine, {}, args) as run:
@@ -155,20 +173,21 @@ def write_samples(
             f"{args.num_samples} samples for {result.path}: {to_do} to make, {args.num_samples - to_do} exist already"
         )
         run.log_machine()
-        for batch, nothing in run.read(left, {}, None, lambda batch: num_steps):
-            run.write(batch, nothing, pixels=to_pixels(make(batch.samples, run.bar)))
+        for batch, nothing in run.read(left, {}, None, lambda batch: samples.num_steps):
+            run.write(batch, nothing, pixels=to_pixels(samples.make(batch.samples, run.bar)))
+
+        def pixels() -> Iterator[np.ndarray]:
+            return (run.parts.read(batch.index)["pixels"] for batch in batches)
 
         def join_parts(facts: Record) -> int:
             record = {"finished": True, "settings": settings, "samples": args.num_samples}
-            if class_names:
-                record["classes"] = {str(index): class_names[index] for index in sorted({*labels.tolist()})}
+            if names := samples.names_of_drawn_classes():
+                record["classes"] = names
             record["last_run"] = {"samples_made": to_do, **facts}
-            first = islice((x for index in range(len(batches)) for x in run.parts.read(index)["pixels"]), GRID)
-            write_preview(f"{stem}.png", np.stack(list(first)))
+            write_preview(f"{stem}.png", np.stack(list(islice(chain.from_iterable(pixels()), GRID))))
             with named_write_errors():
                 write_json(record_of(result.path), record)
-                pixels = (run.parts.read(index)["pixels"] for index in range(len(batches)))
-                write_npz(result.path, shape, pixels, labels)  # last: if it exists, everything does
+                write_npz(result.path, shape, pixels(), samples.labels)  # last: if it exists, everything does
             return 0
 
         run.finish(len(batches), join_parts)

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from .errors import UserError
 from .fp16_util import convert_module_to_f16, convert_module_to_f32, half_precision_dtype
 from .nn import (
-    CAN_SUM_IN_FLOAT32,
+    MM_HAS_OUT_DTYPE,
     NormActConv,
     PointwiseConv1d,
     SiLU,
     avg_pool_nd,
     checkpoint,
-    conv3x3_of_halves,
+    conv3x3_split_float16,
     conv_nd,
     infers_on_gpu,
     is_observed,
     linear,
+    materialised,
     normalization,
-    stored,
     timestep_embedding,
     zero_module,
 )
@@ -513,8 +513,8 @@ class _Output(NormActConv):
 
     def forward(self, h: Tensor) -> Tensor:
         *_, conv = self
-        if h.dtype == torch.float16 and infers_on_gpu(h) and CAN_SUM_IN_FLOAT32 and isinstance(conv, nn.Conv2d):
-            return conv3x3_of_halves(self.activate(stored(h), dtype=torch.float32), conv)
+        if h.dtype == torch.float16 and infers_on_gpu(h) and MM_HAS_OUT_DTYPE and isinstance(conv, nn.Conv2d):
+            return conv3x3_split_float16(self.activate(materialised(h), dtype=torch.float32), conv)
         return self.convolve(self.activate(h, dtype=torch.float32))
 
 
@@ -587,7 +587,7 @@ class UNetModel(_Encoder):
                 skips.append(h)
             h = self.middle_block(h, emb)
             for block in self.output_blocks:
-                h = block(stored(torch.cat([h, skips.pop()], dim=1)), emb)
+                h = block(materialised(torch.cat([h, skips.pop()], dim=1)), emb)
         with torch.autocast(x.device.type, enabled=False):  # float32, in training too
             return self.out(h).to(x.dtype)  # (B, out_channels, H, W)
 

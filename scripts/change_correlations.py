@@ -44,7 +44,7 @@ from guided_diffusion.classifier.repair import SampleResult, digest_for_parts
 from guided_diffusion.command_line.flags import CONVENTION, REQUIRED, RUN, SAMPLES_DIR, TEXT, Flag, add_flags, flag
 from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.stopping import run
-from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.memory import explain_out_of_memory
 from guided_diffusion.compute.transfer import upload
 from guided_diffusion.correlations import Pairs
 from guided_diffusion.errors import NothingReadable, UserError
@@ -152,7 +152,7 @@ def measure(
         for piece, pictures in reading:
             sums = sums or UnitSums(piece.unit, tokens, pairs, spectrum)
             x = upload(torch.stack(pictures.values), dist_util.dev())  # (B, ...)
-            with autocast, enough_memory(len(x)):
+            with autocast, explain_out_of_memory(len(x)):
                 features = tokens.features(tokens.preprocess.on_device(x))  # (B, h, w, channels)
             sums.add(piece, pictures, features)
             if piece.is_last:

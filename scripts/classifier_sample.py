@@ -26,7 +26,7 @@ from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.images.classes import classes_to_sample, sampled_classes_setting
 from guided_diffusion.runs.settings import settings_of, weights_digest
-from guided_diffusion.sampling import class_gradient, denoise, draw_classes, write_samples
+from guided_diffusion.sampling import Samples, class_gradient, denoise, draw_classes, write_samples
 from guided_diffusion.script_util import classifier_defaults, diffusion_defaults, diffusion_from_flags, model_defaults
 
 import torch
@@ -64,17 +64,8 @@ def main(argv: list[str] | None = None) -> int:
         conditions = {"y": torch.from_numpy(labels[indices])}
         return denoise(model_fn, diffusion, indices, args.image_size, args, bar, conditions, cond_fn)
 
-    write_samples(
-        make,
-        args.image_size,
-        diffusion.num_timesteps,
-        args,
-        "results/classifier_sample",
-        settings,
-        machine,
-        labels,
-        record and record.names,
-    )
+    samples = Samples(make, args.image_size, diffusion.num_timesteps, labels, record and record.names)
+    write_samples(samples, args, "results/classifier_sample", settings, machine)
     return 0
 
 

@@ -29,7 +29,7 @@ from guided_diffusion.command_line.parser import ArgumentParser
 from guided_diffusion.command_line.presets import preset_flag
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare_network
-from guided_diffusion.compute.memory import enough_memory
+from guided_diffusion.compute.memory import explain_out_of_memory
 from guided_diffusion.errors import NothingReadable, named_write_errors
 from guided_diffusion.forward_backward import NoiseStreams, from_pixels
 from guided_diffusion.gaussian_diffusion import GaussianDiffusion, Model
@@ -126,7 +126,7 @@ def bits_per_dimension(
         return answer
 
     labels = {"y": torch.tensor([image.label for image in images], device=device)} if args.class_cond else {}
-    with enough_memory(len(images)):
+    with explain_out_of_memory(len(images)):
         out = diffusion.calc_bpd_loop(
             counted,
             from_pixels(pixels).to(device),

@@ -25,7 +25,7 @@ from guided_diffusion.command_line.stopping import run
 from guided_diffusion.compute.inference import prepare_network
 from guided_diffusion.images.classes import classes_to_sample, sampled_classes_setting
 from guided_diffusion.runs.settings import settings_of, weights_digest
-from guided_diffusion.sampling import denoise, draw_classes, write_samples
+from guided_diffusion.sampling import Samples, denoise, draw_classes, write_samples
 from guided_diffusion.script_util import diffusion_defaults, diffusion_from_flags, model_defaults
 
 import torch
@@ -50,17 +50,8 @@ def main(argv: list[str] | None = None) -> int:
         conditions = {} if labels is None else {"y": torch.from_numpy(labels[indices])}
         return denoise(model, diffusion, indices, args.image_size, args, bar, conditions)
 
-    write_samples(
-        make,
-        args.image_size,
-        diffusion.num_timesteps,
-        args,
-        "results/image_sample",
-        settings,
-        machine,
-        labels,
-        record and record.names,
-    )
+    samples = Samples(make, args.image_size, diffusion.num_timesteps, labels, record and record.names)
+    write_samples(samples, args, "results/image_sample", settings, machine)
     return 0
 
 

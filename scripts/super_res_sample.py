@@ -35,7 +35,7 @@ from guided_diffusion.images.classes import Classes, read_classes
 from guided_diffusion.runs.inputs import entry_of
 from guided_diffusion.runs.records import record_of
 from guided_diffusion.runs.settings import settings_of, weights_digest
-from guided_diffusion.sampling import denoise, write_samples
+from guided_diffusion.sampling import Samples, denoise, write_samples
 from guided_diffusion.script_util import NUM_CLASSES, diffusion_from_flags, sr_model_and_diffusion_defaults
 from guided_diffusion.system.files import LFS_POINTER, read_json
 
@@ -76,17 +76,8 @@ def main(argv: list[str] | None = None) -> int:
             conditions["y"] = torch.from_numpy(labels[indices])
         return denoise(model, diffusion, indices, args.large_size, args, bar, conditions)
 
-    write_samples(
-        make,
-        args.large_size,
-        diffusion.num_timesteps,
-        args,
-        "results/super_res_sample",
-        settings,
-        machine,
-        labels,
-        record and record.names,
-    )
+    samples = Samples(make, args.large_size, diffusion.num_timesteps, labels, record and record.names)
+    write_samples(samples, args, "results/super_res_sample", settings, machine)
     return 0
 
 

@@ -16,7 +16,7 @@ from guided_diffusion.nn import (
     GroupNorm32,
     avg_pool_nd,
     checkpoint,
-    conv3x3_of_halves,
+    conv3x3_split_float16,
     conv_nd,
     mean_flat,
     normalization,
@@ -497,7 +497,7 @@ def test_a_convolution_by_products_of_halves_is_as_precise_as_float32(device, mo
     conv = fill_weights(nn.Conv2d(64, 6, 3, padding=1)).to(device)
     x = (3 * seeded((2, 64, 9, 14), 0)).to(device)
     right = nn.functional.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1)
-    assert relative_error(conv3x3_of_halves(x, conv), right) < 3e-6
+    assert relative_error(conv3x3_split_float16(x, conv), right) < 3e-6
     assert relative_error(conv.half()(x.half()), right) > 1e-4
 
 

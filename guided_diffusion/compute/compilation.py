@@ -17,7 +17,7 @@ from ..errors import UserError, first_line
 from ..gaussian_diffusion import GaussianDiffusion
 from ..nn import GroupNorm32
 from ..unet import UNetModel
-from .memory import enough_memory, tensors_of
+from .memory import explain_out_of_memory, tensors_of
 
 # Measured for the published network (101 normalisations) in batches of 32, with PyTorch 2.11 on an NVIDIA H200 and 16
 # CPU cores: compilation takes 60 s, and saves 120 ms per step, most of them in normalisation and activation.
@@ -41,7 +41,7 @@ def should_compile(
     """
 
     def pays() -> bool:
-        return steps / dist_util.get_world_size() >= steps_to_pay(model, batch_size)
+        return steps / dist_util.get_world_size() >= break_even_steps(model, batch_size)
 
     return decide_on_compilation(choice, recorded, pays, "choose another --output")
 
@@ -77,7 +77,7 @@ def decide_on_compilation(
     dist_util.raise_together(UserError(f"{problem}.\n{on_record if recorded else 'Fix this, or use --compile False'}"))
 
 
-def steps_to_pay(model: UNetModel, batch_size: int) -> float:
+def break_even_steps(model: UNetModel, batch_size: int) -> float:
     """Estimated number of steps of a process from which compilation pays, for batches of `batch_size` images."""
     normalizations = sum(isinstance(module, GroupNorm32) for module in model.modules())
     elements = sum(x.numel() for module, x in tensors_of(model) if isinstance(module, GroupNorm32))
@@ -160,7 +160,7 @@ def compile_network(
     zeros = torch.zeros(batch_size, dtype=torch.long, device=device)
     labels = {} if model.num_classes is None else {"y": zeros}
     try:
-        with torch.no_grad(), enough_memory(batch_size):
+        with torch.no_grad(), explain_out_of_memory(batch_size):
             x = torch.zeros(batch_size, 3, image_size, image_size, device=device)
             call(x, diffusion.scale_timesteps(zeros), **labels)
     except UserError:

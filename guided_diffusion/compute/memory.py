@@ -20,14 +20,14 @@ FREE_THE_GPU = ", or free the GPU if other processes use it"
 
 
 @contextmanager
-def enough_memory(images: int, more: str = "", flag: str = "--batch_size") -> Iterator[None]:
+def explain_out_of_memory(images: int, more: str = "", flag: str = "--batch_size") -> Iterator[None]:
     """Raise UserError if the memory is too small for a batch of images; suggest lowering `flag`, and `more`."""
     with _memory_for(f"a batch of {images} images: lower {flag}{more}", FREE_THE_GPU):
         yield
 
 
 @contextmanager
-def enough_memory_for_network(size: int = 0) -> Iterator[None]:
+def explain_out_of_memory_for_network(size: int = 0) -> Iterator[None]:
     """Raise UserError if the memory is too small for a network of `size` bytes; 0: unknown."""
     size_text = f" ({size / 2**30:.2f} GiB)" if size else ""
     with _memory_for(f"the network{size_text}", ".\nFree the GPU if other processes use it, or use another one"):
@@ -56,7 +56,7 @@ def to_device(model: nn.Module, batch_size: int = 0, microbatch: int = -1) -> nn
     images, flag = (microbatch, "--microbatch") if 0 < microbatch < batch_size else (batch_size, "--batch_size")
     if images:
         warn_of_large_tensors(model, images, flag)
-    with enough_memory_for_network(sum(w.nbytes for w in [*model.parameters(), *model.buffers()])):
+    with explain_out_of_memory_for_network(sum(w.nbytes for w in [*model.parameters(), *model.buffers()])):
         return model.to(dist_util.dev())
 
 

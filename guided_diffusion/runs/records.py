@@ -18,7 +18,7 @@ import numpy as np
 from .. import logger
 from ..errors import ResultError, UserError, named_write_errors
 from ..system.files import read_json, whole_file, write_json
-from .settings import differences, with_short_keys
+from .settings import differences, with_current_keys
 from .shards import WHOLE, Shard, check_num_shards
 
 Record = dict[str, Any]
@@ -44,7 +44,7 @@ def read_record(path: str, entries: Mapping[str, type], owner: str) -> Record | 
         raise UserError(
             f"{path} is corrupted: it is not the record of a run.\nChoose another --output, or move it and {owner} away"
         )
-    return {**record, "settings": with_short_keys(record["settings"])}
+    return {**record, "settings": with_current_keys(record["settings"])}
 
 
 def record_of(result: str) -> str:

@@ -22,7 +22,7 @@ WITHOUT_EFFECT = (
 # Flags that name files, which are recorded as digests instead.
 FILE_FLAGS = ("model_path", "classifier_path", "base_samples", "data_dir", "labels_file")
 # Settings that are not flags, as messages name them.
-WORDS = {
+DESCRIPTIONS = {
     "base_samples_digest": "the file of small images (--base_samples)",
     "classes_sampled": "the classes (--classes)",
     "classifier_digest": "the classifier's weights (--classifier_path)",
@@ -75,7 +75,7 @@ def settings_of(args: argparse.Namespace, without: Iterable[str] = (), **others:
     Args:
         args: all flags of the script.
         without: flags without effect, in addition to `WITHOUT_EFFECT`.
-        others: settings that are not flags, by the keys of `WORDS`.
+        others: settings that are not flags, by the keys of `DESCRIPTIONS`.
     """
     left_out = {*WITHOUT_EFFECT, *FILE_FLAGS, *without}
     if vars(args).get("sampler") == "sde-dpmsolver++":  # not limited in the first version of this sampler
@@ -99,9 +99,9 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
     """A phrase for each setting that differs from the record, which may have old keys."""
-    recorded, current = with_short_keys(recorded), with_short_keys(current)
+    recorded, current = with_current_keys(recorded), with_current_keys(current)
     return [
-        f"{_words(key)} {_change(recorded, current, key)}"
+        f"{_describe(key)} {_change(recorded, current, key)}"
         for key in dict.fromkeys([*recorded, *current])
         # A flag that an older version did not have counts as empty.
         if recorded.get(key, "") != current.get(key, "")
@@ -114,12 +114,12 @@ def machine_changes(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> 
     return [f"{k} {_change(recorded, current, k)}" for k in current if k in recorded and recorded[k] != current[k]]
 
 
-def _words(key: str) -> str:
+def _describe(key: str) -> str:
     """A setting in a message. Training uses words as keys for settings that are not flags."""
-    return WORDS.get(key) or (key if " " in key else f"--{key}")
+    return DESCRIPTIONS.get(key) or (key if " " in key else f"--{key}")
 
 
-def with_short_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings with old keys replaced by current ones."""
     current = {OLD_KEYS.get(key, key.removeprefix("--")): value for key, value in settings.items()}
     if "use_ddim" in current:  # before there was --sampler

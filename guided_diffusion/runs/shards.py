@@ -28,9 +28,9 @@ class Shard:
         """This shard's units of work, out of all of them."""
         return everything[self.index :: self.count]
 
-    def lock(self, unit: str) -> str:
+    def lock(self, prefix: str) -> str:
         """Path of this shard's lock file for an output such as results/t_125_250."""
-        return f"{unit}.lock" if self.count == 1 else f"{unit}.{self.index}-of-{self.count}.lock"
+        return f"{prefix}.lock" if self.count == 1 else f"{prefix}.{self.index}-of-{self.count}.lock"
 
     def __str__(self) -> str:
         return f"shard {self.index} of {self.count} (0..{self.count - 1})"

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import logger
-from ..compute.memory import enough_memory
+from ..compute.memory import explain_out_of_memory
 from ..errors import UserError
 from ..forward_backward import NoiseStreams, to_pixels
 from ..gaussian_diffusion import GaussianDiffusion
@@ -48,7 +48,7 @@ class SampleGrid:
         noise = NoiseStreams(self.seed, [f"grid {i}" for i in range(self.shape[0])], 0, self.device)
         options = {"model_kwargs": self.model_kwargs, "device": self.device, "generator": noise}
         try:
-            with enough_memory(self.shape[0], flag="--sample_grid"):
+            with explain_out_of_memory(self.shape[0], flag="--sample_grid"):
                 start = noise.randn(self.shape, device=self.device)
                 pixels = to_pixels(self.diffusion.ddim_sample_loop(model, self.shape, noise=start, **options))
             if self.beside is not None:

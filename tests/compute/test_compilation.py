@@ -8,7 +8,7 @@ from pathlib import Path
 
 from guided_diffusion.checkpoints import load_model
 from guided_diffusion.compute import compilation
-from guided_diffusion.compute.compilation import should_compile, steps_to_pay
+from guided_diffusion.compute.compilation import break_even_steps, should_compile
 from guided_diffusion.errors import UserError
 from guided_diffusion.script_util import model_defaults
 
@@ -22,7 +22,7 @@ from guided_diffusion.compute import compilation
 from guided_diffusion.command_line.stopping import run
 from guided_diffusion.system.other_scripts import load_script
 
-compilation.steps_to_pay, compilation.on_gpu = lambda *_: 1, lambda: True
+compilation.break_even_steps, compilation.on_gpu = lambda *_: 1, lambda: True
 if os.environ["OMPI_COMM_WORLD_RANK"] == "1":
     os.environ |= {"PATH": "/nowhere", "TORCHINDUCTOR_CACHE_DIR": sys.argv.pop()}
 else:
@@ -85,7 +85,7 @@ def network(small_checkpoint):
 
 
 def test_auto_is_for_many_steps_on_a_gpu(network, gpu, monkeypatch):
-    steps = math.ceil(steps_to_pay(network, 32))
+    steps = math.ceil(break_even_steps(network, 32))
     assert should_compile("auto", network, 32, steps)
     assert not should_compile("auto", network, 32, steps - 1)
     assert not should_compile("auto", network, 16, steps)  # smaller batches gain less per step
@@ -109,7 +109,7 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
 
     # Begun uncompiled, since it is short. Then auto would compile.
     assert run_here(*flags, 2, "--output", plain) == 0
-    monkeypatch.setattr(compilation, "steps_to_pay", lambda *_: 1)
+    monkeypatch.setattr(compilation, "break_even_steps", lambda *_: 1)
     next(plain.rglob("*.JPEG")).unlink()
     assert run_here(*flags, 2, "--output", plain) == 0
     assert run_here(*flags, 2, 3, "--output", plain) == 0  # and a new time is treated as the others
@@ -119,7 +119,7 @@ def test_a_resumed_run_does_as_its_record_says(flags, gpu, tmp_path, monkeypatch
     assert run_here(*flags, 2, "--output", tmp_path / "out") == 0
     assert json.loads(record.read_text())["settings"]["compile"] is True
     assert len(gpu) == len(compiled) == 1
-    monkeypatch.setattr(compilation, "steps_to_pay", lambda *_: 10**9)
+    monkeypatch.setattr(compilation, "break_even_steps", lambda *_: 10**9)
     next((tmp_path / "out").rglob("*.JPEG")).unlink()
     assert run_here(*flags, 2, "--output", tmp_path / "out") == 0
     assert len(gpu) == len(compiled) == 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from guided_diffusion.checkpoints import load_model, load_noisy_classifier, load_upsampler
 from guided_diffusion.compute import memory
-from guided_diffusion.compute.memory import enough_memory, largest_tensor, to_device
+from guided_diffusion.compute.memory import explain_out_of_memory, largest_tensor, to_device
 from guided_diffusion.errors import UserError, is_out_of_memory
 from guided_diffusion.script_util import (
     classifier_defaults,
@@ -35,19 +35,19 @@ GPU_ERRORS = [
 def test_what_libraries_say_of_a_gpu_s_memory_is_recognised(error, monkeypatch):
     assert is_out_of_memory(error)
     message = r"^the GPU's memory is too small for a batch of 7 images: lower --batch_size, or free"
-    with pytest.raises(UserError, match=message), enough_memory(7):
+    with pytest.raises(UserError, match=message), explain_out_of_memory(7):
         raise error
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * 2**30)
     message = r"\(80.0 GiB: 1.0 GiB free, 9.0 GiB used by this process\) is too small for a batch"
-    with pytest.raises(UserError, match=message), enough_memory(7):
+    with pytest.raises(UserError, match=message), explain_out_of_memory(7):
         raise error
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(10**14), lambda: np.empty(10**15)], ids=["torch", "numpy"])
 def test_this_machine_s_memory(allocate):
     message = r"^this machine's memory is too small for a batch of 7 images: lower --sample_grid$"
-    with pytest.raises(UserError, match=message), enough_memory(7, flag="--sample_grid"):
+    with pytest.raises(UserError, match=message), explain_out_of_memory(7, flag="--sample_grid"):
         allocate()
 
 
@@ -58,7 +58,7 @@ def test_other_errors_stay_what_they_are():
         ValueError("out of memory"),
     ):
         assert not is_out_of_memory(error)
-        with pytest.raises(type(error)), enough_memory(7):
+        with pytest.raises(type(error)), explain_out_of_memory(7):
             raise error
 
 
