@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import tempfile
 from pathlib import Path
@@ -53,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     parts = args.parts.split(",") if args.parts else list(PARTS)
     if unknown := [part for part in parts if part not in PARTS]:
         raise UserError(f"--parts {unknown[0]}: expected some of {','.join(PARTS)}")
-    if not 0 < args.seconds < math.inf:
+    if args.seconds <= 0:
         raise UserError(f"--seconds {args.seconds:g}: expected a positive number")
 
     logger.make_dir()

@@ -237,7 +237,7 @@ def custom_tokens(args: argparse.Namespace) -> Tokens:
     model, preprocess, table = (*found, None)[:3]
     what = f"--tokens {args.tokens}"
     load_weights(model, args.classifier_path, what)
-    preprocess = own_preprocess(preprocess, what)
+    preprocess = own_preprocess(preprocess, what, of_images=False)  # a network of tokens may take anything
     output = try_network(model, preprocess(trial_image(args.image_size)), what)
     axis = 1 if getattr(output, "ndim", 0) == 4 else -1
     try:

@@ -47,22 +47,27 @@ def trial_image(image_size: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (image_size, image_size, 3), dtype=np.uint8)
 
 
-def own_preprocess(function: Callable[[np.ndarray], Tensor], what: str) -> Preprocess:
+IMAGE_DTYPES = (torch.float32, torch.uint8)
+
+
+def own_preprocess(function: Callable[[np.ndarray], Tensor], what: str, of_images: bool = True) -> Preprocess:
     """The preprocessing that a function of the user's does.
 
-    Preprocessing raises UserError, which names `what`, if the function fails or returns something else than a tensor
-    (3, S, S) of float32 or uint8.
+    Preprocessing raises UserError, which names `what`, if the function fails or returns something else than a tensor;
+    if `of_images`, one of shape (3, S, S), float32 or uint8.
     """
-    expected = "expected a tensor (3, S, S) of float32 or uint8, given a uint8 array (H, W, 3)"
+    kind = "a tensor (3, S, S) of float32 or uint8" if of_images else "a tensor"
+    expected = f"expected {kind}, given a uint8 array (H, W, 3)"
 
     def on_cpu(image: np.ndarray) -> Tensor:
         with named_failures(f"the preprocess of {what}", expected):
             x = function(image)
         if not isinstance(x, Tensor):
             raise UserError(f"the preprocess of {what} returned {type(x).__name__};\n{expected}")
-        if x.ndim != 3 or x.shape[0] != 3 or x.shape[1] != x.shape[2] or x.dtype not in (torch.float32, torch.uint8):
-            kind = str(x.dtype).removeprefix("torch.")
-            raise UserError(f"the preprocess of {what} returned a tensor {list(x.shape)} of {kind};\n{expected}")
+        is_image = x.ndim == 3 and x.shape[0] == 3 and x.shape[1] == x.shape[2] and x.dtype in IMAGE_DTYPES
+        if of_images and not is_image:
+            dtype = str(x.dtype).removeprefix("torch.")
+            raise UserError(f"the preprocess of {what} returned a tensor {list(x.shape)} of {dtype};\n{expected}")
         return x
 
     return Preprocess(on_cpu)
