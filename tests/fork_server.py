@@ -237,6 +237,7 @@ def _server_for(env: Mapping[str, str]) -> _Server | None:
 
 def import_packages() -> None:
     """Import what the scripts import, apart from the modules of this repository."""
+    path = sys.path.copy()  # which setuptools extends
     import blobfile  # noqa: F401
     import numpy  # noqa: F401
     import PIL.Image  # noqa: F401
@@ -247,6 +248,7 @@ def import_packages() -> None:
     import torchvision  # noqa: F401
     import tqdm  # noqa: F401
 
+    sys.path[:] = path
     if len(os.listdir("/proc/self/task")) > 1 or torch.cuda.is_initialized():
         raise RuntimeError("an import has started threads or CUDA: processes cannot be forked")
 
