@@ -276,11 +276,11 @@ def signal_at(diffusion: SpacedDiffusion, k: int) -> float:
 
 
 def table_of_changes(curves: Curves) -> str:
-    """chi at each time, with 95% intervals; "-" where it is undefined, because nothing changes."""
+    """chi at each time, with 95% intervals; "-" for a number that is undefined, because too little changes."""
     lines = ["  k/N  " + "".join(f"{f'chi, {curve}':>32}" for curve in curves)]
     for of_time in zip(*curves.values(), strict=True):
-        found = [[float(value) for value in measure_chi(time)] for time in of_time]
-        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*chi) if np.isfinite(chi).all() else "-" for chi in found]
+        found = [[f"{value:.2f}" if np.isfinite(value) else "-" for value in measure_chi(time)] for time in of_time]
+        cells = ["{} ({} to {})".format(*chi) if chi[0] != "-" else "-" for chi in found]
         lines.append(f"{of_time[0].time:5.3f}  " + "".join(f"{cell:>32}" for cell in cells))
     return "\n" + "\n".join(lines) + "\n"
 

@@ -109,15 +109,18 @@ def test_which_leaves_change_together(tmp_path, capsys):
 
 
 def test_correlations_that_are_undefined_are_dashes():
-    """Without noise nothing changes."""
+    """Without noise nothing changes; and if one image alone changes, it is in too few resamples for an upper end."""
     script = load_script("scripts/demo.py")
     pairs, none = script.TablePairs(np.array([[0, 3], [3, 0]])), -np.ones((4, 2, 2))
     some = none.copy()
     some[:, 0] = 1
-    times = [script.changes_at(k, 20, changes, pairs) for k, changes in ((0, none), (10, some))]
+    one = none.copy()
+    one[0, 0] = 1
+    times = [script.changes_at(k, 20, changes, pairs) for k, changes in ((0, none), (10, some), (5, one))]
     lines = script.table_of_changes({"loop, U-Net": times, "exact posterior": times}).split("\n")
     assert lines[2].split() == ["0.000", "-", "-"] and lines[3].split()[:2] == ["0.500", "2.00"]
-    assert len({len(line) for line in lines[1:4]}) == 1
+    assert lines[4].split() == ["0.250", *2 * ["2.00", "(2.00", "to", "-)"]]
+    assert len({len(line) for line in lines[1:5]}) == 1
 
 
 @pytest.mark.parametrize(("respacing", "last"), [("250", 200), ("50", 40), ("ddim4", 3)])
