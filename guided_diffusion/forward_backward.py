@@ -90,7 +90,7 @@ class NoiseStreams:
 
 
 def noise_seed(seed: int, name: str, step: int, trajectory: int = 1) -> int:
-    """The 64-bit seed of an image's noise at one step: a hash, so that seeds are as good as independent."""
+    """The 64-bit seed of an image's noise at one step: a hash, so that seeds are practically independent."""
     words = [str(seed).encode(), os.fsencode(name), str(step).encode()]
     if trajectory > 1:  # the first has the seed of a run with a single sample of each image
         words.append(str(trajectory).encode())

@@ -212,7 +212,7 @@ class TrainLoop:
     def run_loop(self) -> None:
         """Train until the last step, or until a stop signal arrives, which saves a checkpoint first.
 
-        Outside `stopping.run`, the signal then goes to the program's own handler; training goes on if that returns.
+        Outside `stopping.run`, the program's own handler then receives the signal; training continues if it returns.
 
         Raises:
             UserError: a checkpoint cannot be written.
@@ -342,7 +342,7 @@ class TrainLoop:
     def _step_randomness(self) -> Iterator[None]:
         """A block whose random numbers, such as those of dropout, depend on seed, step and rank alone.
 
-        The global generators, from which the caller may draw its data, go on as if the block had drawn nothing.
+        The state of the global generators, from which the caller may draw its data, is restored after the block.
         """
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(step_seed(self.seed, self.step, get_rank()))

@@ -77,7 +77,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         global _received
-        if not _in_run:  # a program that dealt with an earlier signal, and went on
+        if not _in_run:  # a program that handled an earlier signal and continued
             _received = _Received()
         if threading.current_thread() is threading.main_thread():  # others cannot set handlers
             for signum in STOP_SIGNALS:

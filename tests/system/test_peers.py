@@ -126,5 +126,5 @@ def test_rank_0_waits_for_those_that_work(ranks):
                 leaving.result(0.5)
             assert ranks[2].lost_peer() is None  # it would learn of a failure still
         finally:
-            ranks[2].leave()  # or else the pool would wait for rank 0 for ever
+            ranks[2].leave()  # or else the pool would wait for rank 0 forever
         assert leaving.result(30)
