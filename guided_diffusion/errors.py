@@ -53,10 +53,15 @@ def named_write_errors(path: str = "") -> Iterator[None]:
         yield
     except (OSError, bf.Error) as error:
         name = path or getattr(error, "filename", None) or "the output"
-        reason = getattr(error, "strerror", None) or first_line(error)
         raise WriteError(
-            f"cannot write {name}: {reason}. Choose another --output,\nor fix this and rerun the same command to resume"
+            f"cannot write {name}: {write_problem(error)}. Choose another --output,\nor fix this and rerun the same "
+            "command to resume"
         ) from error
+
+
+def write_problem(error: OSError | bf.Error) -> str:
+    """Why a file could not be written, in one line."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

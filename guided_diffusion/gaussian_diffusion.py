@@ -255,7 +255,7 @@ class GaussianDiffusion:
 
     def _at(self, name: str, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Values of the array `name` at indices t (B,), as (B, 1, ...), to broadcast against x (B, ...)."""
-        return _broadcast(self._tables.on(t.device, name, self._array(name))[t], x)
+        return _broadcast(self._tables.on(t.device, name, self._array(name))[t], x.ndim)
 
     def _copy_schedule_to(self, device: torch.device) -> None:
         """Copy all arrays that a step needs to a device in advance, so that a loop never waits for the device."""
@@ -888,12 +888,12 @@ def _extract_into_tensor(arr: np.ndarray, timesteps: torch.Tensor, broadcast_sha
     Used only by subclasses in clients' scripts.
     """
     values = torch.as_tensor(np.asarray(arr), device=timesteps.device)[timesteps].float()
-    return values.reshape(*values.shape, *[1] * (len(broadcast_shape) - values.ndim)).expand(*broadcast_shape)
+    return _broadcast(values, len(broadcast_shape)).expand(*broadcast_shape)
 
 
-def _broadcast(values: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """Values (B,), or of more dimensions, with dimensions of size 1 at the end, to broadcast against x (B, ...)."""
-    return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
+def _broadcast(values: torch.Tensor, ndim: int) -> torch.Tensor:
+    """Values (B,), or of more dimensions, with dimensions of size 1 at the end, `ndim` in all."""
+    return values.reshape(*values.shape, *[1] * (ndim - values.ndim))
 
 
 def check_step_reverse(step_reverse: int, num_steps: int, flag: str = "--step_reverse") -> int:
@@ -936,7 +936,7 @@ def _check_batch(noise: torch.Tensor | None, shape: Sequence[int]) -> None:
 
 def _unless_first(t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """0 if t = 0, else 1, for each image of a batch x (B, ...), as (B, 1, ...)."""
-    return _broadcast((t != 0).to(x.dtype), x)
+    return _broadcast((t != 0).to(x.dtype), x.ndim)
 
 
 def _if_given(generator: Noise) -> dict[str, Noise]:

@@ -19,17 +19,9 @@ from guided_diffusion.unet import (
 import pytest
 import torch as th
 from reference import fill_weights, relative_error, seeded
+from test_unet import ARCHITECTURE
 from torch import nn
 
-ARCHITECTURE = {
-    "image_size": 16,
-    "in_channels": 3,
-    "model_channels": 32,
-    "out_channels": 3,
-    "num_res_blocks": 1,
-    "attention_resolutions": (2,),
-    "channel_mult": (1, 2),
-}
 X, T = seeded((2, 3, 16, 16), 0), th.tensor([3, 70])
 
 

@@ -73,20 +73,20 @@ def reference_run(name):
         return model, x, rest, model(x, **rest)
 
 
+ARCHITECTURE = {
+    "image_size": 16,
+    "in_channels": 3,
+    "model_channels": 32,
+    "out_channels": 3,
+    "num_res_blocks": 1,
+    "attention_resolutions": (2,),
+    "channel_mult": (1, 2),
+}
+
+
 def tiny_unet(**changes):
     """A small U-Net with every kind of block and the reference weights."""
-    options = {
-        "image_size": 16,
-        "in_channels": 3,
-        "model_channels": 32,
-        "out_channels": 3,
-        "num_res_blocks": 1,
-        "attention_resolutions": (2,),
-        "channel_mult": (1, 2),
-        "num_heads": 2,
-        "use_scale_shift_norm": True,
-        "resblock_updown": True,
-    }
+    options = {**ARCHITECTURE, "num_heads": 2, "use_scale_shift_norm": True, "resblock_updown": True}
     return fill_weights(UNetModel(**options | changes))
 
 

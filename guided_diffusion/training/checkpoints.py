@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import blobfile as bf
 import torch
 
-from ..errors import UserError, WriteError, first_line
+from ..errors import UserError, WriteError, write_problem
 from ..system.checkpoint_files import read_saved
 from ..system.files import SCRATCH, is_remote, set_aside, whole_file
 
@@ -153,9 +153,9 @@ def _named_write_errors(path: str) -> Iterator[None]:
     try:
         yield
     except (OSError, bf.Error) as error:
-        name, reason = getattr(error, "filename", None) or path, getattr(error, "strerror", None) or first_line(error)
+        name = getattr(error, "filename", None) or path
         raise WriteError(
-            f"cannot write {name}: {reason} (--output). The existing checkpoints are complete:\n"
+            f"cannot write {name}: {write_problem(error)} (--output). The existing checkpoints are complete:\n"
             "fix this, then rerun the same command to resume from the newest"
         ) from error
 
